@@ -20,6 +20,7 @@ from loopos.data.step_format import NAMED_FORMATS, StepFormat
 from loopos.data.supervised_rows import Completion, Example, PlainText
 from loopos.data.supervised_tokens import (
     OverLength,
+    RowPolicy,
     Supervised,
     TrainOn,
     encode_supervised,
@@ -329,7 +330,7 @@ def test_rows_over_max_length() -> None:
 
     def run(over_length: OverLength, share: float = 0.01) -> tuple[list[Supervised], DataReport]:
         return encode_supervised(
-            tokenizer, examples, step_format=THINK, max_length=4, over_length=over_length, max_dropped_share=share
+            tokenizer, examples, step_format=THINK, max_length=4, policy=RowPolicy(over_length, share)
         )
 
     with pytest.raises(DataError, match=r"rows.jsonl:9: row: got 8 tokens; expected at most 4") as caught:
@@ -350,7 +351,7 @@ def test_a_row_without_a_trained_token_is_dropped_and_counted() -> None:
     tokenizer = word_tokenizer(WORD_TEMPLATE)
     silent = Conversation((Message("user", "hi"), Message("assistant", "hi", 0.0)), ROW)
     examples: list[Example] = [TALK, silent, Demonstration("hi hi hi hi hi hi hi", (), "4", ROW)]
-    rows, report = encode_supervised(tokenizer, examples, step_format=THINK, max_length=17, over_length="cut")
+    rows, report = encode_supervised(tokenizer, examples, step_format=THINK, max_length=17, policy=RowPolicy("cut"))
     assert [row.index for row in rows] == [0]
     assert (report.read, report.used, report.dropped) == (3, 1, {"no trained token": 2})
     assert report.tokens == len(rows[0].ids) == 17
@@ -369,7 +370,9 @@ def test_rows_that_the_template_refuses() -> None:
     ) as e:
         encode_supervised(tokenizer, [TALK, refused], step_format=THINK, max_length=None)
     assert "no system" in str(e.value)
-    rows, report = encode_supervised(tokenizer, [refused, TALK], step_format=THINK, max_length=None, on_bad_row="skip")
+    rows, report = encode_supervised(
+        tokenizer, [refused, TALK], step_format=THINK, max_length=None, policy=RowPolicy(on_bad_row="skip")
+    )
     assert [row.index for row in rows] == [1]
     assert (report.read, report.used, report.dropped) == (2, 1, {"refused by the chat template": 1})
 

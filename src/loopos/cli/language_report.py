@@ -20,7 +20,7 @@ from loopos.data.decoding import PLAIN_RULES, TextRules
 from loopos.data.demonstrations import Demonstration
 from loopos.data.reading import left_out
 from loopos.data.supervised_rows import Example, read_supervised
-from loopos.data.supervised_tokens import OVER_LENGTH, encode_supervised
+from loopos.data.supervised_tokens import OVER_LENGTH, RowPolicy, encode_supervised
 from loopos.evaluation.answer_check import judge_all, problem_metrics, record
 from loopos.evaluation.checkers import Checker, Verdict, answer_metrics
 from loopos.evaluation.reasoning import Answered, Reasoner
@@ -171,9 +171,7 @@ class Evaluation:
             self.examples,
             step_format=reasoner.step_format,
             max_length=positions,
-            over_length="drop",
-            max_dropped_share=1.0,
-            on_bad_row=self.on_bad_row,
+            policy=RowPolicy(max_dropped_share=1.0, on_bad_row=self.on_bad_row),
             template=reasoner.template,
         )
         for reason, count in found.dropped.items():

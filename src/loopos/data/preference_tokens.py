@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 from transformers import PreTrainedTokenizerBase
 
@@ -22,7 +22,7 @@ from loopos.data.piece_tokens import SegmentTokenizer
 from loopos.data.preferences import Comparison, Pair
 from loopos.data.prompts import Prompt, PromptContent, prompt_text
 from loopos.data.reading import DataReport
-from loopos.data.supervised_tokens import CHUNK, OVER_LENGTH, OverLength, RowPolicy, finish, over_length_diagnostic
+from loopos.data.supervised_tokens import CHUNK, DEFAULT_POLICY, OVER_LENGTH, RowPolicy, finish, over_length_diagnostic
 from loopos.data.templates import ChatTemplate, Segment, TemplateRefusal
 from loopos.data.tool_schemas import Tool
 
@@ -50,19 +50,15 @@ def encode_comparisons(
     *,
     template: ChatTemplate | None,
     max_length: int | None,
-    over_length: OverLength = "drop",
-    max_dropped_share: float = 0.01,
-    on_bad_row: Literal["error", "skip"] = "error",
+    policy: RowPolicy = DEFAULT_POLICY,
 ) -> tuple[list[EncodedComparison], DataReport]:
     """Tokenize prompts and their responses.
 
     Args:
         template: the tokenizer's own if None.
         max_length: tokens of a prompt with its longest response at most.
-        over_length: a comparison over `max_length` is dropped, has its responses cut at their end (so that the end
-            token is lost; dropped if the prompt leaves no room or the responses become equal), or is an error.
-        max_dropped_share: largest fraction of comparisons that "drop" may remove.
-        on_bad_row: what happens to messages that the template refuses.
+        policy: a comparison over `max_length` is dropped, has its responses cut at their end (so that the end token is
+            lost; dropped if the prompt leaves no room or the responses become equal), or is an error.
     Raises:
         DataError: refused messages, rows over `max_length` with "error", too many of them with "drop", or no rows left;
             each diagnostic has file and line.
@@ -77,8 +73,8 @@ def encode_comparisons(
             over.append(
                 over_length_diagnostic(examples[index].row, len(prompt) + longest, max_length, at_least=is_short)
             )
-            if over_length == "drop" or len(prompt) >= max_length:
-                dropped[OVER_LENGTH if over_length == "drop" else PROMPT_OVER] += 1
+            if policy.over_length == "drop" or len(prompt) >= max_length:
+                dropped[OVER_LENGTH if policy.over_length == "drop" else PROMPT_OVER] += 1
                 continue
             responses = [response[: max_length - len(prompt)] for response in whole]
         if len(set(map(tuple, responses))) < len(responses):
@@ -91,7 +87,7 @@ def encode_comparisons(
     report.tokens = sum(row.num_tokens for row in rows)
     report.lengths = [len(row.prompt) + max(map(len, row.responses)) for row in rows]
     report.indices = [row.index for row in rows]
-    finish(report, dropped, over, RowPolicy(over_length, max_dropped_share, on_bad_row), "at least one row that fits")
+    finish(report, dropped, over, policy, "at least one row that fits")
     return rows, report
 
 
@@ -101,15 +97,13 @@ def encode_prompts(
     *,
     template: ChatTemplate | None,
     max_length: int | None,
-    over_length: OverLength = "drop",
-    max_dropped_share: float = 0.01,
-    on_bad_row: Literal["error", "skip"] = "error",
+    policy: RowPolicy = DEFAULT_POLICY,
 ) -> tuple[list[list[int]], DataReport]:
     """Tokenize prompts: the ids that generation starts from.
 
     Args:
         max_length: tokens of a prompt at most.
-        over_length: as in `encode_comparisons`; but a prompt is never truncated, because the model answers its end:
+        policy: as in `encode_comparisons`; but a prompt is never truncated, because the model answers its end:
             "cut" drops it, without a limit on their number.
     Raises:
         DataError: as `encode_comparisons`.
@@ -128,7 +122,7 @@ def encode_prompts(
     report.lengths = list(map(len, rows))
     report.tokens = sum(report.lengths)
     report.responses = report.pairs = 0
-    finish(report, dropped, over, RowPolicy(over_length, max_dropped_share, on_bad_row), "at least one row that fits")
+    finish(report, dropped, over, policy, "at least one row that fits")
     return rows, report
 
 
@@ -211,9 +205,7 @@ class PreferenceEncoder:
             examples,
             template=self.template,
             max_length=self.max_length,
-            over_length=data.over_length,
-            max_dropped_share=data.max_dropped_share,
-            on_bad_row=data.on_bad_row,
+            policy=RowPolicy(data.over_length, data.max_dropped_share, data.on_bad_row),
         )
 
     def prompts(self, examples: Sequence[Prompt]) -> tuple[list[list[int]], DataReport]:
@@ -224,9 +216,7 @@ class PreferenceEncoder:
             examples,
             template=self.template,
             max_length=self.max_length,
-            over_length=data.over_length,
-            max_dropped_share=data.max_dropped_share,
-            on_bad_row=data.on_bad_row,
+            policy=RowPolicy(data.over_length, data.max_dropped_share, data.on_bad_row),
         )
         for tokens, index in zip(ids, report.indices, strict=True):
             self.origins[tuple(tokens)] = Origin(prompt_text(examples[index].prompt), examples[index].row.location)

@@ -116,6 +116,20 @@ class Supervised:
         return Encoded(self.ids, None, self.index, weights=weights)
 
 
+@dataclass(frozen=True)
+class RowPolicy:
+    """What happens to rows that do not fit. over_length: to those over the maximum length. max_dropped_share: the
+    largest fraction of rows that "drop" may remove. on_bad_row: to messages that the template refuses.
+    """
+
+    over_length: OverLength = "drop"
+    max_dropped_share: float = 0.01
+    on_bad_row: Literal["error", "skip"] = "error"
+
+
+DEFAULT_POLICY = RowPolicy()
+
+
 def encode_supervised(
     tokenizer: PreTrainedTokenizerBase,
     examples: Sequence[Example],
@@ -123,9 +137,7 @@ def encode_supervised(
     step_format: StepFormat,
     train_on: TrainOn = "assistant",
     max_length: int | None,
-    over_length: OverLength = "drop",
-    max_dropped_share: float = 0.01,
-    on_bad_row: Literal["error", "skip"] = "error",
+    policy: RowPolicy = DEFAULT_POLICY,
     template: ChatTemplate | None = None,
 ) -> tuple[list[Supervised], DataReport]:
     """Tokenize examples and mark the trained tokens.
@@ -133,9 +145,7 @@ def encode_supervised(
     Args:
         train_on: "assistant" trains the assistant's turns with their end tokens (the completion of prompt and
             completion, all of plain text); "answer" only the answer of the last turn; "all" every token.
-        over_length: a row over `max_length` is dropped, truncated at its end (without the end token), or an error.
-        max_dropped_share: largest fraction of rows that "drop" may remove.
-        on_bad_row: what happens to a conversation that the template refuses.
+        policy: a row over `max_length` is dropped, truncated at its end (without the end token), or an error.
         template: the tokenizer's own if None.
     Raises:
         DataError: refused rows, rows over `max_length` with "error", too many of them with "drop", or no rows left;
@@ -158,7 +168,7 @@ def encode_supervised(
             length = len(row.ids)
             if max_length is not None and length > max_length:
                 over.append(over_length_diagnostic(examples[index].row, length, max_length, at_least=is_short))
-                if over_length == "drop":
+                if policy.over_length == "drop":
                     dropped[OVER_LENGTH] += 1
                     continue
                 report.cut, report.tokens_cut = report.cut + 1, report.tokens_cut + length - max_length
@@ -169,7 +179,6 @@ def encode_supervised(
             rows.append(row)
     report.lengths = [len(row.ids) for row in rows]
     report.tokens, report.trained_tokens = sum(report.lengths), sum(sum(row.mask) for row in rows)
-    policy = RowPolicy(over_length, max_dropped_share, on_bad_row)
     finish(report, dropped, over, policy, "at least one row with a token to learn")
     return rows, report
 
@@ -261,17 +270,6 @@ def _truncated(row: Supervised, length: int) -> Supervised:
     return Supervised(row.ids[:length], row.mask[:length], weights, row.index)
 
 
-@dataclass(frozen=True)
-class RowPolicy:
-    """What happens to rows that do not fit. over_length, max_dropped_share: rows over the maximum length, see
-    `check_over`. on_bad_row: messages that the template refuses, "error" or "skip".
-    """
-
-    over_length: OverLength
-    max_dropped_share: float
-    on_bad_row: Literal["error", "skip"]
-
-
 def finish(
     report: DataReport, dropped: Counter[str], over: Sequence[Diagnostic], policy: RowPolicy, expected: str
 ) -> None:
@@ -286,7 +284,7 @@ def finish(
     assert report.read == report.used + sum(report.dropped.values()), report
     if refused and policy.on_bad_row == "error":
         raise BadRows(refused, len(refused), "correct the rows", SKIP_ROWS)
-    check_over(over, report.read, report.max_length, policy.over_length, policy.max_dropped_share)
+    check_over(over, report.read, report.max_length, policy)
     if not report.used:
         raise DataError([Diagnostic("data", None, None, "rows", report.summary(), expected)])
 
@@ -300,21 +298,20 @@ def over_length_diagnostic(row: Row, length: int, max_length: int, *, at_least: 
     return Diagnostic(row.source_label, row.line, None, "row", actual, f"at most {max_length} (max_length)")
 
 
-def check_over(
-    over: Sequence[Diagnostic], read: int, max_length: int | None, over_length: OverLength, max_dropped_share: float
-) -> None:
+def check_over(over: Sequence[Diagnostic], read: int, max_length: int | None, policy: RowPolicy) -> None:
     """Raise `BadRows` if the policy does not allow the rows over `max_length` (diagnostics `over`).
 
     "error" allows none, "drop" at most the fraction `max_dropped_share` of the rows `read`.
     """
-    if over and over_length == "error":
+    share = policy.max_dropped_share
+    if over and policy.over_length == "error":
         advice = f'{len(over)} of {read} rows are over max_length {max_length}, and data.over_length is "error": '
         advice += 'raise training.max_length, shorten these rows, or set data.over_length to "drop"'
         raise BadRows(over[:MOST_LONG_SHOWN], len(over), advice)
-    if over_length == "drop" and len(over) > max_dropped_share * read:
+    if policy.over_length == "drop" and len(over) > share * read:
         advice = (
             f"{len(over)} of {read} rows are over max_length {max_length}, more than data.max_dropped_share "
-            f"({max_dropped_share:g}) allows to drop: raise training.max_length, or data.max_dropped_share to at least "
+            f"({share:g}) allows to drop: raise training.max_length, or data.max_dropped_share to at least "
             f"{math.ceil(len(over) / read * 100) / 100:g}"
         )
         raise BadRows(over[:MOST_LONG_SHOWN], len(over), advice)
@@ -343,8 +340,6 @@ class SupervisedEncoder:
             step_format=self.step_format,
             train_on=self.data.train_on,
             max_length=self.max_length,
-            over_length=self.data.over_length,
-            max_dropped_share=self.data.max_dropped_share,
-            on_bad_row=self.data.on_bad_row,
+            policy=RowPolicy(self.data.over_length, self.data.max_dropped_share, self.data.on_bad_row),
             template=self.template,
         )

@@ -23,7 +23,7 @@ from loopos.data.corpus import read_corpus
 from loopos.data.demonstrations import Demonstration
 from loopos.data.rows import is_plain_text, read_plain_text
 from loopos.data.supervised_rows import Example, read_supervised
-from loopos.data.supervised_tokens import encode_supervised
+from loopos.data.supervised_tokens import RowPolicy, encode_supervised
 from loopos.evaluation.answer_check import judge_all, problem_metrics
 from loopos.evaluation.checkers import checker
 from loopos.evaluation.perplexity import text_loss
@@ -167,8 +167,7 @@ def _loss(reasoner: Reasoner, examples: Sequence[Example], data: str) -> tuple[f
         examples,
         step_format=reasoner.step_format,
         max_length=reasoner.engine.max_positions,
-        over_length="drop",
-        max_dropped_share=1.0,
+        policy=RowPolicy(max_dropped_share=1.0),
         template=reasoner.template,
     )
     if not encoded:

@@ -24,7 +24,7 @@ from loopos.data.prompts import PromptContent
 from loopos.data.prompts import prompt_text as text_of
 from loopos.data.responses_to_score import read_responses
 from loopos.data.rows import Row
-from loopos.data.supervised_tokens import OverLength
+from loopos.data.supervised_tokens import OverLength, RowPolicy
 from loopos.data.templates import ChatTemplate
 from loopos.data.tokens import Encoded
 from loopos.evaluation.outputs import NonFiniteOutputs
@@ -187,8 +187,7 @@ class RewardPredictor:
             examples,
             template=self.template,
             max_length=self.opened.description["max_length"],
-            over_length="error",
-            on_bad_row=on_bad_row,
+            policy=RowPolicy("error", on_bad_row=on_bad_row),
         )
         raw = comparison_scores(self.model, self._rows(encoded))
         scores = [self.normalization(torch.tensor(raw[position]), ensemble_penalty=self.ensemble_penalty).tolist()
@@ -252,8 +251,7 @@ class RewardPredictor:
             examples,
             template=self.template,
             max_length=self.opened.description["max_length"],
-            over_length=over_length,
-            max_dropped_share=1.0,
+            policy=RowPolicy(over_length, max_dropped_share=1.0),
         )
         raw = comparison_scores(self.model, ComparisonRows(encoded, self.device))
         judged = {}
