@@ -39,7 +39,8 @@ def run(location: str, source: str | None, options: EvaluateOptions) -> int:
     if source is None:
         raise UserError("got no data; expected a data file, or --tasks with names of lm-eval tasks")
     columns, rules = parse_columns(options.columns), text_rules(options.encoding)
-    model = resolve_trained(location)
+    # A hub id is looked up once the options are known to be right.
+    model = resolve_trained(location, looks_up=False)
     if not is_task_model(model):
         refuse(
             [f"--report: only for models with a head; {location} is a language model"] * (options.report is not None)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from loopos.config.diagnostics import UserError
 from loopos.config.paths import MODEL_DESCRIPTION, is_hub_id
-from loopos.models.resolve import EMBEDDED, ModelRef, refuse_votes, resolve_trained
+from loopos.models.resolve import EMBEDDED, ModelRef, refuse_votes, require_reachable, resolve_trained
 
 if TYPE_CHECKING:
     from loopos.evaluation.reasoning import Reasoner
@@ -25,8 +25,9 @@ def is_task_model(source: str | ModelRef) -> bool:
 
 
 def require_language_model(source: str | ModelRef) -> ModelRef:
-    """The language model, or what may be one. Raises `UserError` for other models."""
+    """The language model, or what may be one. Raises `UserError` for other models, and an unreachable hub."""
     ref = resolve_trained(source)
+    require_reachable(ref)
     if ref.kind != "language":
         refuse_reward_model(ref)
         raise UserError(

@@ -180,8 +180,9 @@ class ModelRef:
         return next((folder for folder in folders if (folder / MODEL_DESCRIPTION).is_file()), None)
 
 
-def resolve(source: str | os.PathLike[str] | ModelRef, *, key: str = _KEY) -> ModelRef:
+def resolve(source: str | os.PathLike[str] | ModelRef, *, key: str = _KEY, looks_up: bool = True) -> ModelRef:
     """The model that a name, a value of `data.pretrained_weights`, refers to. key: the config key to name in messages.
+    looks_up: require that the hub can be reached for a hub id.
 
     Raises `MissingRequirement` if the embedded model's package is missing, and `UserError` for a folder or file without
     a model, a run without a finished model, and an unreachable hub.
@@ -211,22 +212,31 @@ def resolve(source: str | os.PathLike[str] | ModelRef, *, key: str = _KEY) -> Mo
             key,
             f'{name} does not exist; name the embedded model ("{EMBEDDED}"), a folder, a weights file or a hub id',
         )
-    require_hub(key, name)
+    if looks_up:
+        require_hub(key, name)
     return ModelRef(name, "hub")
 
 
-def resolve_trained(source: str | os.PathLike[str] | ModelRef) -> ModelRef:
+def resolve_trained(source: str | os.PathLike[str] | ModelRef, *, looks_up: bool = True) -> ModelRef:
     """As `resolve`, for a model that a command or a function takes. Raises `UserError` for "new", too."""
-    try:
-        found = resolve(source, key="")
-    except SettingError as problem:
-        name = str(source)
-        if "/" in name or Path(expanded(name)).exists():
-            raise
-        raise UserError(_nothing_at(name)) from problem
+    found = resolve(source, key="", looks_up=False)
     if found.storage == "new":
         raise UserError(f'got "new", which has learned nothing; expected a trained model, for example "{EMBEDDED}"')
+    if looks_up and not isinstance(source, ModelRef):
+        require_reachable(found)
     return found
+
+
+def require_reachable(ref: ModelRef) -> None:
+    """Raises `UserError` for a hub id where the hub cannot be reached."""
+    if ref.storage != "hub":
+        return
+    try:
+        require_hub("", ref.name)
+    except SettingError as problem:
+        if is_hub_id(ref.name):
+            raise
+        raise UserError(_nothing_at(ref.name)) from problem
 
 
 def _model_folder(name: str, path: Path, key: str) -> Path:
