@@ -39,6 +39,8 @@ from loopos.config.source import (
     close_matches,
     read_source,
     source_of,
+    source_on_command_line,
+    with_values,
 )
 from loopos.config.wording import Schema, diagnostics_of, shown
 
@@ -114,12 +116,22 @@ def _read(
     return source, root, notes
 
 
-def load_recipe(source: Source, overrides: Sequence[str], recipe_class: type[MethodConfig]) -> LoadedConfig:
+def load_recipe(
+    source: Source | None,
+    overrides: Sequence[str],
+    recipe_class: type[MethodConfig],
+    *,
+    values: Mapping[str, object] | None = None,
+) -> LoadedConfig:
     """Override and check a recipe: a config without a training method, with its keys at the top level.
 
-    Raises `ConfigError` with every diagnostic, as `load` does.
+    `source` None: the recipe is on the command line only. `values` are options of the command line: dotted key → value;
+    None leaves the recipe's value. `overrides` are applied after them. Raises `ConfigError` with every diagnostic, as
+    `load` does.
     """
-    root = without_entry(apply_overrides(source.root, overrides), "$schema")
+    source = source or source_on_command_line({})
+    actual = {key: value for key, value in (values or {}).items() if value is not None}
+    root = without_entry(apply_overrides(with_values(source.root, actual), overrides), "$schema")
     config, diagnostics = _validated(recipe_class, root, {}, set(), check_files=True)
     if diagnostics:
         raise ConfigError(_by_line(diagnostics))
