@@ -9,13 +9,14 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, Protocol, TypeVar
 
 import typer
 
 from loopos.cli.answers import say, say_json, table
-from loopos.cli.options import Columns, Json, Stride, Verbose, Window, parse_columns, path
+from loopos.cli.options import Columns, Json, Stride, Verbose, Window, argument, parse_columns, path
 from loopos.cli.outcome import note
+from loopos.cli.process import prepare_to_compute
 from loopos.config.figures import as_bytes
 from loopos.config.paths import expanded
 
@@ -29,12 +30,7 @@ RecipeT = TypeVar("RecipeT", bound="Recipe")
 
 ModelOrRecipe = Annotated[
     str,
-    typer.Argument(
-        metavar="MODEL|RECIPE",
-        help="Run folder, model folder, weights file or hub id; or a recipe (.json or .yaml).",
-        show_default=False,
-        parser=expanded,
-    ),
+    argument("MODEL|RECIPE", "Run folder, model folder, weights file or hub id; or a recipe (.json or .yaml)."),
 ]
 
 ChangedFolder = Annotated[
@@ -77,6 +73,31 @@ class RecipeOptions:
         names = ("calibration_rows", "calibration_tokens", "evaluate", "window", "stride", "seed", "device")
         columns = parse_columns(self.columns) if self.columns else None
         return {"columns": columns, **{name: getattr(self, name) for name in names}}
+
+
+class CompressionOptions(Protocol):
+    """The options of a command that changes weights by a recipe."""
+
+    @property
+    def output(self) -> Path: ...
+
+    @property
+    def recipe(self) -> RecipeOptions: ...
+
+    def values(self) -> dict[str, object]:
+        """The options by the recipe's keys."""
+
+
+def prepared_recipe(recipe_class: type[RecipeT], model: str, options: CompressionOptions) -> RecipeT:
+    """The recipe of a command line, after all checks that need no torch; the process is ready to compute. Raises
+    `UserError`.
+    """
+    from loopos.storage.output_folder import require_new_folder
+
+    recipe = read_recipe(recipe_class, model, options.values())
+    require_new_folder(options.output)
+    prepare_to_compute(verbose=options.recipe.verbose)
+    return recipe
 
 
 def read_recipe(recipe_class: type[RecipeT], model: str, values: Mapping[str, object]) -> RecipeT:

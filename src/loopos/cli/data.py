@@ -6,13 +6,10 @@ from typing import Annotated
 
 import typer
 
-from loopos.cli.options import Columns, Config, Encoding, Json, Overrides, TrustRemoteCode, Verbose
+from loopos.cli.options import Columns, Config, Encoding, Json, Overrides, TrustRemoteCode, Verbose, argument
 from loopos.cli.process import hush_libraries
-from loopos.config.paths import expanded
 
-DataFile = Annotated[
-    str, typer.Argument(metavar="FILE", help="File, folder, glob or hub id.", show_default=False, parser=expanded)
-]
+DataFile = Annotated[str, argument("FILE", "File, folder, glob or hub id.")]
 NumRows = Annotated[int, typer.Option("--rows", min=1, help="Number of rows to show.")]
 
 

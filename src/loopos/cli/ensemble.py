@@ -12,7 +12,7 @@ from typing import Annotated
 import typer
 
 from loopos.cli.answers import say, say_json, table
-from loopos.cli.options import Columns, Device, Json, NewFolder, Verbose, parse_columns, refuse
+from loopos.cli.options import Columns, Device, Json, NewFolder, Verbose, argument, parse_columns, refuse
 from loopos.cli.outcome import note
 from loopos.cli.process import prepare_to_compute
 from loopos.config.diagnostics import UserError
@@ -20,12 +20,7 @@ from loopos.config.paths import expanded
 
 Members = Annotated[
     tuple[str, ...],
-    typer.Argument(
-        metavar="MODEL...",
-        help="Runs or model folders of one task, or language models.",
-        show_default=False,
-        parser=expanded,
-    ),
+    argument("MODEL...", "Runs or model folders of one task, or language models."),
 ]
 
 

@@ -41,6 +41,7 @@ from loopos.cli.options import (
     Subset,
     Verbose,
     Window,
+    argument,
     device_diagnostics,
     option,
     parse_columns,
@@ -60,7 +61,6 @@ from loopos.cli.sampling_options import (
 )
 from loopos.config.diagnostics import MissingRequirement, UserError, printable_json
 from loopos.config.figures import as_time
-from loopos.config.paths import expanded
 
 if TYPE_CHECKING:
     from loopos.config.keys import Strategy
@@ -82,16 +82,11 @@ _NOT_METRICS = ("alias", "name", "sample_len", "sample_count")
 
 Model = Annotated[
     str,
-    typer.Argument(
-        metavar="MODEL",
-        help="Run folder or model folder; for a language model also a weights file or hub id.",
-        show_default=False,
-        parser=expanded,
-    ),
+    argument("MODEL", "Run folder or model folder; for a language model also a weights file or hub id."),
 ]
 Data = Annotated[
     str | None,
-    typer.Argument(metavar="DATA", help="Data file; omit with --tasks.", show_default=False, parser=expanded),
+    argument("DATA", "Data file; omit with --tasks."),
 ]
 
 

@@ -8,11 +8,10 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from loopos.cli.answers import say, say_json
-from loopos.cli.options import Json, NewFolder, Verbose
+from loopos.cli.options import Json, NewFolder, Verbose, argument
 from loopos.cli.outcome import note
 from loopos.cli.process import prepare_to_compute
 from loopos.config.figures import as_bytes
-from loopos.config.paths import expanded
 
 if TYPE_CHECKING:
     from loopos.exporting.export import Exported
@@ -20,12 +19,7 @@ if TYPE_CHECKING:
 
 Exportable = Annotated[
     str,
-    typer.Argument(
-        metavar="MODEL",
-        help='Run folder, model folder, adapter folder, transformers checkpoint or "smollm2-135m".',
-        show_default=False,
-        parser=expanded,
-    ),
+    argument("MODEL", 'Run folder, model folder, adapter folder, transformers checkpoint or "smollm2-135m".'),
 ]
 
 

@@ -16,7 +16,7 @@ import typer
 
 from loopos.cli.answers import say, say_json, table
 from loopos.cli.compression import RECIPE_SUFFIXES
-from loopos.cli.options import Device, Json, Verbose, device_diagnostics, path, refuse
+from loopos.cli.options import Device, Json, Verbose, argument, device_diagnostics, path, refuse
 from loopos.cli.outcome import note
 from loopos.cli.process import hush_libraries
 from loopos.config.figures import as_time
@@ -30,12 +30,7 @@ _OVERRIDE = re.compile(r"[a-z_]+(\.[A-Za-z0-9_]+)*=")
 
 RecipeOrModels = Annotated[
     tuple[str, ...],
-    typer.Argument(
-        metavar="RECIPE | MODEL... [KEY=VALUE ...]",
-        help="Recipe (.json or .yaml) or models, then recipe keys as KEY=VALUE.",
-        show_default=False,
-        parser=expanded,
-    ),
+    argument("RECIPE | MODEL... [KEY=VALUE ...]", "Recipe (.json or .yaml) or models, then recipe keys as KEY=VALUE."),
 ]
 
 

@@ -33,6 +33,11 @@ def path(text: str | Path) -> Path:
     return Path(expanded(str(text)))
 
 
+def argument(metavar: str, help: str, *, parser: Callable[[str], Any] = expanded) -> Any:
+    """A required argument; by default a path or the name of something, in which "~" is expanded."""
+    return typer.Argument(metavar=metavar, help=help, show_default=False, parser=parser)
+
+
 def option(name: str) -> str:
     """The option for a field name."""
     return f"--{name.replace('_', '-')}"
@@ -157,9 +162,7 @@ def device_diagnostics(device: str, precision: str = "auto") -> Iterator[str]:
             yield f"{name}: got {actual}; expected one of {', '.join(known)}"
 
 
-Config = Annotated[
-    Path, typer.Argument(metavar="CONFIG", help="Config file, .json or .yaml.", show_default=False, parser=path)
-]
+Config = Annotated[Path, argument("CONFIG", "Config file, .json or .yaml.", parser=path)]
 Overrides = Annotated[
     tuple[str, ...],
     typer.Argument(
@@ -168,9 +171,7 @@ Overrides = Annotated[
 ]
 RunFolder = Annotated[
     Path,
-    typer.Argument(
-        metavar="RUN", help="Output folder of a run, or its model/ folder.", show_default=False, parser=path
-    ),
+    argument("RUN", "Output folder of a run, or its model/ folder.", parser=path),
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object to standard output.")]
 Columns = Annotated[
@@ -200,12 +201,7 @@ Precision = Annotated[
 ]
 LanguageModel = Annotated[
     str,
-    typer.Argument(
-        metavar="MODEL",
-        help='Run folder, model folder, "smollm2-135m", weights file or hub id of a language model.',
-        show_default=False,
-        parser=expanded,
-    ),
+    argument("MODEL", 'Run folder, model folder, "smollm2-135m", weights file or hub id of a language model.'),
 ]
 OutputFile = Annotated[
     Path | None, typer.Option("--output", "-o", help="Output file; default: standard output.", parser=path)

@@ -23,13 +23,13 @@ from loopos.cli.options import (
     OutputFile,
     RunFolder,
     Verbose,
+    argument,
     parse_columns,
     text_rules,
 )
 from loopos.cli.outcome import note
 from loopos.cli.process import prepare_to_compute
 from loopos.config.diagnostics import DataError, Diagnostic
-from loopos.config.paths import expanded
 
 if TYPE_CHECKING:
     from loopos.data.decoding import TextRules
@@ -40,12 +40,7 @@ TEXT = "text"
 
 Input = Annotated[
     str,
-    typer.Argument(
-        metavar="INPUT",
-        help="Data file, .txt with one text per line, or - for one text per line from standard input.",
-        show_default=False,
-        parser=expanded,
-    ),
+    argument("INPUT", "Data file, .txt with one text per line, or - for one text per line from standard input."),
 ]
 
 

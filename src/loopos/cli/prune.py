@@ -8,8 +8,7 @@ from typing import Annotated
 import typer
 
 from loopos.cli.answers import say
-from loopos.cli.compression import ChangedFolder, ModelOrRecipe, RecipeOptions, print_figures, read_recipe
-from loopos.cli.process import prepare_to_compute
+from loopos.cli.compression import ChangedFolder, ModelOrRecipe, RecipeOptions, prepared_recipe, print_figures
 from loopos.config.paths import expanded
 
 
@@ -46,11 +45,8 @@ class PruneOptions:
 def run(model: ModelOrRecipe, options: PruneOptions) -> int:
     """Prunes, writes and prints. Raises `UserError`."""
     from loopos.config.compression import PruningRecipe
-    from loopos.storage.output_folder import require_new_folder
 
-    recipe = read_recipe(PruningRecipe, model, options.values())
-    require_new_folder(options.output)
-    prepare_to_compute(verbose=options.recipe.verbose)
+    recipe = prepared_recipe(PruningRecipe, model, options)
     from loopos.cli.bar import Bar
     from loopos.compression.prune import Pruner
     from loopos.training.precision import pick_device

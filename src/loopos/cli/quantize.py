@@ -8,8 +8,7 @@ from typing import Annotated
 import typer
 
 from loopos.cli.answers import say
-from loopos.cli.compression import ChangedFolder, ModelOrRecipe, RecipeOptions, print_figures, read_recipe
-from loopos.cli.process import prepare_to_compute
+from loopos.cli.compression import ChangedFolder, ModelOrRecipe, RecipeOptions, prepared_recipe, print_figures
 from loopos.config.paths import expanded
 
 
@@ -45,11 +44,8 @@ class QuantizeOptions:
 def run(model: ModelOrRecipe, options: QuantizeOptions) -> int:
     """Quantizes, writes and prints. Raises `UserError`."""
     from loopos.config.compression import QuantizationRecipe
-    from loopos.storage.output_folder import require_new_folder
 
-    recipe = read_recipe(QuantizationRecipe, model, options.values())
-    require_new_folder(options.output)
-    prepare_to_compute(verbose=options.recipe.verbose)
+    recipe = prepared_recipe(QuantizationRecipe, model, options)
     from loopos.cli.bar import Bar
     from loopos.compression.quantize import Quantizer
     from loopos.training.precision import pick_device

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from loopos.cli.answers import confusion_table, say, say_json, shown, table
-from loopos.cli.options import Json, RunFolder, path
+from loopos.cli.options import Json, RunFolder, argument, path
 from loopos.cli.outcome import note
 from loopos.config.diagnostics import UserError
 from loopos.config.figures import as_time, once
@@ -29,10 +29,8 @@ ReportFolder = Annotated[
         "--output", "-o", metavar="FOLDER", help="Folder for the report.", show_default="the run's", parser=path
     ),
 ]
-FirstRun = Annotated[Path, typer.Argument(metavar="A", help="Output folder of a run.", show_default=False, parser=path)]
-SecondRun = Annotated[
-    Path, typer.Argument(metavar="B", help="Output folder of another run.", show_default=False, parser=path)
-]
+FirstRun = Annotated[Path, argument("A", "Output folder of a run.", parser=path)]
+SecondRun = Annotated[Path, argument("B", "Output folder of another run.", parser=path)]
 
 
 def list_runs(folder: RunsFolder = Path("outputs"), json: Json = False) -> int:

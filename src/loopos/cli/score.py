@@ -12,23 +12,17 @@ from typing import Annotated
 import typer
 
 from loopos.cli.answers import json_lines, refuse_unwritable, say_json, table, write, write_whole
-from loopos.cli.options import Columns, Device, Encoding, Json, OutputFile, Verbose, parse_columns, text_rules
+from loopos.cli.options import Columns, Device, Encoding, Json, OutputFile, Verbose, argument, parse_columns, text_rules
 from loopos.cli.outcome import note
 from loopos.cli.process import prepare_to_compute
-from loopos.config.paths import expanded
 
 RewardModel = Annotated[
     str,
-    typer.Argument(
-        metavar="MODEL",
-        help="Output folder of a reward_model run, or its model/ folder.",
-        show_default=False,
-        parser=expanded,
-    ),
+    argument("MODEL", "Output folder of a reward_model run, or its model/ folder."),
 ]
 Comparisons = Annotated[
     str,
-    typer.Argument(metavar="FILE", help="File, folder or glob of comparisons.", show_default=False, parser=expanded),
+    argument("FILE", "File, folder or glob of comparisons."),
 ]
 
 

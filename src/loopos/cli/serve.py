@@ -10,12 +10,11 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from loopos.cli.options import Device, Precision, TrustRemoteCode, Verbose, device_diagnostics, refuse
+from loopos.cli.options import Device, Precision, TrustRemoteCode, Verbose, argument, device_diagnostics, refuse
 from loopos.cli.outcome import note
 from loopos.cli.process import prepare_to_compute
 from loopos.config.diagnostics import MissingRequirement
 from loopos.config.figures import as_bytes
-from loopos.config.paths import expanded
 from loopos.serving.limits import ServingLimits, address_diagnostics
 
 if TYPE_CHECKING:
@@ -29,11 +28,8 @@ _PACKAGES = ("starlette", "uvicorn")
 
 ServedModel = Annotated[
     str,
-    typer.Argument(
-        metavar="MODEL",
-        help='Run folder or model folder of any kind; "smollm2-135m", weights file or hub id of a language model.',
-        show_default=False,
-        parser=expanded,
+    argument(
+        "MODEL", 'Run folder or model folder of any kind; "smollm2-135m", weights file or hub id of a language model.'
     ),
 ]
 

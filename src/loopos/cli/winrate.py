@@ -28,6 +28,7 @@ from loopos.cli.options import (
     System,
     TrustRemoteCode,
     Verbose,
+    argument,
     device_diagnostics,
     parse_columns,
     path,
@@ -47,17 +48,11 @@ if TYPE_CHECKING:
 NO_ROOM = "the prompt leaves a model no position for an answer"
 TOO_LONG_TO_JUDGE = "an answer is longer than what the reward model was trained on"
 
-ModelA = Annotated[
-    str, typer.Argument(metavar="A", help="Language model, as for generate.", show_default=False, parser=expanded)
-]
-ModelB = Annotated[
-    str, typer.Argument(metavar="B", help="Language model to compare A with.", show_default=False, parser=expanded)
-]
+ModelA = Annotated[str, argument("A", "Language model, as for generate.")]
+ModelB = Annotated[str, argument("B", "Language model to compare A with.")]
 PromptsFile = Annotated[
     str,
-    typer.Argument(
-        metavar="PROMPTS", help="One prompt per line, a data file, or - for stdin.", show_default=False, parser=expanded
-    ),
+    argument("PROMPTS", "One prompt per line, a data file, or - for stdin."),
 ]
 
 
