@@ -12,12 +12,11 @@ import typer
 from typer.testing import CliRunner
 
 from loopos.cli.commands import LOOPOS, app
-from loopos.cli.compression import read_recipe
 from loopos.cli.options import Columns, Overrides, Subset, argument, typer_function
 from loopos.cli.sampling_options import SamplingOptions
 from loopos.config.compression import PruningRecipe, QuantizationRecipe
 from loopos.config.diagnostics import ConfigError, UserError
-from loopos.config.load import load_recipe
+from loopos.config.load import load_recipe, read_recipe
 from loopos.config.merge import MergeConfig
 from loopos.config.source import read_source
 from loopos.generation.settings import SamplingFields, SamplingSettings
@@ -135,14 +134,15 @@ def test_options_and_a_recipe_file_have_the_same_faults(
     file = tmp_path / "recipe.json"
     file.write_text(json.dumps({"model": str(pico_folder), **values}), encoding="utf-8")
 
-    def faults(model: str, changes: dict[str, Any]) -> list[tuple[str, ...]]:
+    def faults(source: Any, changes: dict[str, Any], named: str) -> list[tuple[str, ...]]:
         with pytest.raises(ConfigError) as raised:
-            read_recipe(recipe_class, model, changes)
+            read_recipe(recipe_class, source, changes)
         found = raised.value.diagnostics
-        assert {each.source for each in found} == ({str(file)} if model == str(file) else {"command line"})
+        assert {each.source for each in found} == {named}
         return sorted((each.field, each.actual, each.expected, each.hint) for each in found)
 
-    assert faults(str(pico_folder), values) == faults(str(file), {})
+    whole = {"model": str(pico_folder), **values}
+    assert faults(None, whole, "command line") == faults(str(file), {}, str(file)) == faults(whole, {}, "config")
 
 
 def test_options_take_precedence_over_the_recipe_and_none_leaves_its_value(pico_folder: Path, tmp_path: Path) -> None:

@@ -89,29 +89,20 @@ class CompressionOptions(Protocol):
 
 
 def prepared_recipe(recipe_class: type[RecipeT], model: str, options: CompressionOptions) -> RecipeT:
-    """The recipe of a command line, after all checks that need no torch; the process is ready to compute. Raises
-    `UserError`.
+    """The recipe of a command line, after all checks that need no torch; the process is ready to compute.
+
+    model: a recipe file, or the model of a recipe that the options alone make. Raises `UserError`.
     """
+    from loopos.config.load import read_recipe
     from loopos.storage.output_folder import require_new_folder
 
-    recipe = read_recipe(recipe_class, model, options.values())
+    if model.lower().endswith(RECIPE_SUFFIXES) and not os.path.isdir(model):
+        recipe = read_recipe(recipe_class, model, options.values())
+    else:
+        recipe = read_recipe(recipe_class, None, {"model": model, **options.values()})
     require_new_folder(options.output)
     prepare_to_compute(verbose=options.recipe.verbose)
     return recipe
-
-
-def read_recipe(recipe_class: type[RecipeT], model: str, values: Mapping[str, object]) -> RecipeT:
-    """The recipe of a command line. model: a recipe file, or the model of a recipe that `values` alone make; values:
-    by the recipe's keys. Raises `ConfigError` with all problems, without torch.
-    """
-    from loopos.config.load import load_recipe
-    from loopos.config.source import read_source
-
-    is_recipe = model.lower().endswith(RECIPE_SUFFIXES) and not os.path.isdir(model)
-    source = read_source(model) if is_recipe else None
-    loaded = load_recipe(source, [], recipe_class, values={"model": None if is_recipe else model, **values})
-    assert isinstance(loaded.config, recipe_class)
-    return loaded.config
 
 
 def print_figures(

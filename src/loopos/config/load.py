@@ -11,7 +11,7 @@ import json
 import os
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, TypeVar
 
 from pydantic import ValidationError
 
@@ -45,6 +45,7 @@ from loopos.config.source import (
 from loopos.config.wording import Schema, diagnostics_of, shown
 
 Methods = Mapping[tuple[str, str], type[MethodConfig]]
+RecipeT = TypeVar("RecipeT", bound=MethodConfig)
 
 _MOST_REPAIRS = 6
 
@@ -137,6 +138,26 @@ def load_recipe(
         raise ConfigError(_by_line(diagnostics))
     assert config is not None
     return LoadedConfig(config, source.path, source.text, config.notes())
+
+
+def read_recipe(
+    recipe_class: type[RecipeT],
+    source: str | os.PathLike[str] | Mapping[str, object] | None,
+    values: Mapping[str, object] | None = None,
+) -> RecipeT:
+    """The recipe of a file, of a dict, or of the options alone (None). `values` are options, as of `load_recipe`.
+
+    Raises `ConfigError` with every diagnostic.
+    """
+    if source is None:
+        found = None
+    elif isinstance(source, Mapping):
+        found = source_of(source)
+    else:
+        found = read_source(expanded(os.fspath(source)))
+    recipe = load_recipe(found, [], recipe_class, values=values).config
+    assert isinstance(recipe, recipe_class), "load_recipe makes the class that it is given"
+    return recipe
 
 
 def _by_line(diagnostics: Sequence[Diagnostic]) -> list[Diagnostic]:
