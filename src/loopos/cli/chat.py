@@ -84,12 +84,12 @@ def run(source: LanguageModel, options: ChatOptions) -> int:
         max_rows=1,
         trust_remote_code=options.trust_remote_code,
     )
-    talk = Talk(Conversation(reasoner, options.sampling.settings(), options.system))
+    session = ChatSession(Conversation(reasoner, options.sampling.settings(), options.system))
     if sys.stdin.isatty():
         note("a line is a turn; /help lists the commands, Ctrl-D ends")
     with reasoner.engine.reuse_prefixes():
         for line in lines():
-            if not talk.take(line.strip()):
+            if not session.take(line.strip()):
                 break
     return 0
 
@@ -206,7 +206,7 @@ class Conversation:
         return len(messages)
 
 
-class Talk:
+class ChatSession:
     """Handles lines: turns and commands."""
 
     def __init__(self, conversation: Conversation) -> None:
@@ -241,7 +241,7 @@ class Talk:
         from loopos.cli.trace import described
         from loopos.training.stopping import StopSignals
 
-        talk = self.conversation
+        conversation = self.conversation
         written, below = 0, list[str]()
 
         def add_note(sentence: str) -> None:
@@ -249,7 +249,7 @@ class Talk:
             below.append(sentence) if written else note(sentence)
 
         with StopSignals() as signals:
-            for text_delta in talk.answer(text, interrupted=lambda: signals.received is not None, say=add_note):
+            for text_delta in conversation.answer(text, interrupted=lambda: signals.received is not None, say=add_note):
                 write(text_delta)
                 written += len(text_delta)
         say()
@@ -257,8 +257,8 @@ class Talk:
             note(sentence)
         if signals.received == "SIGINT":
             note("(interrupted; the history keeps the partial answer)")
-        if self.shows_steps and talk.last is not None:
-            say(described(talk.last, talk.reasoner.step_format))
+        if self.shows_steps and conversation.last is not None:
+            say(described(conversation.last, conversation.reasoner.step_format))
         return signals.received != "SIGTERM"
 
     def _system(self, text: str) -> None:

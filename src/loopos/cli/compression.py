@@ -19,13 +19,13 @@ from loopos.cli.outcome import note
 from loopos.cli.process import prepare_to_compute
 from loopos.config.figures import as_bytes
 from loopos.config.paths import expanded
+from loopos.config.source import CONFIG_SUFFIXES
 
 if TYPE_CHECKING:
     from loopos.compression.pipeline import Changed, ChangedModel
     from loopos.config.compression import Recipe
     from loopos.evaluation.quality import Measured
 
-RECIPE_SUFFIXES = (".json", ".yaml", ".yml")
 RecipeT = TypeVar("RecipeT", bound="Recipe")
 
 ModelOrRecipe = Annotated[
@@ -96,7 +96,7 @@ def prepared_recipe(recipe_class: type[RecipeT], model: str, options: Compressio
     from loopos.config.load import read_recipe
     from loopos.storage.output_folder import require_new_folder
 
-    if model.lower().endswith(RECIPE_SUFFIXES) and not os.path.isdir(model):
+    if model.lower().endswith(CONFIG_SUFFIXES) and not os.path.isdir(model):
         recipe = read_recipe(recipe_class, model, options.values())
     else:
         recipe = read_recipe(recipe_class, None, {"model": model, **options.values()})

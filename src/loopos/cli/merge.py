@@ -15,12 +15,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from loopos.cli.answers import say, say_json, table
-from loopos.cli.compression import RECIPE_SUFFIXES
 from loopos.cli.options import Device, Json, Verbose, argument, device_diagnostics, path, refuse
 from loopos.cli.outcome import note
 from loopos.cli.process import hush_libraries
 from loopos.config.figures import as_time
 from loopos.config.paths import expanded
+from loopos.config.source import CONFIG_SUFFIXES
 
 if TYPE_CHECKING:
     from loopos.config.merge import MergeConfig
@@ -92,7 +92,7 @@ def read_recipe(arguments: Sequence[str], options: MergeOptions) -> MergeConfig:
 
     locations = [argument for argument in arguments if not _OVERRIDE.match(argument) or Path(argument).exists()]
     overrides = [argument for argument in arguments if argument not in locations]
-    is_recipe = len(locations) == 1 and locations[0].lower().endswith(RECIPE_SUFFIXES)
+    is_recipe = len(locations) == 1 and locations[0].lower().endswith(CONFIG_SUFFIXES)
     diagnostics = []
     if not locations:
         diagnostics.append(
