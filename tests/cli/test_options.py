@@ -145,6 +145,13 @@ def test_options_and_a_recipe_file_have_the_same_faults(
     assert faults(None, whole, "command line") == faults(str(file), {}, str(file)) == faults(whole, {}, "config")
 
 
+def test_an_invalid_item_is_one_fault_beside_those_of_other_keys(pico_folder: Path) -> None:
+    values = {"model": str(pico_folder), "method": "magnitude", "sparsity": [0.5, "half"], "window": 8, "stride": 8}
+    with pytest.raises(ConfigError) as raised:
+        read_recipe(PruningRecipe, None, values)
+    assert [each.field for each in raised.value.diagnostics] == ["sparsity.1", "stride"]
+
+
 def test_options_take_precedence_over_the_recipe_and_none_leaves_its_value(pico_folder: Path, tmp_path: Path) -> None:
     file = tmp_path / "recipe.json"
     written = {"model": str(pico_folder), "method": "magnitude", "sparsity": 0.25, "seed": 7}

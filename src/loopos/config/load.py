@@ -295,6 +295,8 @@ def _validated(
         described = diagnostics_of(error, root, schema, renamed)
         diagnostics.extend(diagnostic for path, diagnostic in described if diagnostic.field not in reported)
         faulty.update(".".join(str(step) for step in path[:2]) for path, _ in described)
+        # `_repaired` drops the whole of what is no section: a key of a recipe, such as a list with one invalid item.
+        faulty.update(str(path[0]) for path, _ in described if path and not isinstance(values.get(str(path[0])), dict))
         checkable = _repaired(config_class, values, schema, context)
     if checkable is not None:
         problems = [*checkable.check(), *(checkable.check_files() if check_files else ())]
