@@ -12,7 +12,7 @@ import pytest
 from typer.testing import CliRunner
 
 from loopos.cli.commands import app
-from loopos.cli.quiet import SILENCE
+from loopos.cli.process import SILENCE
 
 Invoke = Callable[..., Any]
 OPENINGS = ("good", "bad", "where")

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from loopos.cli.language_preview import CONTEXT, CUT, LEARNED, fates
+from loopos.cli.data_preview import CONTEXT, CUT, LEARNED, fates
 from loopos.planning import dry_run
 from loopos.planning.estimate import Architecture, cache_bytes, logit_bytes, training_seconds
 from tests.cli.conftest import Invoke, write_jsonl

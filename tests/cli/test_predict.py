@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from loopos.cli.row_files import rendered
+from loopos.cli.answers import rendered
 from tests.cli.conftest import ENDINGS, Invoke, rows, write_jsonl
 
 CLASSES = {"good", "bad", "where"}
@@ -121,10 +121,11 @@ def test_input_that_is_not_utf8_is_named_by_line(run_folder: Path, monkeypatch: 
 
     from loopos.cli.predict import read_texts
     from loopos.config.diagnostics import DataError
+    from loopos.data.decoding import TextRules
 
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"good\nb\xe4d\n")))
     with pytest.raises(DataError, match=r"standard input:2: encoding: got the byte 0xe4"):
-        read_texts("-", {})
+        read_texts("-", {}, TextRules())
 
 
 def test_a_folder_without_a_run(tmp_path: Path, invoke: Invoke) -> None:

@@ -12,8 +12,8 @@ from unittest.mock import patch
 import pytest
 import torch
 
+from loopos.cli.data_preview import preferences_of, response_fates
 from loopos.cli.opened_models import use_of
-from loopos.cli.preference_preview import fates, preferences_of
 from loopos.config.methods import BUILTIN
 from loopos.config.ppo import PpoConfig
 from loopos.data.preference_tokens import EncodedComparison
@@ -297,13 +297,13 @@ def test_preview_of_many_responses(home: Path, config: Write, invoke: Invoke) ->
 
 def test_what_becomes_of_comparisons_that_are_too_long() -> None:
     whole = EncodedComparison([1, 2, 3], [[4, 5, 6], [4, 7]], (Pair(0, 1),), 0)
-    assert fates(whole, None, "drop") == ([3, 2], "")
-    assert fates(whole, 6, "drop") == ([3, 2], "")
-    assert fates(whole, 5, "drop") == ([0, 0], " · dropped: over max_length 5")
-    assert fates(whole, 5, "error")[1] == " · an error: over max_length 5"
-    assert fates(whole, 5, "cut") == ([2, 2], " · cut at 5")
-    assert fates(whole, 4, "cut") == ([0, 0], " · dropped: two responses of the same tokens, cut at 4")
-    assert fates(whole, 3, "cut") == ([0, 0], " · dropped: prompt over max_length")
+    assert response_fates(whole, None, "drop") == ([3, 2], "")
+    assert response_fates(whole, 6, "drop") == ([3, 2], "")
+    assert response_fates(whole, 5, "drop") == ([0, 0], " · dropped: over max_length 5")
+    assert response_fates(whole, 5, "error")[1] == " · an error: over max_length 5"
+    assert response_fates(whole, 5, "cut") == ([2, 2], " · cut at 5")
+    assert response_fates(whole, 4, "cut") == ([0, 0], " · dropped: two responses of the same tokens, cut at 4")
+    assert response_fates(whole, 3, "cut") == ([0, 0], " · dropped: prompt over max_length")
 
 
 def test_the_second_response_may_be_the_chosen_one() -> None:

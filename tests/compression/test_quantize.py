@@ -18,8 +18,9 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 import loopos
 from loopos.compression.pipeline import Rate
 from loopos.compression.quantize import Quantizer
-from loopos.config.compression import QuantizationRecipe, read_quantization_recipe
+from loopos.config.compression import QuantizationRecipe
 from loopos.config.diagnostics import ConfigError, UserError
+from loopos.config.load import read_recipe
 from loopos.evaluation.reasoning import Reasoner
 from loopos.generation.decoders import probed
 from loopos.generation.settings import SamplingSettings
@@ -211,7 +212,7 @@ def test_a_slower_model_is_no_success(pico_folder: Path, tmp_path: Path) -> None
     assert f"**{after.verdict}**" in report
     assert f"{after.measured.weight_bytes / 1e6:,.1f}" in report
     assert "only size and speed were measured" in report
-    assert read_quantization_recipe(str(tmp_path / "out" / "recipe.json"), []) == recipe_of(pico_folder, "int8")
+    assert read_recipe(QuantizationRecipe, str(tmp_path / "out" / "recipe.json")) == recipe_of(pico_folder, "int8")
 
 
 @pytest.mark.parametrize(
@@ -234,5 +235,5 @@ def test_diagnostics_of_a_recipe(
     file = tmp_path / "recipe.json"
     file.write_text(json.dumps(values, indent=1), encoding="utf-8")
     with pytest.raises(ConfigError, match=told) as raised:
-        read_quantization_recipe(str(file), [])
+        read_recipe(QuantizationRecipe, str(file))
     assert str(file) in str(raised.value)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import typing
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -12,8 +13,8 @@ import typer
 from pydantic import BaseModel
 
 import loopos
-from loopos.cli import option_types
-from loopos.cli.commands import app
+from loopos.cli import options
+from loopos.cli.commands import DATA, LOOPOS, RUNS, Command
 from loopos.config.compression import PruningRecipe, QuantizationRecipe
 from loopos.config.keys import Location
 from loopos.config.load import LoadedConfig
@@ -104,14 +105,15 @@ def test_a_config_is_read_from_the_home_folder(home: Path, good: str, folder: Pa
 
 def parameters() -> Iterator[tuple[str, Any, Any]]:
     """Every parameter of every command: its name, its type, and typer's record of it."""
-    groups = [app, *(group.typer_instance for group in app.registered_groups)]
-    for command in (each for group in groups if group is not None for each in group.registered_commands):
-        assert command.callback is not None
-        hints = typing.get_type_hints(command.callback, include_extras=True)
+    listed = [LOOPOS.listed, DATA, RUNS]
+    for command in (each for group in listed for each in group.values() if isinstance(each, Command)):
+        module = importlib.import_module(f"loopos.cli.{command.module}")
+        run = options.typer_function(getattr(module, command.function))
+        hints = typing.get_type_hints(run, include_extras=True)
         for name, hint in hints.items():
             if hasattr(hint, "__metadata__"):
                 kind, info = typing.get_args(hint)[:2]
-                yield f"{command.callback.__name__} {name}", kind, info
+                yield f"{command.module} {name}", kind, info
 
 
 def test_every_option_that_takes_a_path_expands_the_home_folder(home: Path) -> None:
@@ -125,4 +127,4 @@ def test_every_option_that_takes_a_path_expands_the_home_folder(home: Path) -> N
         expected = Path(home / "x") if "Path" in str(kind) else str(home / "x")
         assert info.parser is not None, f"{name}: has no parser; give it `path` or `expanded`"
         assert info.parser("~/x") == expected, name
-    assert isinstance(typer.Option(parser=option_types.path).parser("a"), Path)
+    assert isinstance(typer.Option(parser=options.path).parser("a"), Path)

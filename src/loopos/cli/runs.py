@@ -5,31 +5,47 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
 
 from loopos.cli.answers import confusion_table, say, say_json, shown, table
+from loopos.cli.options import Json, RunFolder, argument, path
 from loopos.cli.outcome import note
-from loopos.config.changed_settings import changed_settings
 from loopos.config.diagnostics import UserError
-from loopos.config.differences import differences
 from loopos.config.figures import as_time, once
-from loopos.evaluation.run_folder import Run, find_runs, read_run
+
+if TYPE_CHECKING:
+    from loopos.evaluation.run_folder import Run
 
 # The metrics for the list, most important first; a run shows the first that it has.
 _HEADLINES = ("accuracy", "micro_f1", "mae", "pair_accuracy", "reward", "loss")
 
+RunsFolder = Annotated[Path, typer.Argument(metavar="FOLDER", help="Folder of runs.", parser=path)]
+EverySetting = Annotated[bool, typer.Option("--all", help="Also show settings at their defaults.")]
+ReportFolder = Annotated[
+    Path | None,
+    typer.Option(
+        "--output", "-o", metavar="FOLDER", help="Folder for the report.", show_default="the run's", parser=path
+    ),
+]
+FirstRun = Annotated[Path, argument("A", "Output folder of a run.", parser=path)]
+SecondRun = Annotated[Path, argument("B", "Output folder of another run.", parser=path)]
 
-def list_runs(folder: Path, *, as_json: bool) -> int:
+
+def list_runs(folder: RunsFolder = Path("outputs"), json: Json = False) -> int:
     """Lists runs, one per line; a broken run is reported on standard error and skipped. Raises `UserError` if there is
     no such folder.
     """
+    from loopos.evaluation.run_folder import find_runs, read_run
+
     found = []
-    for path in find_runs(folder):
+    for each in find_runs(folder):
         try:
-            found.append(read_run(path))
+            found.append(read_run(each))
         except UserError as problem:
             note(f"skipped: {problem}")
-    if as_json:
+    if json:
         say_json([run.summary() for run in found])
     elif not found:
         say(f"{folder}: no runs")
@@ -43,12 +59,16 @@ def list_runs(folder: Path, *, as_json: bool) -> int:
     return 0
 
 
-def show(folder: Path, *, as_json: bool, every_setting: bool = False) -> int:
+def show(folder: RunFolder, every_setting: EverySetting = False, json: Json = False) -> int:
     """Shows one run, with the settings that differ from their defaults or all. Raises `UserError` for a folder without
     a run.
     """
+    from loopos.config.changed_settings import changed_settings
+    from loopos.config.differences import differences
+    from loopos.evaluation.run_folder import read_run
+
     run = read_run(folder)
-    if as_json:
+    if json:
         history = {key: [list(each) for each in values] for key, values in run.history().items()}
         say_json({**run.summary(), "first_metrics": run.first_metrics, "changed": history, "config": run.config})
         return 0
@@ -74,21 +94,25 @@ def show(folder: Path, *, as_json: bool, every_setting: bool = False) -> int:
     return 0
 
 
-def report(folder: Path, output: Path | None, *, as_json: bool) -> int:
+def report(folder: RunFolder, output: ReportFolder = None, json: Json = False) -> int:
     """Writes a run's report as of now. Raises `UserError` for a folder without a run."""
     from loopos.evaluation.report import write_report
+    from loopos.evaluation.run_folder import read_run
 
     run = read_run(folder)
     written = write_report(folder, output)
-    if as_json:
+    if json:
         say_json({"markdown": str(written), "html": str(written.with_suffix(".html")), **run.summary()})
         return 0
     say(f"{written} and {written.with_suffix('.html').name}: {_progress(run)} steps; {run.ended}")
     return 0
 
 
-def diff(first: Path, second: Path, *, as_json: bool) -> int:
+def diff(first: FirstRun, second: SecondRun, json: Json = False) -> int:
     """Compares two runs. Raises `UserError` for a folder without a run."""
+    from loopos.config.differences import differences
+    from loopos.evaluation.run_folder import read_run
+
     one, other = read_run(first), read_run(second)
     settings = differences(one.config, other.config)
     # A setting that changed within a run differs from the other run's, whatever its last value.
@@ -99,7 +123,7 @@ def diff(first: Path, second: Path, *, as_json: bool) -> int:
     metrics = {
         name: (one_metrics.get(name), other_metrics.get(name)) for name in dict.fromkeys([*one_metrics, *other_metrics])
     }
-    if as_json:
+    if json:
         say_json({"runs": [str(first), str(second)], "settings": settings, "changed": over, "metrics": metrics})
         return 0
     head = ("", str(first), str(second))

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
-from loopos.data.step_format import StepFormat
-from loopos.evaluation.reasoning import Answered
-from loopos.generation.completions import Completion
-from loopos.generation.steps import Chain, Step
+if TYPE_CHECKING:
+    from loopos.data.step_format import StepFormat
+    from loopos.evaluation.reasoning import Answered
+    from loopos.generation.completions import Completion
+    from loopos.generation.steps import Chain, Step
 
 Recorded: TypeAlias = str | list[dict[str, object]]
 """A prompt in a record: a text, or messages."""

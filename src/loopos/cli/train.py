@@ -1,29 +1,30 @@
 """`loopos train`: checks the config, claims the run folder, runs the method and prints the outcome.
 
 The summary (or one JSON object) goes to standard output, progress to standard error. Exit codes: 0, also after SIGTERM,
-SIGHUP and SIGUSR1; 130 after Ctrl-C; 4 after a guard. Checks that need no torch run before torch is imported.
+SIGHUP and SIGUSR1; 130 after Ctrl-C; 4 after a guard. Checks that need no torch run before torch is imported;
+what the installed torch was built for is read from its files, because importing it takes seconds.
 """
 
 from __future__ import annotations
 
+import importlib.util
 import os
+import re
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
-from loopos.cli import configs
+import typer
+
 from loopos.cli.answers import say, say_json, shown
-from loopos.cli.installed_torch import refuse_absent_device
-from loopos.cli.opened_models import use_of
-from loopos.cli.process import restart_with_settings, settings_in_force
-from loopos.cli.quiet import hush_libraries
-from loopos.config.diagnostics import UserError
+from loopos.cli.options import Config, Json, Overrides, TrustRemoteCode, Verbose
+from loopos.cli.process import prepare_to_compute, settings_in_force
+from loopos.config.diagnostics import SettingError, UserError
 from loopos.config.figures import as_time, once
-from loopos.config.load import load
-from loopos.config.methods import config_classes, method_row
+from loopos.config.methods import config_classes, method_row, methods_help
 from loopos.data.read_ahead import reuse_in_training
-from loopos.data.row_check import check_columns, check_rows
 
 if TYPE_CHECKING:
     from loopos.evaluation.own_metrics import OwnMetrics
@@ -31,18 +32,24 @@ if TYPE_CHECKING:
     from loopos.training.callbacks import Callbacks
     from loopos.training.run_state import FitResult
 
+_TORCH_LINE = re.compile(r"^(__version__|cuda|hip|xpu)\b[^=]*= *(.+)$", re.MULTILINE)
 
-@dataclass(frozen=True, slots=True)
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class TrainOptions:
     """The options of `loopos train`."""
 
-    resume: bool = False
-    dry_run: bool = False
-    quiet: bool = False
-    trust_remote_code: bool = False
-    json: bool = False
-    verbose: bool = False
-    num_processes: int | None = None
+    resume: Annotated[bool, typer.Option("--resume", help="Resume from the newest complete checkpoint.")] = False
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print parameters, tokens, steps, memory, disk and time; do not train.")
+    ] = False
+    quiet: Annotated[bool, typer.Option("--quiet", help="Print only warnings.")] = False
+    num_processes: Annotated[
+        int | None, typer.Option("--nproc", help="Processes on this machine, one per GPU. Several machines: torchrun.")
+    ] = None
+    trust_remote_code: TrustRemoteCode = False
+    json: Json = False
+    verbose: Verbose = False
 
     def arguments(self) -> list[str]:
         """The options as written on the command line, except the number of processes."""
@@ -56,12 +63,21 @@ class TrainOptions:
         return [option for option, is_set in actual.items() if is_set]
 
 
-def run(path: Path, overrides: Sequence[str], options: TrainOptions) -> int:
+def more_help() -> str:
+    """The methods, for the help text."""
+    return methods_help()
+
+
+def run(path: Config, options: TrainOptions, overrides: Overrides = ()) -> int:
     """Trains, or with `dry_run` only prints what training would need. Raises `UserError`."""
+    from loopos.cli import configs
+    from loopos.config.load import load
+
     loaded = load(path, overrides, config_classes())
     # Any: each method has its own config class, which `load` has checked.
     config: Any = loaded.config
     # Report a model that is not installed or a folder in use now, not after the slow imports below.
+    from loopos.data.row_check import check_columns, check_rows
     from loopos.evaluation.run_claim import refuse_started
     from loopos.models.resolve import check_tokenizer_source, weights_source
     from loopos.storage.durable import require_writable
@@ -85,9 +101,8 @@ def run(path: Path, overrides: Sequence[str], options: TrainOptions) -> int:
     if options.num_processes is not None and not options.dry_run:
         check_rows(config)
         return _launch(path, overrides, options)
-    restart_with_settings()
+    prepare_to_compute(verbose=options.verbose)
     configs.print_notes(loaded)
-    hush_libraries(verbose=options.verbose)
     if options.dry_run:
         return _plan(config, options)
     with run_ends_at_once():
@@ -99,6 +114,8 @@ def run(path: Path, overrides: Sequence[str], options: TrainOptions) -> int:
 
 def _plan(config: Any, options: TrainOptions) -> int:
     """Prints what training would take; 3 where it needs more memory or disk than there is. Raises `UserError`."""
+    from loopos.data.row_check import check_rows
+
     with reuse_in_training():
         check_rows(config)
         from loopos.planning import dry_run
@@ -125,6 +142,8 @@ def train(
     config: Any, options: TrainOptions, callbacks: Callbacks | None = None, metrics: OwnMetrics | None = None
 ) -> FitResult:
     """Runs the config's method to its end. callbacks, metrics: functions of a Python program."""
+    from loopos.data.row_check import check_rows
+
     with reuse_in_training():
         check_rows(config)
         trainer_class = method_row(config.computation.method).trainer_class
@@ -180,6 +199,7 @@ def is_first_process() -> bool:
 
 def print_outcome(run_dir: Path, result: FitResult, *, as_json: bool) -> None:
     """Prints how the run ended to standard output."""
+    from loopos.cli.opened_models import use_of
     from loopos.evaluation.run_folder import read_run
 
     found = read_run(run_dir)
@@ -221,3 +241,34 @@ def _as_json(run_dir: Path, result: FitResult, found: Run) -> dict[str, Any]:
         "seconds": result.seconds,
         "model": str(run_dir / "model") if found.has_model else None,
     }
+
+
+def refuse_absent_device(device: str, precision: str) -> None:
+    """Raises `SettingError` for a device that the installed torch does not support, and for fp16 without CUDA. Passes
+    if the files do not tell.
+    """
+    found = _built_for()
+    if found is None:
+        return
+    version, has_cuda = found
+    if device == "cuda" and not has_cuda:
+        problem = f"got cuda, but the installed torch {version} is built without CUDA; use auto or cpu"
+        raise SettingError("training.device", problem)
+    if device == "mps" and sys.platform != "darwin":
+        raise SettingError("training.device", "got mps, which only macOS has; use auto or cpu")
+    if precision == "fp16" and (not has_cuda or device in ("cpu", "mps")):
+        where = device if device != "auto" else f"the default of torch {version}"
+        problem = f"got fp16, but only CUDA trains in fp16, and the device is {where}; use auto, fp32 or bf16"
+        raise SettingError("training.precision", problem)
+
+
+def _built_for() -> tuple[str, bool] | None:
+    """torch's version, and whether it supports CUDA or ROCm; None if torch or its version.py is missing."""
+    spec = importlib.util.find_spec("torch")
+    file = Path(spec.origin).with_name("version.py") if spec is not None and spec.origin else None
+    if file is None or not file.is_file():
+        return None
+    fields = dict(_TORCH_LINE.findall(file.read_text(encoding="utf-8")))
+    if "__version__" not in fields or "cuda" not in fields:
+        return None
+    return fields["__version__"].strip("'\""), fields["cuda"] != "None" or fields.get("hip", "None") != "None"

@@ -11,7 +11,7 @@ import json
 import os
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, TypeVar
 
 from pydantic import ValidationError
 
@@ -39,10 +39,13 @@ from loopos.config.source import (
     close_matches,
     read_source,
     source_of,
+    source_on_command_line,
+    with_values,
 )
 from loopos.config.wording import Schema, diagnostics_of, shown
 
 Methods = Mapping[tuple[str, str], type[MethodConfig]]
+RecipeT = TypeVar("RecipeT", bound=MethodConfig)
 
 _MOST_REPAIRS = 6
 
@@ -114,17 +117,47 @@ def _read(
     return source, root, notes
 
 
-def load_recipe(source: Source, overrides: Sequence[str], recipe_class: type[MethodConfig]) -> LoadedConfig:
+def load_recipe(
+    source: Source | None,
+    overrides: Sequence[str],
+    recipe_class: type[MethodConfig],
+    *,
+    values: Mapping[str, object] | None = None,
+) -> LoadedConfig:
     """Override and check a recipe: a config without a training method, with its keys at the top level.
 
-    Raises `ConfigError` with every diagnostic, as `load` does.
+    `source` None: the recipe is on the command line only. `values` are options of the command line: dotted key → value;
+    None leaves the recipe's value. `overrides` are applied after them. Raises `ConfigError` with every diagnostic, as
+    `load` does.
     """
-    root = without_entry(apply_overrides(source.root, overrides), "$schema")
+    source = source or source_on_command_line({})
+    actual = {key: value for key, value in (values or {}).items() if value is not None}
+    root = without_entry(apply_overrides(with_values(source.root, actual), overrides), "$schema")
     config, diagnostics = _validated(recipe_class, root, {}, set(), check_files=True)
     if diagnostics:
         raise ConfigError(_by_line(diagnostics))
     assert config is not None
     return LoadedConfig(config, source.path, source.text, config.notes())
+
+
+def read_recipe(
+    recipe_class: type[RecipeT],
+    source: str | os.PathLike[str] | Mapping[str, object] | None,
+    values: Mapping[str, object] | None = None,
+) -> RecipeT:
+    """The recipe of a file, of a dict, or of the options alone (None). `values` are options, as of `load_recipe`.
+
+    Raises `ConfigError` with every diagnostic.
+    """
+    if source is None:
+        found = None
+    elif isinstance(source, Mapping):
+        found = source_of(source)
+    else:
+        found = read_source(expanded(os.fspath(source)))
+    recipe = load_recipe(found, [], recipe_class, values=values).config
+    assert isinstance(recipe, recipe_class), "load_recipe makes the class that it is given"
+    return recipe
 
 
 def _by_line(diagnostics: Sequence[Diagnostic]) -> list[Diagnostic]:
@@ -262,6 +295,8 @@ def _validated(
         described = diagnostics_of(error, root, schema, renamed)
         diagnostics.extend(diagnostic for path, diagnostic in described if diagnostic.field not in reported)
         faulty.update(".".join(str(step) for step in path[:2]) for path, _ in described)
+        # `_repaired` drops the whole of what is no section: a key of a recipe, such as a list with one invalid item.
+        faulty.update(str(path[0]) for path, _ in described if path and not isinstance(values.get(str(path[0])), dict))
         checkable = _repaired(config_class, values, schema, context)
     if checkable is not None:
         problems = [*checkable.check(), *(checkable.check_files() if check_files else ())]
