@@ -13,7 +13,7 @@ import pytest
 
 from loopos.config.diagnostics import MissingRequirement
 from loopos.storage.durable import JSON, DiskFull
-from loopos.storage.events import EventLog, EventLogError, TensorBoardAdapter, fingerprint, read
+from loopos.storage.events import EventLog, EventLogError, TensorBoardTracker, TrackerWriter, fingerprint, read
 
 
 def write_steps(log: EventLog, first: int, last: int, seconds: float = 0.1) -> None:
@@ -187,19 +187,19 @@ def test_tensorboard_missing_is_summary_with_the_line_to_install(
 ) -> None:
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard.writer", None)
     with pytest.raises(MissingRequirement, match=r"pip install .*\[track\]"):
-        TensorBoardAdapter(tmp_path)
+        TensorBoardTracker(tmp_path)
 
 
 def test_tensorboard_receives_the_numbers(tmp_path: Path) -> None:
     pytest.importorskip("tensorboard")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    adapter = TensorBoardAdapter(tmp_path)
+    adapter = TrackerWriter("tensorboard", TensorBoardTracker, tmp_path)
     adapter.write("step", step=1, metrics={"loss": 0.5, "note": "text", "flag": True}, timing={"seconds": 2.0})
     adapter.write("step", step=2, metrics={"loss": 0.25}, timing={})
     adapter.write("session", step=None, metrics={"cores": 2}, timing={})
     adapter.close()
-    accumulator = EventAccumulator(str(tmp_path)).Reload()
+    accumulator = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
     assert sorted(accumulator.Tags()["scalars"]) == ["step/loss", "step/seconds"]
     assert [(point.step, point.value) for point in accumulator.Scalars("step/loss")] == [(1, 0.5), (2, 0.25)]
 

@@ -10,7 +10,6 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias, TypeVar
 
-from loopos.config.diagnostics import UserError
 from loopos.config.registry import Reference, Registry
 
 if TYPE_CHECKING:
@@ -96,7 +95,7 @@ BUILTIN: Mapping[str, MethodRow] = {
     ),
 }
 
-METHODS: Registry[MethodRow] = Registry("method", BUILTIN)
+METHODS: Registry[MethodRow] = Registry("method", BUILTIN, decorator="register_method")
 
 
 def register_method(
@@ -112,7 +111,8 @@ def register_method(
     """
 
     def registered(trainer: Trainer) -> Trainer:
-        METHODS.register(name, MethodRow(mode, config, trainer, summary, reads), source=trainer.__module__)
+        row = MethodRow(mode, config, trainer, summary, reads)
+        METHODS.register(name, row, source=trainer.__module__, decorated=trainer)
         return trainer
 
     return registered
@@ -120,14 +120,7 @@ def register_method(
 
 def method_row(name: str) -> MethodRow:
     """The row of a method, by its name or by "module:Class" of a registered trainer. Raises `UserError`."""
-    if ":" not in name:
-        return METHODS[name]
-    trainer = Reference(name).load()
-    for each in METHODS:
-        row = METHODS[each]
-        if row.trainer is trainer:
-            return row
-    raise UserError(f'the method "{name}" is not registered; decorate the class with @loopos.register_method(...)')
+    return METHODS[name]
 
 
 class _ConfigClasses(Mapping[MethodName, "type[MethodConfig]"]):

@@ -112,6 +112,8 @@ def _choices(schema: Schema, whole: Schema) -> list[str]:
         noun = "a whole number" if kind == "integer" else "a number"
         return [f"{noun} {bounds}" if bounds else noun]
     if kind == "string":
+        if "$comment" in schema:
+            return [str(schema["$comment"])]
         if "examples" in schema:
             return [f"text such as {_join_choices([json.dumps(example) for example in schema['examples']])}"]
         return ["text that is not empty" if schema.get("minLength") else "text"]
