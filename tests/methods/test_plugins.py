@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from own_packages import installed
 from pico_runs import class_rows, write_jsonl
 from typer.testing import CliRunner
 
 from loopos.cli.commands import app
 from loopos.config.diagnostics import UserError
 from loopos.config.methods import METHODS, MethodRow, method_row
-from loopos.config.registry import Reference, Registry, load_plugins
+from loopos.config.registry import Reference, Registry
 
 METHOD = """
 from loopos import FineTuner, FineTuningConfig, register_method
@@ -34,18 +34,10 @@ class LabelNoise(FineTuner):
 def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """An installed package whose one module registers a method."""
     site = tmp_path / "site"
-    info = site / "noisy_labels-1.0.dist-info"
-    info.mkdir(parents=True)
+    site.mkdir()
     (site / "noisy_labels.py").write_text(METHOD, encoding="utf-8")
-    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: noisy-labels\nVersion: 1.0\n", encoding="utf-8")
-    (info / "entry_points.txt").write_text("[loopos.plugins]\nnoisy = noisy_labels\n", encoding="utf-8")
-    monkeypatch.syspath_prepend(str(site))
-    load_plugins.cache_clear()
-    rows, sources = dict(METHODS._rows), dict(METHODS._sources)
-    yield site
-    METHODS._rows, METHODS._sources = rows, sources
-    sys.modules.pop("noisy_labels", None)
-    load_plugins.cache_clear()
+    with installed(site, site, "noisy_labels", monkeypatch):
+        yield site
 
 
 def run(*words: object) -> object:
@@ -106,7 +98,7 @@ def test_an_unknown_method_names_those_of_packages_too(package: Path, tmp_path: 
 
 def test_a_package_that_cannot_be_imported_is_named(package: Path) -> None:
     (package / "noisy_labels.py").write_text("import no_such_module_here\n", encoding="utf-8")
-    with pytest.raises(UserError, match=r'"noisy" of the package noisy-labels .*no_such_module_here'):
+    with pytest.raises(UserError, match=r'"noisy_labels" of the package noisy-labels .*no_such_module_here'):
         list(METHODS)
 
 

@@ -26,7 +26,7 @@ from loopos.config.diagnostics import UserError
 PLUGINS = "loopos.plugins"
 """The entry point group: each entry names a module whose import registers variants."""
 OF_YOUR_OWN = '"module:name" of your own'
-_SENTENCE_END = re.compile(r"(?<=[a-z)\d])(?:\.(?=\s+[A-Z]|$)|:(?=\s))")
+_SENTENCE_END = re.compile(r"(?<=[^\s.])(?:\.(?=\s+[A-Z]|$)|:(?=\s))")
 
 Value = TypeVar("Value")
 

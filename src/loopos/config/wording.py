@@ -16,6 +16,7 @@ from pydantic import ValidationError
 from loopos.config.diagnostics import Diagnostic
 from loopos.config.json_text import ListNode, MappingNode, Node, Path, ScalarNode, dotted, find, key_mark, value_mark
 from loopos.config.other_tools import OTHER_KEYS
+from loopos.config.registry import OF_YOUR_OWN
 from loopos.config.source import COMMAND_LINE, close_matches
 
 Schema: TypeAlias = dict[str, Any]
@@ -96,7 +97,8 @@ def describe(schema: Schema, whole: Schema) -> str:
 
 
 def _join_choices(choices: Sequence[str]) -> str:
-    unique = list(dict.fromkeys(choices))
+    # Names that users make themselves come last, after null too.
+    unique = sorted(dict.fromkeys(choices), key=lambda choice: choice == OF_YOUR_OWN)
     return unique[0] if len(unique) == 1 else f"{', '.join(unique[:-1])} or {unique[-1]}"
 
 
