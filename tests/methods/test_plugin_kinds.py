@@ -373,6 +373,6 @@ def test_a_package_that_raises_is_named(tmp_path: Path, monkeypatch: pytest.Monk
         (broken / "bad_package.py").write_text(text)
         with installed(broken / str(len(text)), broken, "bad_package", monkeypatch):
             result = run("list", "losses")
-            assert result.exit_code != 0 or result.exception
+            assert (result.exit_code, "the package bad-package" in result.stderr) == (2, True)
             with pytest.raises(UserError, match=f"the package bad-package cannot be imported .*{message}"):
                 load_plugins()

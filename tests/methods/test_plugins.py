@@ -87,6 +87,28 @@ def test_a_method_of_a_package_is_listed_checked_and_trained(package: Path, tmp_
     assert len(noisy) == len(plain) >= 2
 
 
+def test_what_a_method_reads_decides_how_its_run_is_planned_and_shown(
+    package: Path, tmp_path: Path, pico_folder: Path
+) -> None:
+    """A method of a package is previewed and planned as the built-in ones are; one that says nothing, is refused."""
+    planned = {}
+    for method in ("label_noise", "fine_tuning"):
+        file = config(tmp_path, pico_folder, method)
+        plan = run("train", file, "--dry-run", "--json")
+        assert plan.exit_code in (0, 3), plan.stderr  # type: ignore[attr-defined]
+        planned[method] = json.loads(plan.stdout)  # type: ignore[attr-defined]
+        shown = run("data", "preview", file, "--rows", "1")
+        assert "[pooled] by" in shown.stdout  # type: ignore[attr-defined]
+    for part in ("model", "rows", "tokens", "steps"):
+        assert planned["label_noise"][part] == planned["fine_tuning"][part]
+    (package / "silent.py").write_text(METHOD.replace("label_noise", "silent").replace(', reads=("labeled",)', ""))
+    file = config(tmp_path, pico_folder, "silent:LabelNoise")
+    for words in (("train", file, "--dry-run"), ("data", "preview", file)):
+        result = run(*words)
+        assert result.exit_code == 2  # type: ignore[attr-defined]
+        assert 'the method "silent:LabelNoise" does not say what it reads' in result.stderr  # type: ignore[attr-defined]
+
+
 def test_an_unknown_method_names_those_of_packages_too(package: Path, tmp_path: Path, pico_folder: Path) -> None:
     result = run("train", config(tmp_path, pico_folder, "label_nois"))
     assert result.exit_code == 2  # type: ignore[attr-defined]

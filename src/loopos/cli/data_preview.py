@@ -20,10 +20,7 @@ from loopos.cli import configs
 from loopos.cli.quiet import hush_libraries
 from loopos.cli.token_marks import token_text
 from loopos.config.diagnostics import printable
-from loopos.config.fine_tuning import FineTuningConfig
-from loopos.config.ppo import PpoConfig
-from loopos.config.reward_model import RewardModelConfig
-from loopos.config.rlhf import RlhfConfig
+from loopos.config.methods import method_row
 
 POOLED, UNPOOLED, CUT = "pooled", "unpooled", "cut"
 _STYLES = {POOLED: "green", UNPOOLED: "", CUT: "red strike"}
@@ -43,11 +40,12 @@ def run(path: Path, overrides: Sequence[str], *, num_rows: int, trust_remote_cod
     """Prints the preview. Raises `UserError`, as training would."""
     config: Any = configs.read(path, overrides).config
     hush_libraries(verbose=verbose)
-    if isinstance(config, RewardModelConfig | PpoConfig | RlhfConfig):
+    reads = method_row(config.computation.method).reads
+    if "comparisons" in reads or "prompts" in reads:
         from loopos.cli import preference_preview
 
         return preference_preview.run(config, num_rows=num_rows, trust_remote_code=trust_remote_code)
-    if not isinstance(config, FineTuningConfig):
+    if "labeled" not in reads:
         from loopos.cli import language_preview
 
         return language_preview.run(config, num_rows=num_rows, trust_remote_code=trust_remote_code)

@@ -15,7 +15,8 @@ from rich.text import Text
 
 from loopos.cli.token_marks import CONTEXT, CUT, LEARNED, rendered
 from loopos.config.chain_of_thought import ChainOfThoughtConfig
-from loopos.config.diagnostics import DataError, printable
+from loopos.config.diagnostics import DataError, UserError, printable
+from loopos.config.methods import method_row
 from loopos.config.pretraining import PretrainingConfig
 from loopos.data.supervised_rows import Example
 from loopos.data.supervised_tokens import Supervised, encode_supervised
@@ -24,13 +25,19 @@ from loopos.planning.work import open_pretraining, open_reasoning
 _LEGEND = "[learned] · bare: context, not learned · ~cut~ · | separates tokens"
 
 
-def run(config: ChainOfThoughtConfig | PretrainingConfig, *, num_rows: int, trust_remote_code: bool) -> int:
-    """Prints the preview. Raises `UserError`, as training would, after the rows that can be shown."""
+def run(config: Any, *, num_rows: int, trust_remote_code: bool) -> int:
+    """Prints the preview. Raises `UserError`, as training would, after the rows that can be shown, and for a method
+    that does not say what it reads.
+    """
     console = Console(highlight=False, soft_wrap=True)
-    if isinstance(config, PretrainingConfig):
+    name = config.computation.method
+    reads = method_row(name).reads
+    if "text" in reads:
         _pretraining(config, console, num_rows, trust_remote_code=trust_remote_code)
-    else:
+    elif "demonstrations" in reads:
         _reasoning(config, console, num_rows, trust_remote_code=trust_remote_code)
+    else:
+        raise UserError(f'the method "{name}" does not say what it reads, so that its rows cannot be shown')
     return 0
 
 

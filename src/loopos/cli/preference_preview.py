@@ -15,9 +15,9 @@ from rich.text import Text
 
 from loopos.cli.token_marks import CONTEXT, CUT, LEARNED, rendered
 from loopos.config.diagnostics import DataError, printable
+from loopos.config.methods import method_row
 from loopos.config.ppo import PpoConfig
 from loopos.config.reward_model import RewardModelConfig
-from loopos.config.rlhf import RlhfConfig
 from loopos.data.preference_tokens import (
     PROMPT_OVER,
     SAME_TOKENS,
@@ -34,19 +34,17 @@ _PROMPT_LEGEND = "bare: prompt, which the policy answers · ~dropped~ · | separ
 _INDENT = " " * 10
 
 
-def run(config: RewardModelConfig | PpoConfig | RlhfConfig, *, num_rows: int, trust_remote_code: bool) -> int:
+def run(config: Any, *, num_rows: int, trust_remote_code: bool) -> int:
     """Prints the preview. Raises `UserError`, as training would, after the rows that can be shown."""
     console = Console(highlight=False, soft_wrap=True)
-    if isinstance(config, PpoConfig):
-        _prompts(config, console, num_rows, trust_remote_code=trust_remote_code)
-    elif isinstance(config, RewardModelConfig):
-        _comparisons(config, console, num_rows, trust_remote_code=trust_remote_code)
-    else:
-        _comparisons(config.reward_model_config(), console, num_rows, trust_remote_code=trust_remote_code)
+    *earlier, last = config.phases
+    for phase in earlier:
+        _comparisons(phase, console, num_rows, trust_remote_code=trust_remote_code)
         console.print(Text("\nprompts that the policy answers", style="bold"))
         # Prompts of the preference data were just shown.
-        shown = num_rows if config.data.prompts is not None else 0
-        _prompts(config.ppo_config(), console, shown, trust_remote_code=trust_remote_code)
+        num_rows = num_rows if config.data.prompts is not None else 0
+    preview = _prompts if "prompts" in method_row(last.computation.method).reads else _comparisons
+    preview(last, console, num_rows, trust_remote_code=trust_remote_code)
     return 0
 
 

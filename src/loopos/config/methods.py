@@ -17,14 +17,24 @@ if TYPE_CHECKING:
 
 MethodName: TypeAlias = tuple[str, str]
 Rows: TypeAlias = Literal["labeled", "demonstrations", "comparisons", "prompts", "text"]
+Models: TypeAlias = Literal["head", "scores", "language", "roles"]
+_USUAL_MODELS: Mapping[Rows, Models] = {
+    "labeled": "head",
+    "comparisons": "scores",
+    "demonstrations": "language",
+    "text": "language",
+    "prompts": "roles",
+}
 Trainer = TypeVar("Trainer", bound=type[Any])
 
 
 @dataclass(frozen=True, slots=True)
 class MethodRow:
     """`mode`: the stage of training. `config`, `trainer`: the classes. `summary`: what the method does, in a line.
-    `reads`: the kind of rows that it trains on, by which they are checked before torch is imported; None where that is
-    left to the method.
+    `reads`: the kinds of rows that it trains on, by which they are checked before torch is imported, shown and counted;
+    empty where that is left to the method. `model`: what is trained, by which a run is planned: a head over pooled
+    states, scalar scores of responses, a language model, or the roles of reinforcement learning; None for what the
+    first kind of rows usually trains.
     """
 
     mode: str
@@ -32,6 +42,12 @@ class MethodRow:
     trainer: Reference | type[Any]
     summary: str
     reads: tuple[Rows, ...] = ()
+    model: Models | None = None
+
+    @property
+    def trains(self) -> Models | None:
+        """What is trained; None where neither `model` nor `reads` says it."""
+        return self.model or (_USUAL_MODELS[self.reads[0]] if self.reads else None)
 
     @property
     def config_class(self) -> type[MethodConfig]:
@@ -105,13 +121,14 @@ def register_method(
     summary: str,
     mode: str = "posttraining",
     reads: tuple[Rows, ...] = (),
+    model: Models | None = None,
 ) -> Callable[[Trainer], Trainer]:
-    """Registers the decorated class, a `loopos.Trainer`, as the method `name`. config: the class of its config; reads:
-    as in `MethodRow`.
+    """Registers the decorated class, a `loopos.Trainer`, as the method `name`. config: the class of its config; reads,
+    model: as in `MethodRow`.
     """
 
     def registered(trainer: Trainer) -> Trainer:
-        row = MethodRow(mode, config, trainer, summary, reads)
+        row = MethodRow(mode, config, trainer, summary, reads, model)
         METHODS.register(name, row, source=trainer.__module__, decorated=trainer)
         return trainer
 

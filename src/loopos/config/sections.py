@@ -305,6 +305,16 @@ class MethodConfig(Section):
 
     section_order: ClassVar[tuple[str, ...]] = ("model", "computation", "training", "data")
 
+    @property
+    def phases(self) -> tuple[MethodConfig, ...]:
+        """The configs of the trainings that the method runs, one after another; itself for a method that is one."""
+        return (self,)
+
+    @property
+    def generates(self) -> bool:
+        """Whether validation generates answers."""
+        return False
+
     def check(self) -> Iterator[Problem]:
         """Contradictions between keys."""
         return iter(())
