@@ -138,6 +138,33 @@ def test_the_dry_run_counts_no_critic(tmp_path: Path, pico_folder: Path) -> None
     assert planned.exit_code in (0, 3), planned.stderr
 
 
+def test_rlhf_takes_an_algorithm_without_a_critic_too(tmp_path: Path, pico_folder: Path) -> None:
+    rows = write_jsonl(tmp_path / "rows.jsonl", comparisons(24))
+    training = {"algorithm": "reinforce", "kl_coefficient": 0.1, "value_model": "policy", "batch_size": 8}
+    config = config_of(tmp_path / "run", pico_folder, "rlhf", training=training, data={"preference_data": str(rows)})
+    file = tmp_path / "run.json"
+    file.write_text(json.dumps(config))
+    planned = run("train", file, "--dry-run", "--json")
+    assert 'training.value_model has no effect: the algorithm "reinforce" has no critic' in planned.stderr
+    roles = json.loads(planned.stdout)["policy"]["model"]["roles"]
+    # The penalty on the KL needs the reference.
+    assert set(roles) == {"policy", "reference", "reward model"}
+
+
+def test_with_adapters_and_no_critic_one_adapter_trains(tmp_path: Path, pico_folder: Path) -> None:
+    training = {"trainable": "lora", "kl_coefficient": 0.1, "max_iterations": 1}
+    config = policy_config(tmp_path / "run", pico_folder, "reinforce", **training)
+    loopos.train(config, quiet=True)
+    (rollout,) = events_of(tmp_path / "run", "rollout")
+    assert rollout["kl"] == pytest.approx(0.0, abs=1e-4)
+    names = set(load_file(tmp_path / "run" / "adapter" / "adapter_model.safetensors"))
+    assert names
+    last = max((tmp_path / "run" / "checkpoints").glob("step-*"))
+    saved = {name for file in last.glob("weights*.safetensors") for name in load_file(file)}
+    assert {name.split(".lora_")[1].split(".")[1] for name in saved if ".lora_" in name} == {"default"}
+    assert not [name for name in saved if "critic" in name]
+
+
 def bits_of(folder: Path) -> dict[str, str]:
     last = max((folder / "checkpoints").glob("step-*"))
     files = [folder / "model" / "model.safetensors", *sorted(last.glob("*.safetensors"))]

@@ -162,7 +162,7 @@ def _policy_load(
     rows = -(-training.batch_size // passes)
     row_tokens = _sequence(config, described)
     return Load(
-        "ppo",
+        config.computation.method,
         training,
         networks,
         rows,
