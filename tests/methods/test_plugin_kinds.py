@@ -200,6 +200,18 @@ def test_another_algorithm_is_another_run(tmp_path: Path, pico_folder: Path) -> 
         loopos.train(config, resume=True, quiet=True)
 
 
+def test_other_answers_are_another_run(tmp_path: Path, pico_folder: Path) -> None:
+    """The columns that a reward reads decide what is learned, though no token shows them."""
+    config = policy_config(tmp_path / "run", pico_folder, "reinforce", max_iterations=2)
+    loopos.train(config, quiet=True)
+    rows = json.loads((tmp_path / "run" / "events.jsonl").read_text().splitlines()[0])["metrics"]["rows"]
+    assert rows == ["5 rows read, 5 used; for reward functions only: letters"]
+    write_jsonl(tmp_path / "prompts.jsonl", [{"prompt": text, "letters": "n"} for text in ASKED])
+    config["training"]["max_iterations"] = 3
+    with pytest.raises(UserError, match="the columns of the prompts' rows differ"):
+        loopos.train(config, resume=True, quiet=True)
+
+
 def test_losses_of_the_package_train(tmp_path: Path, pico_folder: Path) -> None:
     rows = write_jsonl(tmp_path / "rows.jsonl", class_rows(24))
     first = {}

@@ -140,7 +140,7 @@ class FormatReport:
     """Counts of a pass: `read` = `used` + the sum of `dropped`, which counts rows by reason.
 
     `class_names`: names that the data set itself keeps for the whole numbers of its label column, if any. `columns`:
-    role → column; `unread`: the columns that no role reads.
+    role → column; `unread`: the columns that no role reads, and `unread_note` what becomes of them.
     """
 
     read: int
@@ -151,6 +151,7 @@ class FormatReport:
     class_names: tuple[str, ...] = field(default=())
     columns: Mapping[str, str] = field(default_factory=dict)
     unread: tuple[str, ...] = field(default=())
+    unread_note: str = "not read"
 
 
 def account(report: FormatReport) -> str:
@@ -161,7 +162,7 @@ def account(report: FormatReport) -> str:
 
 def left_out(report: FormatReport) -> list[str]:
     """A note on the columns that no role reads; empty if all are read."""
-    return [f"not read: {named(report.unread)}"] if report.unread else []
+    return [f"{report.unread_note}: {named(report.unread)}"] if report.unread else []
 
 
 def opened(data: SourceKeys, source: str, split: str) -> RowReader:

@@ -161,7 +161,9 @@ class PpoTrainer(Trainer[PpoConfig]):
             batches=self.batches,
             objective=self.objective,
             validation=self._validation() if self.check is not None else None,
-            identity=of_policy(self.config, self.prompts, self.encoder, base=self.base),
+            identity=of_policy(
+                self.config, self.prompts, self.encoder, base=self.base, rewards_read_rows=rewards.read_rows
+            ),
             facts=self._facts(plan.iterations),
             planned_steps=plan.iterations * self.batches.steps_an_epoch,
             planned_end=plan.planned_end,

@@ -22,9 +22,6 @@ from loopos.evaluation.own_code import called_for, numbers_of
 from loopos.evaluation.reward_predictor import Normalization, Scorer, raw_scores
 from loopos.models.folders import check_same_tokens, open_reward_model
 
-RewardFunction: TypeAlias = Callable[[Sequence["Response"]], list[float]]
-"""Responses → a number each."""
-
 
 @dataclass(frozen=True, slots=True)
 class Response:
@@ -42,39 +39,43 @@ class Response:
     row: Mapping[str, object] = field(default_factory=dict)
 
 
+@dataclass(frozen=True, slots=True)
+class RewardFunction:
+    """Responses → a number each. `takes_rows`: whether the function gets the rows of data."""
+
+    function: OwnFunction
+    takes_rows: bool
+
+    def __call__(self, responses: Sequence[Response]) -> list[float]:
+        """The numbers, checked; exceptions are reported with the row of the call. Raises `UserError`."""
+        if not responses:
+            return []
+        sources = [called_for(response.prompt, response.source) for response in responses]
+        try:
+            found = self._called(responses, f"{len(responses)} responses, the first to {sources[0]}")
+        except UserError:
+            # Call the function for each row separately, to find the row that fails.
+            for response, source in zip(responses, sources, strict=True) if len(responses) > 1 else ():
+                self._called([response], source)
+            raise
+        return numbers_of(found, sources, self.function)
+
+    def _called(self, responses: Sequence[Response], about: str) -> Any:
+        prompts, texts = [each.prompt for each in responses], [each.text for each in responses]
+        if self.takes_rows:
+            return self.function(prompts, texts, [dict(each.row) for each in responses], about=about)
+        return self.function(prompts, texts, about=about)
+
+
 def reward_function(name: str) -> RewardFunction:
     """The function of the table, or "module:function", called as `function(prompts, responses)`, or as
-    `function(prompts, responses, rows)` where it has a third parameter. Its return value is checked; its exceptions are
-    reported with the row of the call. Raises `UserError`.
+    `function(prompts, responses, rows)` where it has a third parameter. Raises `UserError`.
     """
     if ":" in name:
         function = own_function(name, "reward function")
     else:
         function = OwnFunction(f"reward function {name}", REWARDS[name].load())
-    with_rows = takes_rows(function.function)
-
-    def score(responses: Sequence[Response]) -> list[float]:
-        if not responses:
-            return []
-        sources = [called_for(response.prompt, response.source) for response in responses]
-        about = f"{len(responses)} responses, the first to {sources[0]}"
-        try:
-            found = _called(function, responses, about, with_rows=with_rows)
-        except UserError:
-            # Call the function for each row separately, to find the row that fails.
-            for response, source in zip(responses, sources, strict=True) if len(responses) > 1 else ():
-                _called(function, [response], source, with_rows=with_rows)
-            raise
-        return numbers_of(found, sources, function)
-
-    return score
-
-
-def _called(function: OwnFunction, responses: Sequence[Response], about: str, *, with_rows: bool) -> Any:
-    prompts, texts = [each.prompt for each in responses], [each.text for each in responses]
-    if with_rows:
-        return function(prompts, texts, [dict(each.row) for each in responses], about=about)
-    return function(prompts, texts, about=about)
+    return RewardFunction(function, takes_rows(function.function))
 
 
 def takes_rows(function: Callable[..., Any]) -> bool:
@@ -176,6 +177,11 @@ class Rewards:
         if model is not None:
             scores = ModelScores(model, description, device, ensemble_penalty=section.ensemble_penalty)
         return cls(scores, section, rollout)
+
+    @property
+    def read_rows(self) -> bool:
+        """Whether any function gets the rows of data."""
+        return any(function.takes_rows for function, _ in self.functions.values())
 
     def __call__(self, responses: Sequence[Response]) -> dict[str, list[float]]:
         """`total`, and its unweighted parts by name: `model` (normalized) and each function."""

@@ -21,7 +21,14 @@ from loopos.config.ppo import PpoConfig
 from loopos.config.pretraining import PretrainingConfig
 from loopos.config.reward_model import RewardModelConfig
 from loopos.config.sections import TrainingSection
-from loopos.data.digest import comparisons_digest, prompts_digest, rows_digest, text_digest, tokenizer_digest
+from loopos.data.digest import (
+    comparisons_digest,
+    prompts_digest,
+    records_digest,
+    rows_digest,
+    text_digest,
+    tokenizer_digest,
+)
 from loopos.data.label_space import LabelSpace
 from loopos.data.preference_tokens import EncodedComparison, PreferenceEncoder
 from loopos.data.supervised_tokens import SupervisedEncoder
@@ -240,12 +247,24 @@ def of_preferences(
 
 
 def of_policy(
-    config: PpoConfig, prompts: Sequence[Sequence[int]], encoder: PreferenceEncoder, *, base: str
+    config: PpoConfig,
+    prompts: Sequence[Sequence[int]],
+    encoder: PreferenceEncoder,
+    *,
+    base: str,
+    rewards_read_rows: bool = False,
 ) -> Identity:
-    """Identity of a policy: the prompts and the rewards. base: of policy and reward models."""
+    """Identity of a policy: the prompts and the rewards. base: of policy and reward models. rewards_read_rows: whether
+    the columns of the prompts' rows decide the rewards too.
+    """
     key = "prompts" if config.data.prompts else "training_data"
+    columns = {}
+    if rewards_read_rows:
+        rows = [encoder.origins[tuple(ids)].row for ids in prompts]
+        columns["columns"] = Trait(records_digest(rows), (f"data.{key}", "data."), "the columns of the prompts' rows")
     return {
         **_learned_from(config, key, prompts_digest(prompts), encoder.tokenizer, encoder.max_length, base),
+        **columns,
         **_template(encoder.template.source),
         **setting("reward", config.reward.model_dump(mode="json")),
         **setting("training.value_model", config.training.value_model),
