@@ -109,6 +109,33 @@ def test_what_a_method_reads_decides_how_its_run_is_planned_and_shown(
         assert 'the method "silent:LabelNoise" does not say what it reads' in result.stderr  # type: ignore[attr-defined]
 
 
+def test_a_method_of_comparisons_says_whether_it_trains_scores(
+    package: Path, tmp_path: Path, pico_folder: Path
+) -> None:
+    text = METHOD.replace("FineTuner", "RewardModelTrainer").replace("FineTuningConfig", "RewardModelConfig")
+    (package / "preferring.py").write_text(
+        text.replace("label_noise", "preferring").replace('"labeled",', '"comparisons",')
+    )
+    as_language = text.replace("label_noise", "writing").replace('("labeled",)', '("comparisons",), model="language"')
+    (package / "writing.py").write_text(as_language)
+    row = {"prompt": "good film", "chosen": "a kind answer", "rejected": "cold food"}
+    rows = write_jsonl(tmp_path / "pairs.jsonl", [{**row, "prompt": f"film {number}"} for number in range(12)])
+    plans, loads = {}, {}
+    for name in ("preferring", "writing"):
+        file = config(tmp_path, pico_folder, f"{name}:LabelNoise")
+        words = (file, f"data.training_data={rows}")
+        plans[name] = json.loads(run("train", *words, "--dry-run", "--json").stdout)  # type: ignore[attr-defined]
+        planned = run("plan", *words, "--gpus", 1, "--memory", "80GiB", "--json")
+        assert planned.exit_code in (0, 3), planned.stderr  # type: ignore[attr-defined]
+        loads[name] = planned.stdout  # type: ignore[attr-defined]
+    assert plans["preferring"]["rows"] == plans["writing"]["rows"]
+    assert plans["preferring"]["model"]["name"] == "LlamaModel"
+    assert plans["writing"]["model"]["name"] == "LlamaForCausalLM"
+    assert "learned" in plans["writing"]["tokens"]
+    assert "learned" not in plans["preferring"]["tokens"]
+    assert loads["preferring"] != loads["writing"]
+
+
 def test_an_unknown_method_names_those_of_packages_too(package: Path, tmp_path: Path, pico_folder: Path) -> None:
     result = run("train", config(tmp_path, pico_folder, "label_nois"))
     assert result.exit_code == 2  # type: ignore[attr-defined]

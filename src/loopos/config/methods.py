@@ -61,8 +61,9 @@ class MethodRow:
         return self.trainer.load() if isinstance(self.trainer, Reference) else self.trainer
 
 
-def _row(mode: str, config: str, trainer: str, summary: str, *reads: Rows) -> MethodRow:
-    return MethodRow(mode, Reference(f"loopos.config.{config}"), Reference(f"loopos.methods.{trainer}"), summary, reads)
+def _row(mode: str, config: str, trainer: str, summary: str, *reads: Rows, model: Models | None = None) -> MethodRow:
+    config_class, trainer_class = Reference(f"loopos.config.{config}"), Reference(f"loopos.methods.{trainer}")
+    return MethodRow(mode, config_class, trainer_class, summary, reads, model)
 
 
 BUILTIN: Mapping[str, MethodRow] = {

@@ -207,7 +207,7 @@ def work_of(config: Any, *, trust_remote_code: bool) -> Work:
     readers: Mapping[str, Callable[..., Work]] = {
         "labeled": _labeled_work,
         "text": _text_work,
-        "comparisons": _reward_work,
+        "comparisons": _comparison_work,
         "demonstrations": _reasoning_work,
     }
     name = config.computation.method
@@ -261,7 +261,8 @@ def _reasoning_work(config: ChainOfThoughtConfig, *, trust_remote_code: bool) ->
     )
 
 
-def _reward_work(config: RewardModelConfig, *, trust_remote_code: bool) -> Work:
+def _comparison_work(config: Any, *, trust_remote_code: bool) -> Work:
+    """Of a reward model, or of a language model that learns from comparisons."""
     inputs = open_comparisons(config, trust_remote_code=trust_remote_code)
     examples, report = inputs.encoder.comparisons(inputs.data.train)
     validation_pairs: list[EncodedComparison] = []
@@ -269,8 +270,11 @@ def _reward_work(config: RewardModelConfig, *, trust_remote_code: bool) -> Work:
         validation_pairs, _ = inputs.encoder.comparisons(inputs.data.validation)
     on_cpu = pick_device(config.training.device).type == "cpu" and config.model.attention != "padded"
     train, validation = _rows(examples, on_cpu=on_cpu), _rows(validation_pairs, on_cpu=on_cpu)
-    # Before export the training responses are scored for normalization, then the validation responses for the report.
-    normalization_tokens = sum(len(row.ids) for row in train) if config.reward.normalise else 0
+    heads, final_tokens = None, 0
+    if method_row(config.computation.method).trains == "scores":
+        # Before export training responses are scored for normalization, then the validation responses for the report.
+        heads, scored = config.reward.heads, [*(train if config.reward.normalise else []), *validation]
+        final_tokens = sum(len(row.ids) for row in scored)
     return Work(
         inputs.architecture,
         train,
@@ -278,8 +282,8 @@ def _reward_work(config: RewardModelConfig, *, trust_remote_code: bool) -> Work:
         [*inputs.data.summary, inputs.encoder.template.summary],
         report.summary(),
         report.tokens_cut,
-        config.reward.heads,
-        final_tokens=normalization_tokens + sum(len(row.ids) for row in validation),
+        heads,
+        final_tokens=final_tokens,
         row_facts={"responses": report.responses, "pairs": report.pairs},
         longest=max(report.lengths),
     )
