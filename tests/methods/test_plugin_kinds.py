@@ -399,6 +399,45 @@ def test_a_loss_that_returns_a_mean_is_refused(tmp_path: Path, pico_folder: Path
         loopos.train(config_of(tmp_path / "run", pico_folder, "fine_tuning", model=model, data=data), quiet=True)
 
 
+@pytest.mark.parametrize(
+    ("method", "field", "name", "task", "message"),
+    [
+        (
+            "fine_tuning",
+            "model",
+            "own_variants.losses:hinge",
+            None,
+            '"own_variants.losses:hinge", a loss of reward_model',
+        ),
+        (
+            "fine_tuning",
+            "model",
+            "mse",
+            "classification",
+            '"mse" with task classification; expected "cross_entropy", "focal"',
+        ),
+        (
+            "reward_model",
+            "reward",
+            "own_variants.losses:focal",
+            None,
+            '"own_variants.losses:focal", a loss of fine_tuning',
+        ),
+        ("reward_model", "reward", "own_variants.losses:nothing", None, "has no attribute 'nothing'"),
+    ],
+)
+def test_a_loss_of_another_method_or_task_is_refused(
+    method: str, field: str, name: str, task: str | None, message: str, tmp_path: Path, pico_folder: Path
+) -> None:
+    sections = {field: {"loss": name, **({"task": task} if task else {})}}
+    file = tmp_path / "run.json"
+    file.write_text(json.dumps(config_of(tmp_path / "run", pico_folder, method, **sections)))
+    result = run("validate", file)
+    assert result.exit_code == 2
+    assert f"{field}.loss: got" in result.stderr
+    assert message in result.stderr
+
+
 def test_a_package_that_raises_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     broken = tmp_path / "broken"
     broken.mkdir()

@@ -12,9 +12,10 @@ from typing import Protocol
 
 from pydantic import BaseModel
 
-from loopos.config.diagnostics import Problem
+from loopos.config.diagnostics import Problem, UserError
 from loopos.config.paths import NEW_WEIGHTS, is_bare_weights
 from loopos.config.sections import TrainingSection
+from loopos.config.variants import LOSSES
 
 MOST_RATE = {"sgd": 10.0, "muon": 1.0, "adam": 0.1, "adamw": 0.1, "adafactor": 0.1}
 """Learning rates above which training destroys the weights. Adam's step has about the size of the rate, whatever the
@@ -103,6 +104,17 @@ def check_trainable(training: TrainingSection, num_layers: int | None) -> Iterat
     if unfreeze is not None and training.max_steps is not None and unfreeze >= training.max_steps:
         fields = ("training.unfreeze_step", "training.max_steps")
         yield Problem(fields, str(unfreeze), f"a step before max_steps ({training.max_steps})")
+
+
+def check_loss(field: str, name: str, method: str) -> Iterator[Problem]:
+    """Check that a loss is there, and that it is one of this method."""
+    try:
+        row = LOSSES[name]
+    except UserError as problem:
+        yield Problem((field,), f'"{name}": {problem}', "a function that returns one number per row")
+        return
+    if method not in row.methods:
+        yield Problem((field,), f'"{name}", a loss of {" and ".join(row.methods)}', f"a loss of {method}")
 
 
 def rate_notes(training: TrainingSection) -> list[str]:

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pydantic import Field
 
 from loopos.config import checks
-from loopos.config.diagnostics import Problem, UserError
+from loopos.config.diagnostics import Problem
 from loopos.config.keys import BUILT_IN_METRICS, METRICS, Metric
 from loopos.config.paths import (
     check_output_folder,
@@ -147,7 +147,7 @@ def _check_task(model: ModelSection) -> Iterator[Problem]:
             fields = ("model.label_smoothing", "model.task")
             actual = f"{model.label_smoothing} with task {task}"
             yield Problem(fields, actual, "0", "label smoothing is for classification")
-    if task is not None and model.loss is not None:
+    if model.loss is not None:
         yield from _check_loss(model.loss, task)
     if task in ("classification", "multi_label") and model.regression_loss == "huber":
         yield Problem(
@@ -155,13 +155,10 @@ def _check_task(model: ModelSection) -> Iterator[Problem]:
         )
 
 
-def _check_loss(name: str, task: str) -> Iterator[Problem]:
-    try:
-        row = LOSSES[name]
-    except UserError as problem:
-        yield Problem(("model.loss",), f'"{name}": {problem}', "a function of outputs and targets")
-        return
-    if task not in row.tasks:
+def _check_loss(name: str, task: str | None) -> Iterator[Problem]:
+    problems = list(checks.check_loss("model.loss", name, "fine_tuning"))
+    yield from problems
+    if not problems and task is not None and task not in LOSSES[name].tasks:
         fitting = [each for each in LOSSES if task in LOSSES[each].tasks]
         yield Problem(("model.loss", "model.task"), f'"{name}" with task {task}', choices(fitting))
 

@@ -137,7 +137,7 @@ class RolloutSection(Section):
     """How responses are generated."""
 
     responses_per_prompt: Count = Field(
-        default=1, description="responses to each prompt of an iteration, which training.batch_size counts"
+        default=1, description="responses to each prompt of an iteration; training.batch_size counts responses"
     )
     max_new_tokens: Count = Field(default=64, description="longest response (tokens)")
     temperature: AboveZero = Field(default=1.0, description="divisor of the logits of policy and reference")

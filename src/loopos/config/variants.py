@@ -123,8 +123,10 @@ class LossRow:
     """A loss. `methods`: the training methods whose config may name it; `tasks`: of `fine_tuning`, the tasks that it
     fits. `returns`: one number per row, which the objective adds up, or their sum.
 
-    A loss of `fine_tuning` is called as `loss(outputs, targets)` (docs/post_training.md says which shapes), one of
-    `reward_model` as `loss(better, worse)`; what else it needs are parameters with the names that the objective knows.
+    Letters: N rows, C outputs, P pairs, k heads. A loss of `fine_tuning` is called as `loss(outputs, targets)`: outputs
+    `[N, C]` and targets `[N]` of classes, both `[N, C]` of labels, both `[N]` of regression; it may have the parameters
+    class_weights, label_smoothing and delta. One of `reward_model` is called as `loss(better, worse)`, both `[P, k]`;
+    it may have the parameters probabilities and margins.
     """
 
     function: Target

@@ -1,10 +1,11 @@
-"""Proximal policy optimization: a language model learns to write what is scored high.
+"""Reinforcement learning of a policy: a language model learns to write what is scored high.
 
-    prompts → responses → scores, reference, values → token rewards → GAE → shuffled minibatches → update
+    prompts → responses → scores, reference, values → token rewards → advantages → shuffled minibatches → update
 
 Enters: a `PpoConfig`. Leaves: a run folder with checkpoints, events, samples.jsonl, a report and the trained policy.
-After Schulman et al. 2017, Ziegler et al. 2019, Ouyang et al. 2022 and Huang et al. 2024. Left
-out: the loop (`training.fit`), the four models (`models.roles`), what they say of responses (`evaluation.rollout`).
+After Schulman et al. 2017, Ziegler et al. 2019, Ouyang et al. 2022 and Huang et al. 2024; the
+algorithm, PPO unless the config names another, is in `rl.algorithms`. Left out: the loop (`training.fit`), the models
+(`rl.roles`), what they say of responses (`rl.collector`).
 """
 
 from __future__ import annotations
