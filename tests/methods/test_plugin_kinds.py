@@ -287,6 +287,12 @@ def test_a_merge_method_and_an_exporter_of_the_package_write(tmp_path: Path, pic
         tensors = [load_file(folder / "model.safetensors") for folder in folders]
         for key, value in load_file(tmp_path / name / "model.safetensors").items():
             assert torch.equal(value, torch.stack([each[key] for each in tensors]).median(0).values)
+    (tmp_path / "site" / "empty.py").write_text("def nothing(*parts):\n    return None\n")
+    refused = run("merge", *folders, "--method", "empty:nothing", "-o", tmp_path / "no")
+    assert 'method "empty:nothing": its function returned NoneType; expected one tensor' in refused.stderr
+    refused = run("export", folders[0], "-o", tmp_path / "no", "--format", "empty:nothing")
+    assert "export format empty:nothing: wrote nothing" in refused.stderr
+    assert not (tmp_path / "no").exists()
     refused = run("merge", *folders[:2], "--method", "median", "-o", tmp_path / "two")
     assert "2 models with median; expected at least 3" in refused.stderr
     exported = run("export", tmp_path / "named", "-o", tmp_path / "out", "--format", "plain_numbers")

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from loopos.config.diagnostics import MissingRequirement
+from loopos.config.diagnostics import MissingRequirement, UserError
 from loopos.storage.durable import JSON, DiskFull
 from loopos.storage.events import EventLog, EventLogError, TensorBoardTracker, TrackerWriter, fingerprint, read
 
@@ -213,3 +213,33 @@ def test_lines_are_plain_json(tmp_path: Path) -> None:
         "metrics": {"class_names": ["a"], "matrix": [[4]]},
         "timing": {},
     }
+
+
+class Broken:
+    """A tracker whose folder is missing."""
+
+    def __init__(self, run_dir: Path, *, resumed_step: int | None = None) -> None:
+        self.resumed_step = resumed_step
+
+    def log(self, step: int, metrics: dict[str, float]) -> None:
+        raise FileNotFoundError(f"no folder at step {step} after {self.resumed_step}")
+
+    def close(self) -> None:
+        pass
+
+
+def test_what_a_tracker_raises_names_it(tmp_path: Path) -> None:
+    writer = TrackerWriter("mine", Broken, tmp_path, resumed_step=3)
+    # Without a step there is nothing to pass on.
+    writer.write("session", step=None, metrics={"cores": 2}, timing={})
+    with pytest.raises(
+        UserError, match=r"tracker mine, log: raised FileNotFoundError at .*: no folder at step 4 after 3"
+    ):
+        writer.write("step", step=4, metrics={"loss": 0.5}, timing={})
+    writer.close()
+    with pytest.raises(UserError, match="tracker dict: raised TypeError"):
+        TrackerWriter("dict", lambda run_dir: {}, tmp_path)
+    with pytest.raises(
+        UserError, match=r"tracker mine: it has no method log; expected log\(step, metrics\) and close\(\)"
+    ):
+        TrackerWriter("mine", lambda run_dir, resumed_step: {}, tmp_path)
