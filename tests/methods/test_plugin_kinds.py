@@ -388,8 +388,16 @@ def test_what_an_algorithm_returns_is_checked(tmp_path: Path, pico_folder: Path)
         with pytest.raises(UserError, match=message):
             loopos.train(config, quiet=True)
     config = policy_config(tmp_path / "none", pico_folder, "wrong:nothing")
-    with pytest.raises(UserError, match=r"training\.algorithm: got \"wrong:nothing\": .*has no attribute 'nothing'"):
+    with pytest.raises(UserError) as refused:
         loopos.train(config, quiet=True)
+    assert str(refused.value).startswith(
+        "config: training.algorithm: got \"wrong:nothing\" (module 'wrong' has no attribute 'nothing'); expected \"ppo\", "
+    )
+    assert str(refused.value).endswith(' or "module:name" of your own')
+    with pytest.raises(
+        UserError, match=r"json:dumps\" \(not registered; decorate the function with @loopos\.register_algo"
+    ):
+        loopos.train(policy_config(tmp_path / "none", pico_folder, "json:dumps"), quiet=True)
     config = policy_config(tmp_path / "none", pico_folder, "group_reinforce")
     config["generation"]["responses_per_prompt"] = 1
     with pytest.raises(UserError, match=r"generation\.responses_per_prompt: got 1 with algorithm \"group_reinforce\""):

@@ -14,7 +14,7 @@ from typing import Annotated, Literal, TypeAlias
 from pydantic import BeforeValidator, Field
 
 from loopos.config import checks
-from loopos.config.diagnostics import Problem, UserError
+from loopos.config.diagnostics import Problem
 from loopos.config.json_text import MappingNode
 from loopos.config.keys import Location, Section, Text, VariantName
 from loopos.config.paths import RECIPE, check_output_folder, check_rows, check_weights
@@ -27,7 +27,7 @@ LayerValues: TypeAlias = float | list[float]
 
 def check_recipe(recipe: MergeConfig) -> Iterator[Problem]:
     """All checks of a recipe."""
-    yield from _check_method(recipe)
+    yield from checks.check_variant("method", recipe.method, MERGE_METHODS)
     yield from _check_number(recipe)
     yield from _check_base(recipe)
     yield from _check_layers(recipe)
@@ -39,19 +39,8 @@ def check_recipe(recipe: MergeConfig) -> Iterator[Problem]:
 
 
 def _row(recipe: MergeConfig) -> MergeRow:
-    """The method's row; that of linear where `_check_method` reports that there is none."""
-    try:
-        return recipe.row
-    except UserError:
-        return MERGE_METHODS["linear"]
-
-
-def _check_method(recipe: MergeConfig) -> Iterator[Problem]:
-    """Check that a method of the user's own is there."""
-    try:
-        recipe.row  # noqa: B018
-    except UserError as problem:
-        yield Problem(("method",), f'"{recipe.method}": {problem}', "a function of tensors")
+    """The method's row; that of linear where a check reports that there is none."""
+    return MERGE_METHODS["linear"] if MERGE_METHODS.why_missing(recipe.method) else recipe.row
 
 
 def _check_number(recipe: MergeConfig) -> Iterator[Problem]:

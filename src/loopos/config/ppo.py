@@ -8,7 +8,7 @@ from typing import Literal
 from pydantic import Field
 
 from loopos.config import checks
-from loopos.config.diagnostics import Problem, UserError
+from loopos.config.diagnostics import Problem
 from loopos.config.preferences import (
     check_reward_model,
     check_text_files,
@@ -171,24 +171,12 @@ def _check_answers(config: PpoConfig) -> Iterator[Problem]:
         yield Problem(fields, '"plateau" with evaluation.prompts 0', f"{expected}, or another schedule")
 
 
-def _row(config: PpoConfig) -> AlgorithmRow:
-    """The algorithm's row; that of PPO where `_check_algorithm` reports that there is none."""
-    try:
-        return config.algorithm
-    except UserError:
-        return ALGORITHMS["ppo"]
-
-
 def _check_algorithm(config: PpoConfig) -> Iterator[Problem]:
     """Check that the algorithm is there, and the groups of responses that it needs."""
     name, number, size = config.training.algorithm, config.generation.responses_per_prompt, config.training.batch_size
-    try:
-        needs_groups = config.algorithm.groups
-    except UserError as problem:
-        expected = f"a function that is decorated with @loopos.{ALGORITHMS.decorator}(...)"
-        yield Problem(("training.algorithm",), f'"{name}": {problem}', expected)
-        return
-    if needs_groups and number == 1:
+    problems = list(checks.check_variant("training.algorithm", name, ALGORITHMS))
+    yield from problems
+    if not problems and config.algorithm.groups and number == 1:
         fields = ("generation.responses_per_prompt", "training.algorithm")
         hint = "it compares responses to the same prompt"
         yield Problem(fields, f'1 with algorithm "{name}"', "at least 2", hint)
@@ -208,8 +196,9 @@ def _check_reward(config: PpoConfig) -> Iterator[Problem]:
     elif (model is None or reward.model_weight == 0) and all(each.weight == 0 for each in reward.functions):
         fields = ("reward.functions",) if model is None else ("reward.model_weight", "reward.functions")
         yield Problem(fields, "weights that are all 0", "at least one weight other than 0")
-    if model is None and reward.functions and _row(config).critic and config.training.value_model == "reward":
-        fields = ("training.value_model", "data.reward_model")
+    is_missing = bool(ALGORITHMS.why_missing(config.training.algorithm))
+    if model is None and reward.functions and not is_missing and config.value_model == "reward":
+        fields = ("training.value_model", "data.reward_model", "training.algorithm")
         yield Problem(fields, '"reward" without a reward model', '"policy" or "shared", or data.reward_model')
 
 

@@ -161,15 +161,29 @@ class Registry(Generic[Value]):
 
     def _own(self, name: str) -> Value:
         found = Reference(name).load()
-        for registered, decorated in self._decorated.items():
-            if decorated is found:
-                return self[registered]
+        registered = self._name_of(found)
+        if registered is not None:
+            return self[registered]
         if self._adopt is None:
-            what = "class" if isinstance(found, type) else "function"
-            raise UserError(
-                f'the {self.kind} "{name}" is not registered; decorate the {what} with @loopos.{self.decorator}(...)'
-            )
+            raise UserError(f'the {self.kind} "{name}" is {self._unregistered(found)}')
         return self._adopt(found)
+
+    def why_missing(self, name: str) -> str:
+        """Why there is no variant of the name "module:name"; empty where there is one, and for another name."""
+        if ":" not in name:
+            return ""
+        try:
+            found = Reference(name).load()
+        except UserError as problem:
+            return str(problem.__cause__)
+        return self._unregistered(found) if self._adopt is None and self._name_of(found) is None else ""
+
+    def _name_of(self, found: object) -> str | None:
+        return next((name for name, decorated in self._decorated.items() if decorated is found), None)
+
+    def _unregistered(self, found: object) -> str:
+        what = "class" if isinstance(found, type) else "function"
+        return f"not registered; decorate the {what} with @loopos.{self.decorator}(...)"
 
     def source(self, name: str) -> str:
         """The module or package that a variant comes from."""
