@@ -22,7 +22,8 @@ def test_the_public_names_are_pinned() -> None:
     asked = ["Predictor", "Reasoner"]
     human = ["ReinforcementTrainer", "RewardModelConfig", "RewardModelTrainer", "RewardPredictor", "RlhfConfig"]
     classes = [*trained, *asked, *human, "SamplingSettings"]
-    names = ["__version__", "load", "read_config", "register_method", "train"]
+    kinds = ["algorithm", "exporter", "format", "loss", "merge_method", "method", "reward", "tracker"]
+    names = ["__version__", "load", "read_config", *(f"register_{kind}" for kind in kinds), "train"]
     assert loopos.__all__ == [*classes, "Trainer", *names]
     assert all(getattr(loopos, name) is not None for name in loopos.__all__)
 

@@ -19,6 +19,15 @@ if TYPE_CHECKING:
     from loopos.config.reward_model import RewardModelConfig
     from loopos.config.rlhf import RlhfConfig
     from loopos.config.sections import MethodConfig
+    from loopos.config.variants import (
+        register_algorithm,
+        register_exporter,
+        register_format,
+        register_loss,
+        register_merge_method,
+        register_reward,
+        register_tracker,
+    )
     from loopos.data.given_rows import InMemoryRows
     from loopos.evaluation.opening import Kind
     from loopos.evaluation.own_metrics import MetricFunctions
@@ -56,7 +65,14 @@ __all__ = [
     "__version__",
     "load",
     "read_config",
+    "register_algorithm",
+    "register_exporter",
+    "register_format",
+    "register_loss",
+    "register_merge_method",
     "register_method",
+    "register_reward",
+    "register_tracker",
     "train",
 ]
 
@@ -76,7 +92,14 @@ _PLACES = {
     "RlhfConfig": "loopos.config.rlhf",
     "SamplingSettings": "loopos.generation.settings",
     "Trainer": "loopos.methods.base",
+    "register_algorithm": "loopos.config.variants",
+    "register_exporter": "loopos.config.variants",
+    "register_format": "loopos.config.variants",
+    "register_loss": "loopos.config.variants",
+    "register_merge_method": "loopos.config.variants",
     "register_method": "loopos.config.methods",
+    "register_reward": "loopos.config.variants",
+    "register_tracker": "loopos.config.variants",
 }
 
 

@@ -47,7 +47,7 @@ def test_the_schema_takes_the_guide_s_config(invoke: Invoke) -> None:
 def test_the_schema_of_an_unknown_method(invoke: Invoke) -> None:
     result = invoke("schema", "--method", "tuning")
     assert result.exit_code == 2
-    assert "expected one of fine_tuning" in result.stderr
+    assert 'expected "fine_tuning", ' in result.stderr
 
 
 @pytest.mark.parametrize(

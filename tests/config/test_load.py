@@ -203,15 +203,23 @@ def test_an_unknown_method_of_two(tmp_path: Path) -> None:
         return [(diagnostic.field, diagnostic.expected, diagnostic.hint) for diagnostic in caught.value.diagnostics]
 
     assert diagnostics("pretraining", "fine_tuning") == [
-        ("computation.method", '"autoregressive"', '"fine_tuning" goes with mode "posttraining"')
+        (
+            "computation.method",
+            '"autoregressive" or "module:name" of your own',
+            '"fine_tuning" goes with mode "posttraining"',
+        )
     ]
     assert diagnostics("pre", "sleep") == [
-        ("computation.mode", 'one of "posttraining", "pretraining"', ""),
-        ("computation.method", 'one of "fine_tuning", "autoregressive"', ""),
+        ("computation.mode", '"posttraining" or "pretraining"', ""),
+        ("computation.method", '"fine_tuning", "autoregressive" or "module:name" of your own', ""),
     ]
     assert diagnostics("pretrainin", "autoregressiv") == [
-        ("computation.mode", 'one of "posttraining", "pretraining"', 'did you mean "pretraining"?'),
-        ("computation.method", 'one of "fine_tuning", "autoregressive"', 'did you mean "autoregressive"?'),
+        ("computation.mode", '"posttraining" or "pretraining"', 'did you mean "pretraining"?'),
+        (
+            "computation.method",
+            '"fine_tuning", "autoregressive" or "module:name" of your own',
+            'did you mean "autoregressive"?',
+        ),
     ]
     path.write_text('{"size": 2}')
     with pytest.raises(ConfigError, match=r"computation\.method: got nothing"):

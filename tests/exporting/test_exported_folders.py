@@ -355,7 +355,7 @@ def test_a_broken_adapter_is_told(lora_language_run: Path, tmp_path: Path) -> No
 
 def test_mistakes_are_told_and_leave_nothing(head_run: Path, pico_folder: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    check_refused("--format: got ggml; expected one of huggingface", pico_folder, out, format="ggml")
+    check_refused('--format: got the export format "ggml"; expected "huggingface", ', pico_folder, out, format="ggml")
     check_refused(
         "--type: got q8_0; expected one of f32, f16, bf16", pico_folder, out, format="huggingface", type="q8_0"
     )

@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from loopos.config.diagnostics import MissingRequirement
+from loopos.config.diagnostics import MissingRequirement, UserError
 from loopos.storage.durable import JSON, DiskFull
-from loopos.storage.events import EventLog, EventLogError, TensorBoardAdapter, fingerprint, read
+from loopos.storage.events import EventLog, EventLogError, TensorBoardTracker, TrackerWriter, fingerprint, read
 
 
 def write_steps(log: EventLog, first: int, last: int, seconds: float = 0.1) -> None:
@@ -187,19 +187,19 @@ def test_tensorboard_missing_is_summary_with_the_line_to_install(
 ) -> None:
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard.writer", None)
     with pytest.raises(MissingRequirement, match=r"pip install .*\[track\]"):
-        TensorBoardAdapter(tmp_path)
+        TensorBoardTracker(tmp_path)
 
 
 def test_tensorboard_receives_the_numbers(tmp_path: Path) -> None:
     pytest.importorskip("tensorboard")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    adapter = TensorBoardAdapter(tmp_path)
+    adapter = TrackerWriter("tensorboard", TensorBoardTracker, tmp_path)
     adapter.write("step", step=1, metrics={"loss": 0.5, "note": "text", "flag": True}, timing={"seconds": 2.0})
     adapter.write("step", step=2, metrics={"loss": 0.25}, timing={})
     adapter.write("session", step=None, metrics={"cores": 2}, timing={})
     adapter.close()
-    accumulator = EventAccumulator(str(tmp_path)).Reload()
+    accumulator = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
     assert sorted(accumulator.Tags()["scalars"]) == ["step/loss", "step/seconds"]
     assert [(point.step, point.value) for point in accumulator.Scalars("step/loss")] == [(1, 0.5), (2, 0.25)]
 
@@ -213,3 +213,33 @@ def test_lines_are_plain_json(tmp_path: Path) -> None:
         "metrics": {"class_names": ["a"], "matrix": [[4]]},
         "timing": {},
     }
+
+
+class Broken:
+    """A tracker whose folder is missing."""
+
+    def __init__(self, run_dir: Path, *, resumed_step: int | None = None) -> None:
+        self.resumed_step = resumed_step
+
+    def log(self, step: int, metrics: dict[str, float]) -> None:
+        raise FileNotFoundError(f"no folder at step {step} after {self.resumed_step}")
+
+    def close(self) -> None:
+        pass
+
+
+def test_what_a_tracker_raises_names_it(tmp_path: Path) -> None:
+    writer = TrackerWriter("mine", Broken, tmp_path, resumed_step=3)
+    # Without a step there is nothing to pass on.
+    writer.write("session", step=None, metrics={"cores": 2}, timing={})
+    with pytest.raises(
+        UserError, match=r"tracker mine, log: raised FileNotFoundError at .*: no folder at step 4 after 3"
+    ):
+        writer.write("step", step=4, metrics={"loss": 0.5}, timing={})
+    writer.close()
+    with pytest.raises(UserError, match="tracker dict: raised TypeError"):
+        TrackerWriter("dict", lambda run_dir: {}, tmp_path)
+    with pytest.raises(
+        UserError, match=r"tracker mine: it has no method log; expected log\(step, metrics\) and close\(\)"
+    ):
+        TrackerWriter("mine", lambda run_dir, resumed_step: {}, tmp_path)

@@ -20,6 +20,7 @@ from loopos.evaluation.run_folder import read_run
 from loopos.training import checkpoint
 from loopos.training.checkpoint_files import read_manifest, seal_folder
 from loopos.training.fit import FitResult
+from loopos.training.identity import compare, setting
 from loopos.training.progress import write_samples
 from loopos.training.random_states import random_states, restore_random_states
 from loopos.training.validation import Validation, ValidationTracker
@@ -373,3 +374,11 @@ def test_a_checkpoint_is_no_model_and_the_error_explains_how_to_get_one(copied: 
     config = config_of(copied, pico_folder, ROWS, training={**TRAINING, "max_steps": 2}, model=MODEL, data=DATA)
     assert train(config, resume=True).step == 2
     assert (copied / "model" / "loopos.json").is_file()
+
+
+def test_runs_of_older_versions_had_the_former_value() -> None:
+    """A checkpoint that does not record a trait with a former value had that value, and neither warns nor hides it."""
+    for value, refused in (("ppo", []), ("reinforce", ["training.algorithm: was ppo, is reinforce"])):
+        found = compare({}, setting("training.algorithm", value, formerly="ppo"), {})
+        assert (found.refused, found.unknown) == (refused, [])
+    assert compare({}, setting("training.seed", 3), {}).unknown == ["training.seed"]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -14,6 +14,8 @@ from loopos.cli.options import Config, Json, Overrides
 from loopos.cli.outcome import note
 from loopos.config.diagnostics import DiagnosticsError, UserError
 from loopos.config.methods import METHODS, config_classes
+from loopos.config.registry import Registry, choices
+from loopos.config.variants import ALGORITHMS, EXPORTERS, FORMATS, LOSSES, MERGE_METHODS, REWARDS, TRACKERS
 
 if TYPE_CHECKING:
     from loopos.config.load import LoadedConfig
@@ -93,7 +95,7 @@ def list_variants(kind: str | None, *, as_json: bool) -> int:
             say(table(list(kinds.items()), head=("kind", "what it is")))
         return 0
     if kind not in KINDS:
-        raise UserError(f"loopos list: got {kind}; expected one of {', '.join(KINDS)}")
+        raise UserError(f'loopos list: got "{kind}"; expected {choices(list(KINDS), own="")}')
     found = KINDS[kind][1]()
     if as_json:
         say_json([{"name": name, "summary": summary, "source": source} for name, summary, source in found])
@@ -102,12 +104,22 @@ def list_variants(kind: str | None, *, as_json: bool) -> int:
     return 0
 
 
-def _methods() -> list[tuple[str, str, str]]:
-    return [(name, METHODS[name].summary, METHODS.source(name)) for name in METHODS]
+Listing = Callable[[], list[tuple[str, str, str]]]
 
 
-KINDS: Mapping[str, tuple[str, Callable[[], list[tuple[str, str, str]]]]] = {
-    "methods": ("what computation.method names", _methods),
+def _listing(registry: Registry[Any]) -> Listing:
+    return lambda: [(name, registry[name].summary, registry.source(name)) for name in registry]
+
+
+KINDS: Mapping[str, tuple[str, Listing]] = {
+    "methods": ("what computation.method names", _listing(METHODS)),
+    "losses": ("what model.loss and reward.loss name", _listing(LOSSES)),
+    "algorithms": ("what training.algorithm names", _listing(ALGORITHMS)),
+    "rewards": ("what reward.functions names", _listing(REWARDS)),
+    "formats": ("what data.format names", _listing(FORMATS)),
+    "merge-methods": ("what the method of a merge names", _listing(MERGE_METHODS)),
+    "exporters": ("what --format of loopos export names", _listing(EXPORTERS)),
+    "trackers": ("what training.trackers names", _listing(TRACKERS)),
 }
 """Kind → what it is, and a function that lists its variants as (name, summary, source)."""
 
@@ -121,7 +133,7 @@ def schema(method: MethodName = "fine_tuning") -> int:
     rows = {name: config_class for (_, name), config_class in config_classes().items()} | {"merge": MergeConfig}
     method = METHOD_ALIASES.get(method, method)
     if method not in rows:
-        known = ", ".join(rows)
-        raise UserError(f"--method: got {method}; expected one of {known}")
+        known = choices(list(rows), own="")
+        raise UserError(f'--method: got "{method}"; expected {known}')
     say_json(schema_of(rows[method]))
     return 0

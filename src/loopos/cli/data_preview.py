@@ -9,7 +9,7 @@ information that colors do: learned and pooled tokens and responses are in [brac
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from difflib import SequenceMatcher
 from itertools import groupby
@@ -19,12 +19,12 @@ from rich.console import Console
 from rich.text import Text
 
 from loopos.config.chain_of_thought import ChainOfThoughtConfig
-from loopos.config.diagnostics import DataError, printable
+from loopos.config.diagnostics import DataError, UserError, printable
 from loopos.config.fine_tuning import FineTuningConfig
+from loopos.config.methods import method_row
 from loopos.config.ppo import PpoConfig
 from loopos.config.pretraining import PretrainingConfig
 from loopos.config.reward_model import RewardModelConfig
-from loopos.config.rlhf import RlhfConfig
 from loopos.data.preference_tokens import (
     PROMPT_OVER,
     SAME_TOKENS,
@@ -68,24 +68,21 @@ class ShownToken:
 
 
 def show(config: Any, *, num_rows: int, trust_remote_code: bool) -> None:
-    """Prints the preview. Raises `UserError`, as training would, after the rows that can be shown."""
+    """Prints the preview, by the kind of rows that each phase of the method reads. Raises `UserError`, as training
+    would, after the rows that can be shown, and for a method that does not say what it reads.
+    """
     console = Console(highlight=False, soft_wrap=True)
-    if isinstance(config, FineTuningConfig):
-        _labeled(config, console, num_rows, trust_remote_code=trust_remote_code)
-    elif isinstance(config, PretrainingConfig):
-        _pretraining(config, console, num_rows, trust_remote_code=trust_remote_code)
-    elif isinstance(config, PpoConfig):
-        _prompts(config, console, num_rows, trust_remote_code=trust_remote_code)
-    elif isinstance(config, RewardModelConfig):
-        _comparisons(config, console, num_rows, trust_remote_code=trust_remote_code)
-    elif isinstance(config, RlhfConfig):
-        _comparisons(config.reward_model_config(), console, num_rows, trust_remote_code=trust_remote_code)
-        console.print(Text("\nprompts that the policy answers", style="bold"))
-        # Prompts of the preference data were just shown.
-        shown = num_rows if config.data.prompts is not None else 0
-        _prompts(config.ppo_config(), console, shown, trust_remote_code=trust_remote_code)
-    else:
-        _reasoning(config, console, num_rows, trust_remote_code=trust_remote_code)
+    for number, phase in enumerate(config.phases):
+        reads = method_row(phase.computation.method).reads
+        preview = next((function for kind, function in _PREVIEWS.items() if kind in reads), None)
+        if preview is None:
+            name = phase.computation.method
+            raise UserError(f'the method "{name}" does not say what it reads, so that its rows cannot be shown')
+        if number:
+            console.print(Text("\nprompts that the policy answers", style="bold"))
+            # Prompts of the preference data were just shown.
+            num_rows = num_rows if config.data.prompts is not None else 0
+        preview(phase, console, num_rows, trust_remote_code=trust_remote_code)
 
 
 def _labeled(config: FineTuningConfig, console: Console, num_rows: int, *, trust_remote_code: bool) -> None:
@@ -332,3 +329,13 @@ def _row_location(row: Row) -> Text:
 def _line(name: str, summary: Text) -> Text:
     """`summary` after its name, in one column with the others."""
     return Text(f"{name:<{len(_INDENT)}}").append_text(summary)
+
+
+_PREVIEWS: Mapping[str, Callable[..., None]] = {
+    "labeled": _labeled,
+    "text": _pretraining,
+    "prompts": _prompts,
+    "comparisons": _comparisons,
+    "demonstrations": _reasoning,
+}
+"""Kind of rows → what shows them."""

@@ -15,10 +15,10 @@ from loopos.config.diagnostics import UserError
 from loopos.config.json_text import ScalarNode, find
 from loopos.config.load import load, method_config_class
 from loopos.config.methods import config_classes
+from loopos.config.own_function import OwnFunction
 from loopos.config.sections import MethodConfig, ReadingSection
 from loopos.data.given_rows import InMemoryRows, are_rows, remove_written, written
 from loopos.data.row_check import check_columns
-from loopos.evaluation.own_code import OwnFunction
 from loopos.evaluation.own_metrics import MetricFunctions, OwnMetrics, name_of
 from loopos.evaluation.run_claim import refuse_started
 from loopos.storage.folder_lock import refuse_busy

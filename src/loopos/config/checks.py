@@ -8,13 +8,15 @@ from __future__ import annotations
 import codecs
 import os
 from collections.abc import Iterable, Iterator, Mapping
-from typing import Protocol
+from typing import Any, Protocol
 
 from pydantic import BaseModel
 
 from loopos.config.diagnostics import Problem
 from loopos.config.paths import NEW_WEIGHTS, is_bare_weights
+from loopos.config.registry import Registry, choices
 from loopos.config.sections import TrainingSection
+from loopos.config.variants import LOSSES
 
 MOST_RATE = {"sgd": 10.0, "muon": 1.0, "adam": 0.1, "adamw": 0.1, "adafactor": 0.1}
 """Learning rates above which training destroys the weights. Adam's step has about the size of the rate, whatever the
@@ -103,6 +105,21 @@ def check_trainable(training: TrainingSection, num_layers: int | None) -> Iterat
     if unfreeze is not None and training.max_steps is not None and unfreeze >= training.max_steps:
         fields = ("training.unfreeze_step", "training.max_steps")
         yield Problem(fields, str(unfreeze), f"a step before max_steps ({training.max_steps})")
+
+
+def check_variant(field: str, name: str, registry: Registry[Any]) -> Iterator[Problem]:
+    """Check that a variant of the user's own can be imported and, where that is needed, is registered."""
+    why = registry.why_missing(name)
+    if why:
+        yield Problem((field,), f'"{name}" ({why})', choices(list(registry)))
+
+
+def check_loss(field: str, name: str, method: str) -> Iterator[Problem]:
+    """Check that a loss is there, and that it is one of this method."""
+    problems = list(check_variant(field, name, LOSSES))
+    yield from problems
+    if not problems and method not in LOSSES[name].methods:
+        yield Problem((field,), f'"{name}", a loss of {" and ".join(LOSSES[name].methods)}', f"a loss of {method}")
 
 
 def rate_notes(training: TrainingSection) -> list[str]:

@@ -7,6 +7,7 @@ turns them into messages.
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal, TypeAlias, get_args
 
@@ -16,14 +17,18 @@ from pydantic import (
     BeforeValidator,
     ConfigDict,
     Field,
+    GetCoreSchemaHandler,
+    GetJsonSchemaHandler,
     PlainSerializer,
     ValidationInfo,
     ValidatorFunctionWrapHandler,
     WithJsonSchema,
     WrapValidator,
 )
+from pydantic_core.core_schema import CoreSchema, no_info_after_validator_function
 
 from loopos.config.paths import expanded
+from loopos.config.registry import OF_YOUR_OWN, Registry
 
 Task: TypeAlias = Literal["classification", "multi_label", "regression"]
 Pooling: TypeAlias = Literal["auto", "mean", "last", "first", "max"]
@@ -122,6 +127,39 @@ Warmup: TypeAlias = Annotated[
         {"anyOf": [{"type": "integer", "minimum": 0}, {"type": "number", "exclusiveMinimum": 0, "exclusiveMaximum": 1}]}
     ),
 ]
+
+
+_OWN_NAME = r"[A-Za-z_][\w.]*:[A-Za-z_]\w*"
+
+
+@dataclass(frozen=True, slots=True)
+class VariantName:
+    """An annotation of a text: the name of a variant in `registry`, or "module:name" of one of the user's own. only:
+    whether a variant may be named here; all may when absent.
+    """
+
+    registry: Registry[Any]
+    only: Callable[[Any], bool] | None = None
+
+    def names(self) -> list[str]:
+        """The names that are allowed, with those of installed packages."""
+        return [name for name in self.registry if self.only is None or self.only(self.registry[name])]
+
+    def _checked(self, name: str) -> str:
+        if ":" in name:
+            if re.fullmatch(_OWN_NAME, name) is None:
+                raise ValueError("not module:name")
+        elif name not in self.registry or (self.only is not None and not self.only(self.registry[name])):
+            raise ValueError("unknown")
+        return name
+
+    def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
+        return no_info_after_validator_function(self._checked, handler(source))
+
+    def __get_pydantic_json_schema__(self, schema: CoreSchema, handler: GetJsonSchemaHandler) -> dict[str, Any]:
+        own = {"type": "string", "pattern": f"^{_OWN_NAME}$", "$comment": OF_YOUR_OWN}
+        names = self.names()
+        return {"anyOf": [{"enum": names}, own]} if names else own
 
 
 Location: TypeAlias = Annotated[Text, AfterValidator(expanded)]

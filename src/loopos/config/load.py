@@ -30,6 +30,7 @@ from loopos.config.json_text import (
 from loopos.config.keys import ALSO_UNDER_DATA, OWN_METRICS
 from loopos.config.other_tools import METHOD_ALIASES, method_advice, tool_of, translated
 from loopos.config.paths import expanded
+from loopos.config.registry import OF_YOUR_OWN, choices, num_registered
 from loopos.config.sections import MethodConfig
 from loopos.config.source import (
     COMMAND_LINE,
@@ -220,12 +221,13 @@ def _with_own_method(root: MappingNode) -> tuple[MappingNode, list[str]]:
 
 def _choose(root: MappingNode, methods: Methods) -> tuple[tuple[str, str] | None, list[Diagnostic]]:
     """The (mode, method) that the config names, or one guessed from close names, and diagnostics of the names."""
-    modes = list(dict.fromkeys(mode for mode, _ in methods))
     mode, method = (find(root, ("computation", key)) for key in ("mode", "method"))
     mode_name = mode.value if isinstance(mode, ScalarNode) else None
     method_name = method.value if isinstance(method, ScalarNode) else None
     if isinstance(mode_name, str) and isinstance(method_name, str) and (mode_name, method_name) in methods:
         return (mode_name, method_name), []
+    # Only now: the names of all methods import the packages of users.
+    modes = list(dict.fromkeys(mode for mode, _ in methods))
     diagnostics: list[Diagnostic] = []
     known_mode = mode_name in modes
     if isinstance(mode_name, str) and not known_mode:
@@ -254,9 +256,7 @@ def _choose(root: MappingNode, methods: Methods) -> tuple[tuple[str, str] | None
 def _name_diagnostic(root: MappingNode, key: str, name: str, allowed: Sequence[str], hint: str) -> Diagnostic:
     close = close_matches(name, allowed)
     hint = hint or (f'did you mean "{close[0]}"?' if close else "")
-    expected = (
-        f"one of {', '.join(json.dumps(each) for each in allowed)}" if len(allowed) > 1 else json.dumps(allowed[0])
-    )
+    expected = choices(allowed, own=OF_YOUR_OWN if key == "method" else "")
     node = find(root, ("computation", key))
     assert node is not None
     return _diagnostic_at(
@@ -268,7 +268,7 @@ def _missing_method(root: MappingNode, names: Sequence[str]) -> list[Diagnostic]
     """The diagnostic for a method that is missing, or not text, and cannot be guessed."""
     node = find(root, ("computation", "method"))
     actual = "nothing" if node is None else shown(node, with_kind=True)
-    expected = f"one of {', '.join(json.dumps(name) for name in names)}"
+    expected = choices(names)
     hint = 'a config names its method: "computation": {"mode": "posttraining", "method": "fine_tuning"}'
     return [_diagnostic_at(root, ("computation", "method"), "computation.method", actual, expected, hint)]
 
@@ -291,7 +291,7 @@ def _validated(
         config = config_class.model_validate(values, context=context)
         checkable: MethodConfig | None = config
     except ValidationError as error:
-        schema = _schema_of(config_class)
+        schema = _schema_of(config_class, num_registered())
         described = diagnostics_of(error, root, schema, renamed)
         diagnostics.extend(diagnostic for path, diagnostic in described if diagnostic.field not in reported)
         faulty.update(".".join(str(step) for step in path[:2]) for path, _ in described)
@@ -305,7 +305,8 @@ def _validated(
 
 
 @functools.cache
-def _schema_of(config_class: type[MethodConfig]) -> Schema:
+def _schema_of(config_class: type[MethodConfig], num_variants: int) -> Schema:
+    """The schema lists the names of variants, so that one that is registered later makes another schema."""
     return config_class.model_json_schema()
 
 

@@ -99,6 +99,7 @@ class RewardModelConfig(MethodConfig):
         yield from checks.check_optimizer(training)
         yield from check_distributed(self.distributed, training.optimizer)
         yield from checks.check_validation(training, has_validation=data.has_validation)
+        yield from checks.check_loss("reward.loss", self.reward.loss, "reward_model")
         yield from checks.check_source({"preference_data": data.preference_data, "training_data": data.training_data})
         yield from checks.check_reading(
             streaming=data.streaming, max_rows=data.max_rows, columns=data.columns.items(), encoding=data.encoding

@@ -13,14 +13,23 @@ from typing import Annotated, ClassVar, Literal, TypeAlias
 from pydantic import Field
 
 from loopos.config.diagnostics import Problem
-from loopos.config.keys import AS_IT_IS, MAY_BE_OWN, Count, Duration, Fraction, Location, Schedule, Section, Text
+from loopos.config.keys import (
+    AS_IT_IS,
+    MAY_BE_OWN,
+    Count,
+    Duration,
+    Fraction,
+    Location,
+    Schedule,
+    Section,
+    Text,
+    VariantName,
+)
 from loopos.config.preferences import PreferenceTextSection
 from loopos.config.sections import EarlyStoppingSection, LanguageTrainingSection
+from loopos.config.variants import ALGORITHMS, REWARDS
 
 _FUNCTION = r"[A-Za-z_][\w.]*:[A-Za-z_]\w*"
-FunctionName: TypeAlias = Annotated[
-    str, Field(pattern=f"^{_FUNCTION}$", json_schema_extra={"examples": ["module:function"]})
-]
 KlEstimator: TypeAlias = Literal["k1", "k2", "k3"]
 AboveZero: TypeAlias = Annotated[float, Field(gt=0)]
 PolicyMetric: TypeAlias = Annotated[Literal["reward"], MAY_BE_OWN, AS_IT_IS]
@@ -40,6 +49,9 @@ class PolicyEarlyStoppingSection(EarlyStoppingSection):
 class PpoTrainingSection(LanguageTrainingSection):
     """The optimizer, the losses of policy and values, the KL penalty, and when to validate, save and stop."""
 
+    algorithm: Annotated[str, VariantName(ALGORITHMS)] = Field(
+        default="ppo", description="how scores become advantages and advantages a loss (`loopos list algorithms`)"
+    )
     batch_size: Count = Field(default=16, description="responses of an iteration, per process")
     gradient_accumulation: Count = Field(default=1, description="forward passes per minibatch")
     num_epochs: Count = Field(default=3, description="passes over the prompts")
@@ -87,8 +99,8 @@ class PpoTrainingSection(LanguageTrainingSection):
     )
     value_model: Literal["reward", "policy", "shared"] = Field(
         default="reward",
-        description="what predicts returns: a separate backbone from the reward model or from the policy's weights, "
-        "or a head on the policy's backbone",
+        description="what predicts returns, for an algorithm with a critic: a separate backbone from the reward model "
+        "or from the policy's weights, or a head on the policy's backbone",
     )
     value_coefficient: ZeroOrMore = Field(default=0.1, description="weight of the value loss")
     value_clip: AboveZero | None = Field(
@@ -124,6 +136,9 @@ class PpoTrainingSection(LanguageTrainingSection):
 class RolloutSection(Section):
     """How responses are generated."""
 
+    responses_per_prompt: Count = Field(
+        default=1, description="responses to each prompt of an iteration; training.batch_size counts responses"
+    )
     max_new_tokens: Count = Field(default=64, description="longest response (tokens)")
     temperature: AboveZero = Field(default=1.0, description="divisor of the logits of policy and reference")
     top_k: Count | None = Field(default=None, description="sample from the k most likely tokens; null is all")
@@ -137,9 +152,11 @@ class RolloutSection(Section):
 
 
 class RewardFunctionSection(Section):
-    """A user's function that scores a response."""
+    """A function that scores a response."""
 
-    name: FunctionName = Field(description='the function, as "module:function"')
+    name: Annotated[str, VariantName(REWARDS)] = Field(
+        description='a function of `loopos list rewards`, or "module:function"'
+    )
     weight: float = Field(default=1.0, description="factor of its score in the sum")
 
 

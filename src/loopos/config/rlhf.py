@@ -98,6 +98,10 @@ class RlhfConfig(MethodConfig):
         return os.path.join(self.data.output_dir, "reward_model")
 
     @property
+    def phases(self) -> tuple[MethodConfig, ...]:
+        return (self.reward_model_config(), self.ppo_config())
+
+    @property
     def validates(self) -> bool:
         """Whether the second phase ever validates."""
         return self.ppo_config().validates

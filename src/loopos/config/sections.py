@@ -29,8 +29,10 @@ from loopos.config.keys import (
     Task,
     Text,
     Trainable,
+    VariantName,
     Warmup,
 )
+from loopos.config.variants import FORMATS, LOSSES, TASK_LOSSES, TRACKERS
 
 MAX_LINE_BYTES = 64 << 20
 MAX_EXPANSION = 200
@@ -83,7 +85,17 @@ class ModelSection(SizesSection):
         default=None, description="weight of each class in the loss (factor), or from the classes' counts"
     )
     label_smoothing: Fraction = Field(default=0.0, description="fraction of the target spread over all classes")
-    regression_loss: Literal["mse", "huber"] = Field(default="mse", description="loss of a regression head")
+    loss: Annotated[str, VariantName(LOSSES, only=lambda row: "fine_tuning" in row.methods)] | None = Field(
+        default=None, description="loss of the head (`loopos list losses`); that of the task when absent"
+    )
+    regression_loss: Literal["mse", "huber"] = Field(
+        default="mse", description="loss of a regression head without model.loss"
+    )
+
+    def loss_of(self, task: str) -> str:
+        """The name of the loss of a task."""
+        return self.loss or TASK_LOSSES.get(task, self.regression_loss)
+
     huber_delta: Annotated[float, Field(gt=0)] = Field(
         default=1.0, description="error at which the Huber loss turns linear (standard deviations of the targets)"
     )
@@ -215,7 +227,15 @@ class TrainingSection(Section):
     keep_best: bool = Field(default=True, description="keep the best checkpoint too, and export it")
     export_start: bool = Field(default=False, description="export the initial weights if no later validation is better")
     log_every: Count = Field(default=1, description="optimizer steps between two lines of the log")
-    tensorboard: bool = Field(default=False, description="write TensorBoard files too (extra: track)")
+    tensorboard: bool = Field(default=False, description="the same as trackers: [tensorboard]")
+    trackers: list[Annotated[str, VariantName(TRACKERS)]] = Field(
+        default=[], description="what records the numbers of events.jsonl too (`loopos list trackers`)"
+    )
+
+    @property
+    def all_trackers(self) -> tuple[str, ...]:
+        """The trackers, under either of the two keys."""
+        return tuple(dict.fromkeys([*self.trackers, *(["tensorboard"] if self.tensorboard else [])]))
 
 
 class ReadingSection(Section):
@@ -230,6 +250,9 @@ class ReadingSection(Section):
     row_keys: ClassVar[tuple[str, ...]] = ("training_data", "validation_data")
     """All keys that name rows."""
 
+    format: Annotated[str, VariantName(FORMATS, only=lambda row: row.function is not None)] | None = Field(
+        default=None, description="format of a package that the rows are in; found by their columns when absent"
+    )
     encoding: Text | None = Field(
         default=None,
         description='encoding of text files, such as "cp1252"; UTF-8, or UTF-16 with a byte order mark, when absent',
@@ -281,6 +304,16 @@ class MethodConfig(Section):
     """Base of a method's config: its sections are the fields; these methods check valid values."""
 
     section_order: ClassVar[tuple[str, ...]] = ("model", "computation", "training", "data")
+
+    @property
+    def phases(self) -> tuple[MethodConfig, ...]:
+        """The configs of the trainings that the method runs, one after another; itself for a method that is one."""
+        return (self,)
+
+    @property
+    def generates(self) -> bool:
+        """Whether validation generates answers."""
+        return False
 
     def check(self) -> Iterator[Problem]:
         """Contradictions between keys."""

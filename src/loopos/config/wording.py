@@ -16,6 +16,7 @@ from pydantic import ValidationError
 from loopos.config.diagnostics import Diagnostic
 from loopos.config.json_text import ListNode, MappingNode, Node, Path, ScalarNode, dotted, find, key_mark, value_mark
 from loopos.config.other_tools import OTHER_KEYS
+from loopos.config.registry import OF_YOUR_OWN
 from loopos.config.source import COMMAND_LINE, close_matches
 
 Schema: TypeAlias = dict[str, Any]
@@ -96,7 +97,8 @@ def describe(schema: Schema, whole: Schema) -> str:
 
 
 def _join_choices(choices: Sequence[str]) -> str:
-    unique = list(dict.fromkeys(choices))
+    # Names that users make themselves come last, after null too.
+    unique = sorted(dict.fromkeys(choices), key=lambda choice: choice == OF_YOUR_OWN)
     return unique[0] if len(unique) == 1 else f"{', '.join(unique[:-1])} or {unique[-1]}"
 
 
@@ -112,6 +114,8 @@ def _choices(schema: Schema, whole: Schema) -> list[str]:
         noun = "a whole number" if kind == "integer" else "a number"
         return [f"{noun} {bounds}" if bounds else noun]
     if kind == "string":
+        if "$comment" in schema:
+            return [str(schema["$comment"])]
         if "examples" in schema:
             return [f"text such as {_join_choices([json.dumps(example) for example in schema['examples']])}"]
         return ["text that is not empty" if schema.get("minLength") else "text"]

@@ -17,6 +17,7 @@ import yaml
 from huggingface_hub import EvalResult, ModelCardData
 
 from loopos.config.changed_settings import changed_settings
+from loopos.config.variants import EXPORTERS
 from loopos.evaluation.blocks import cell, shown, table
 from loopos.evaluation.run_folder import Run, run_of
 from loopos.models.resolve import EMBEDDED, ResolvedModel
@@ -55,6 +56,8 @@ def usage(model: ResolvedModel, *, title: str, file: str, output_format: str, la
             "print(session.run(None, {name: value for name, value in inputs.items() if name in names}))",
         ]
         return _fenced("python", lines)
+    if EXPORTERS[output_format].function is not None:
+        return f"`{output_format}` is the format of a package, which says how to open it."
     if model.kind in ("head", "reward"):
         return _head_usage(model, title_json, layout)
     if model.kind == "classifier":

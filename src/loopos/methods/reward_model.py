@@ -101,7 +101,7 @@ class RewardModelTrainer(Trainer[RewardModelConfig]):
     def build_fit(self) -> Fit[ComparisonBatch]:
         """Optimizer, update, batches and loop."""
         settings, (rank, size) = self.config.training, self.world.data_parallel
-        pairs = PairObjective(self.model, self.config.reward.centring)
+        pairs = PairObjective(self.model, self.config.reward.centring, self.config.reward.loss)
         return self.fit_of(
             update=self.update_of(self.model, head={"head.weight"}),
             batches=StepBatches.of(settings, self.rows(self.train_rows), rank=rank, world=size),

@@ -4,7 +4,7 @@
 
 `metrics` holds what a resumed run must repeat exactly, `timing` what depends on the clock. Resume truncates the log to
 the offset in the checkpoint, so that it equals the log of the uninterrupted run except for timing and session events.
-`TensorBoardAdapter` has the same `write`. torch is not imported.
+`TrackerWriter` has the same `write`. torch is not imported.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from typing import Any, Protocol
 
 from loopos.config.diagnostics import MissingRequirement, UserError
 from loopos.config.extras import install_command
+from loopos.config.own_function import OwnFunction
 from loopos.storage.durable import JSON, explain_disk_full
 from loopos.storage.json_files import json_text
 
@@ -35,7 +36,7 @@ class EventLogError(UserError):
 
 
 class EventWriter(Protocol):
-    """Interface of event receivers: the log and every adapter."""
+    """Interface of event receivers: the log and every tracker."""
 
     def write(self, kind: str, *, step: int | None, metrics: Mapping[str, JSON], timing: Mapping[str, float]) -> None:
         """Record one event."""
@@ -138,34 +139,72 @@ class EventLog:
         return 0
 
 
-class TensorBoardAdapter:
-    """Writes the numbers among metrics and timings as TensorBoard scalars named `kind/name`.
+class TensorBoardTracker:
+    """TensorBoard files in the folder `tensorboard` of the run (extra track).
 
-    Events without a step and values that are not numbers are skipped. `resumed_step` hides what an earlier process
-    wrote from that step on. Raises `MissingRequirement` if the extra `track` is missing.
+    `resumed_step` hides what an earlier process wrote from that step on. Raises `MissingRequirement` if the extra is
+    missing.
     """
 
-    def __init__(self, folder: Path, *, resumed_step: int | None = None) -> None:
+    def __init__(self, run_dir: Path, *, resumed_step: int | None = None) -> None:
         try:
             from torch.utils.tensorboard.writer import SummaryWriter
         except ImportError as error:
             raise MissingRequirement(
-                f"training.tensorboard: tensorboard cannot be imported ({error}); run\n  {install_command('track')}"
+                f"training.trackers: tensorboard cannot be imported ({error}); run\n  {install_command('track')}"
             ) from error
-        self._writer = SummaryWriter(str(folder), purge_step=resumed_step)
+        self._writer = SummaryWriter(str(run_dir / "tensorboard"), purge_step=resumed_step)
 
-    def write(self, kind: str, *, step: int | None, metrics: Mapping[str, JSON], timing: Mapping[str, float]) -> None:
+    def log(self, step: int, metrics: Mapping[str, float]) -> None:
         """Record the numbers of one event."""
-        if step is None:
-            return
-        for name, value in {**metrics, **timing}.items():
-            # TensorBoard records the time of day itself.
-            if name != "time" and isinstance(value, int | float) and not isinstance(value, bool):
-                self._writer.add_scalar(f"{kind}/{name}", value, step)
+        for name, value in metrics.items():
+            self._writer.add_scalar(name, value, step)
 
     def close(self) -> None:
         """Flush and close."""
         self._writer.close()
+
+
+class TrackerWriter:
+    """Passes the numbers among metrics and timings to a tracker, as `kind/name`.
+
+    Events without a step and values that are not numbers are skipped.
+    """
+
+    def __init__(self, name: str, tracker: type[Any], run_dir: Path, *, resumed_step: int | None = None) -> None:
+        """name: of the tracker, for messages. tracker: called as `tracker(run_dir, resumed_step=...)`. Raises
+        `UserError` where it cannot be made.
+        """
+        about = f"the run in {run_dir}"
+        made = OwnFunction(f"tracker {name}", tracker)(run_dir, resumed_step=resumed_step, about=about)
+        self._log, self._close = (
+            OwnFunction(f"tracker {name}, {method}", _method(made, name, method)) for method in ("log", "close")
+        )
+        self._about = about
+
+    def write(self, kind: str, *, step: int | None, metrics: Mapping[str, JSON], timing: Mapping[str, float]) -> None:
+        """Record the numbers of one event. Raises `UserError` for what the tracker raises."""
+        if step is None:
+            return
+        # "time" is the time of day, which trackers record themselves.
+        numbers = {
+            f"{kind}/{name}": float(value)
+            for name, value in {**metrics, **timing}.items()
+            if name != "time" and isinstance(value, int | float) and not isinstance(value, bool)
+        }
+        self._log(step, numbers, about=f"step {step} of {self._about}")
+
+    def close(self) -> None:
+        """Flush and close."""
+        self._close(about=self._about)
+
+
+def _method(tracker: object, name: str, method: str) -> Callable[..., Any]:
+    found = getattr(tracker, method, None)
+    if not callable(found):
+        raise UserError(f"tracker {name}: it has no method {method}; expected log(step, metrics) and close()")
+    bound: Callable[..., Any] = found
+    return bound
 
 
 def read(path: Path, *, num_bytes: int | None = None) -> Iterator[dict[str, Any]]:

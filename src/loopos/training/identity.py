@@ -21,7 +21,14 @@ from loopos.config.ppo import PpoConfig
 from loopos.config.pretraining import PretrainingConfig
 from loopos.config.reward_model import RewardModelConfig
 from loopos.config.sections import TrainingSection
-from loopos.data.digest import comparisons_digest, prompts_digest, rows_digest, text_digest, tokenizer_digest
+from loopos.data.digest import (
+    comparisons_digest,
+    prompts_digest,
+    records_digest,
+    rows_digest,
+    text_digest,
+    tokenizer_digest,
+)
 from loopos.data.label_space import LabelSpace
 from loopos.data.preference_tokens import EncodedComparison, PreferenceEncoder
 from loopos.data.supervised_tokens import SupervisedEncoder
@@ -42,13 +49,15 @@ Settings: TypeAlias = Mapping[str, tuple[Any, Any]]
 class Trait:
     """One property that must stay the same. `value`: JSON, or with `digest_of` a digest of what that names. `keys`:
     config keys that decide it, the most important first; "data." stands for all keys of the section `data`. `sentence`:
-    message for a difference, with {was} and {now}, if it is not "KEY: was …, is …".
+    message for a difference, with {was} and {now}, if it is not "KEY: was …, is …". `formerly`: the value in runs of
+    versions that did not record the trait; None where that cannot be known.
     """
 
     value: JSON
     keys: tuple[str, ...]
     digest_of: str = ""
     sentence: str = ""
+    formerly: JSON = None
 
     def decided_by(self, changed: Settings) -> list[str]:
         """The changed keys that decide this trait."""
@@ -68,9 +77,9 @@ Identity: TypeAlias = Mapping[str, Trait]
 """Name → trait. The names stand in checkpoints."""
 
 
-def setting(key: str, value: JSON) -> dict[str, Trait]:
-    """A setting that must keep its effective value, named after its key."""
-    return {key: Trait(value, (key,))}
+def setting(key: str, value: JSON, *, formerly: JSON = None) -> dict[str, Trait]:
+    """A setting that must keep its effective value, named after its key. formerly: as in `Trait`."""
+    return {key: Trait(value, (key,), formerly=formerly)}
 
 
 class RowCounts(Protocol):
@@ -138,6 +147,7 @@ def compare(saved: Mapping[str, Any], identity: Identity, changed: Settings) -> 
     """Compares a run with what its checkpoint saved. changed: settings that differ from those of the checkpoint's
     session.
     """
+    saved = {**{name: each.formerly for name, each in identity.items() if each.formerly is not None}, **saved}
     refused: list[str] = []
     causes: list[str] = []
     for name, trait in identity.items():
@@ -201,10 +211,12 @@ def of_task(
         losses += (("label_smoothing", section.label_smoothing),)
     elif space.task == "regression":
         losses = (("regression_loss", section.regression_loss), ("huber_delta", section.huber_delta))
+    own_loss = section.model_copy(update={"loss": None}).loss_of(space.task)
     named = (("task", space.task), ("labels", list(space.class_names)), ("pooling", section.pooling), *losses)
     return {
         **_learned_from(config, "training_data", rows_digest(rows, targets), tokenizer, max_length, base),
         **{f"model.{key}": Trait(value, (f"model.{key}",)) for key, value in named},
+        **setting("model.loss", section.loss or own_loss, formerly=own_loss),
     }
 
 
@@ -230,19 +242,34 @@ def of_preferences(
         **_learned_from(config, key, comparisons_digest(rows), encoder.tokenizer, encoder.max_length, base),
         **_template(encoder.template.source),
         **{f"reward.{name}": Trait(getattr(config.reward, name), (f"reward.{name}",)) for name in learned},
+        **setting("reward.loss", config.reward.loss, formerly="bradley_terry"),
     }
 
 
 def of_policy(
-    config: PpoConfig, prompts: Sequence[Sequence[int]], encoder: PreferenceEncoder, *, base: str
+    config: PpoConfig,
+    prompts: Sequence[Sequence[int]],
+    encoder: PreferenceEncoder,
+    *,
+    base: str,
+    rewards_read_rows: bool = False,
 ) -> Identity:
-    """Identity of a policy: the prompts and the rewards. base: of policy and reward models."""
+    """Identity of a policy: the prompts and the rewards. base: of policy and reward models. rewards_read_rows: whether
+    the columns of the prompts' rows decide the rewards too.
+    """
     key = "prompts" if config.data.prompts else "training_data"
+    columns = {}
+    if rewards_read_rows:
+        rows = [encoder.origins[tuple(ids)].row for ids in prompts]
+        columns["columns"] = Trait(records_digest(rows), (f"data.{key}", "data."), "the columns of the prompts' rows")
     return {
         **_learned_from(config, key, prompts_digest(prompts), encoder.tokenizer, encoder.max_length, base),
+        **columns,
         **_template(encoder.template.source),
         **setting("reward", config.reward.model_dump(mode="json")),
         **setting("training.value_model", config.training.value_model),
+        **setting("training.algorithm", config.training.algorithm, formerly="ppo"),
+        **setting("generation.responses_per_prompt", config.generation.responses_per_prompt, formerly=1),
     }
 
 
