@@ -12,7 +12,7 @@ from loopos.config.diagnostics import MissingRequirement
 from tests.cli.conftest import Invoke
 
 
-def test_findings_as_json(invoke: Invoke) -> None:
+def test_diagnostics_as_json(invoke: Invoke) -> None:
     result = invoke("doctor", "--json")
     found = json.loads(result.stdout)
     assert (result.exit_code, found["ready"]) == (0, True)
