@@ -63,6 +63,9 @@ ALLOWED = {
     ),
     "_TEST_SHARE": "the fraction of rows that the split takes",
     **dict.fromkeys(("joined_text", "_joined_row"), "texts put together"),
+    "_PLACES": "the table of public names, which moves with them",
+    "place_diagnostics": "shared by commands that are rebuilt",
+    "licence": "field of the export's settings, set by the command that is rebuilt",
 }
 
 # What a document or a help text must not say, outside code → what to say instead. The private sense only.
@@ -92,7 +95,7 @@ PHRASES = {
     r"\b(?:licen[c]e|colour|behaviour|neighbour|favour|honour|cent(?:re|ring)|labelled|labelling|modelling|cancelled|grey)\w*": "American spelling",
 }
 # Uses of those words in their ordinary sense.
-ORDINARY = {r"--licence": "the option's older spelling", r"told apart|tell apart": "distinguish"}
+ORDINARY = {r"--licence": "the option's older spelling", r"page faults": "the kernel's term"}
 
 
 def parts_of(identifier: str) -> list[str]:
