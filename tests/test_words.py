@@ -16,12 +16,9 @@ from loopos.cli.commands import app
 
 SOURCE = Path(loopos.__file__).parent
 ROOT = Path(__file__).parents[1]
-# decisions.md quotes history; architectures.md is written by tests/models/family_checks.py.
+# architectures.md is written by tests/models/family_checks.py.
 DOCUMENTS = sorted(
-    [
-        *ROOT.glob("*.md"),
-        *(page for page in (ROOT / "docs").glob("*.md") if page.name not in ("decisions.md", "architectures.md")),
-    ]
+    [*ROOT.glob("*.md"), *(page for page in (ROOT / "docs").glob("*.md") if page.name != "architectures.md")]
 )
 
 # A part of an identifier, split at underscores and capitals → what to say instead.

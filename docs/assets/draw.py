@@ -31,7 +31,7 @@ CONFIG = {
         "head_learning_rate": 1e-3,
         "optimizer": "adamw",
         "batch_size": 16,
-        "num_epochs": 4,
+        "num_epochs": 3,
         "schedule": "linear",
         "warmup": 0.1,
         "validate_every": 10,
@@ -71,8 +71,8 @@ def draw_terminal(session: list[tuple[str, str]]) -> None:
     console = Console(record=True, width=WIDTH, file=io.StringIO(), force_terminal=True)
     for command, output in session:
         console.print(Text.assemble(("$ ", "bold green"), (command, "bold")))
-        for line in output.strip().splitlines():
-            # The probabilities of the other eight classes would wrap.
+        # On a terminal a bar replaces the lines of progress.
+        for line in (each for each in output.rstrip().splitlines() if not each.startswith("step ")):
             shown = line if len(line) <= WIDTH else line[: WIDTH - 2] + " …"
             console.print(Text(shown, "bold" if "best validation" in line else ""), no_wrap=True)
         console.print()
