@@ -97,9 +97,7 @@ def test_python_blocks_are_python(page: Path) -> None:
         ast.parse(block)
 
 
-@pytest.mark.parametrize(
-    "page", [page for page in PAGES if page.name != "architectures.md"], ids=lambda page: page.name
-)
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_prose_is_not_wrapped(page: Path) -> None:
     """A sentence or a paragraph is one line: no line ends in the middle of a sentence."""
     lines = without_code(page.read_text(encoding="utf-8")).splitlines()

@@ -16,10 +16,7 @@ from loopos.cli.commands import app
 
 SOURCE = Path(loopos.__file__).parent
 ROOT = Path(__file__).parents[1]
-# architectures.md is written by tests/models/family_checks.py.
-DOCUMENTS = sorted(
-    [*ROOT.glob("*.md"), *(page for page in (ROOT / "docs").glob("*.md") if page.name != "architectures.md")]
-)
+DOCUMENTS = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")])
 
 # A part of an identifier, split at underscores and capitals → what to say instead.
 PARTS = {
