@@ -40,13 +40,13 @@ CONFIG = {
         "pretrained_weights": "smollm2-135m",
         "training_data": "messages.jsonl",
         "validation_data": "held_out.jsonl",
-        "output_dir": "outputs/messages",
+        "output_dir": "outputs/my_run",
     },
 }
 COMMANDS = (
     "loopos validate run.json training.learning_rat=1e-4",
     "loopos train run.json",
-    "loopos predict outputs/messages questions.txt",
+    "loopos predict outputs/my_run questions.txt",
 )
 
 

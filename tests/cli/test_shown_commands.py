@@ -41,7 +41,17 @@ MISTAKES = {"loopos validate run.json training.learning_rat=1e-4": 2}
 # Names of models in the documents → the stand-in: a head, a language model, a reward model, a head under LoRA.
 STAND_INS = {
     "head": ("messages", "tickets", "my_run", "demo/fine_tuning", "a", "b", "c", "intents"),
-    "language": ("chat", "chain_of_thought", "reasoning", "pretraining", "ppo", "replies", "rlhf"),
+    "language": (
+        "chat",
+        "chain_of_thought",
+        "reasoning",
+        "reasoner_a",
+        "reasoner_b",
+        "pretraining",
+        "ppo",
+        "replies",
+        "rlhf",
+    ),
     "reward": ("judge", "my_reward_model", "rlhf_reward"),
     "lora": ("lora_run",),
 }
