@@ -18,7 +18,7 @@ def test_a_valid_config(project: Path, invoke: Invoke) -> None:
     assert result.stdout == f"{project / 'run.json'}: valid (posttraining, fine_tuning)\n"
 
 
-def test_notes_are_told(project: Path, invoke: Invoke) -> None:
+def test_notes_are_shown(project: Path, invoke: Invoke) -> None:
     result = invoke("validate", project / "run.json", "training.num_workers=4")
     assert result.exit_code == 0
     assert result.stderr.startswith("note: training.num_workers has no effect")

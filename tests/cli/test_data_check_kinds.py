@@ -1,4 +1,4 @@
-"""`loopos data check` knows what kind of data a file holds, and says what trains on it."""
+"""`loopos data check` detects the kind of data in a file and names the methods that train on it."""
 
 from __future__ import annotations
 

@@ -35,11 +35,11 @@ def test_there_is_a_config() -> None:
 
 
 @pytest.mark.parametrize("name", CONFIGS)
-def test_packaged_and_shipped_configs_are_equal(name: str) -> None:
+def test_packaged_and_repository_configs_are_equal(name: str) -> None:
     assert files("loopos.demo").joinpath(name).read_bytes() == (ROOT / "configs" / "demo" / name).read_bytes()
 
 
-def test_the_shipped_config_is_valid_in_a_clone(invoke: Invoke, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_config_of_the_repository_is_valid_in_a_clone(invoke: Invoke, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
     assert invoke("validate", "configs/demo/fine_tuning.json").exit_code == 0
 

@@ -1,4 +1,4 @@
-"""Help and docs/cli.md tell every command and every option; both fail here when one is forgotten."""
+"""Help and docs/cli.md list every command and every option."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def test_the_commands_are_these() -> None:
 
 
 @pytest.mark.parametrize("command", COMMANDS, ids=" ".join)
-def test_help_lists_every_option_and_says_what_it_does(command: tuple[str, ...], invoke: Invoke) -> None:
+def test_help_lists_and_explains_every_option(command: tuple[str, ...], invoke: Invoke) -> None:
     result = invoke(*command, "--help")
     assert result.exit_code == 0
     for parameter in COMMANDS[command].params:
@@ -72,13 +72,13 @@ def test_help_lists_every_option_and_says_what_it_does(command: tuple[str, ...],
 
 
 @pytest.mark.parametrize("command", COMMANDS, ids=" ".join)
-def test_docs_tell_every_option(command: tuple[str, ...]) -> None:
+def test_docs_list_every_option(command: tuple[str, ...]) -> None:
     text = section(command)
     missing = [name for name in options(COMMANDS[command]) if f"`{name}" not in text and name != "--help"]
     assert missing == []
 
 
-def test_docs_tell_no_option_that_is_gone() -> None:
+def test_docs_list_no_removed_option() -> None:
     import re
 
     known = {name for command in COMMANDS.values() for name in options(command)}
@@ -86,7 +86,7 @@ def test_docs_tell_no_option_that_is_gone() -> None:
     assert set(re.findall(r"`(--?[a-z][a-z-]*)", DOCS)) <= known
 
 
-def test_docs_tell_the_environment_variables() -> None:
+def test_docs_list_the_environment_variables() -> None:
     names = [*process.MEMORY_SETTINGS, *process.THREAD_SETTINGS, process.OPT_OUT, process.RESTARTED, "LOOPOS_CACHE"]
     assert [name for name in names if f"`{name}" not in DOCS] == []
 

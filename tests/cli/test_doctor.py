@@ -13,7 +13,7 @@ from loopos.models import resolve
 from tests.cli.conftest import Invoke
 
 
-def test_findings_as_json(invoke: Invoke) -> None:
+def test_diagnostics_as_json(invoke: Invoke) -> None:
     result = invoke("doctor", "--json")
     found = json.loads(result.stdout)
     assert (result.exit_code, found["ready"]) == (0, True)

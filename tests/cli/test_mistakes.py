@@ -1,4 +1,4 @@
-"""The mistakes that people make first: what each says, in how many lines, with which code, and before torch is there.
+"""Common mistakes of users: the message, its length, the exit code, and no import of torch.
 
 The quick ones run one after another in a process of their own, which must not have imported torch at the end.
 """
@@ -329,7 +329,7 @@ def quick(desk: Path) -> dict[str, tuple[int, str, str | None, list[str]]]:
 
 
 @pytest.mark.parametrize(("name", "words", "code", "summary"), QUICK, ids=[row[0] for row in QUICK])
-def test_a_mistake_is_told_at_once(
+def test_a_mistake_is_reported_at_once(
     quick: dict[str, tuple[int, str, str | None, list[str]]],
     name: str,
     words: list[str],

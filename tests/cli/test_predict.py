@@ -145,7 +145,7 @@ def test_evaluate_prints_one_object(run_folder: Path, project: Path, invoke: Inv
     assert metrics["accuracy"] == pytest.approx(json.loads(trained.stdout)["best_metric"])
 
 
-def test_evaluate_in_words(run_folder: Path, tmp_path: Path, invoke: Invoke) -> None:
+def test_evaluate_as_text(run_folder: Path, tmp_path: Path, invoke: Invoke) -> None:
     file = write_jsonl(tmp_path / "rows.jsonl", [*rows(6), {"text": " ", "label": "bad"}])
     refused = invoke("evaluate", run_folder, file)
     assert refused.exit_code == 2

@@ -113,7 +113,7 @@ def aligned(config: Write, invoke: Invoke) -> Any:
         ({"kl": 1e-12}, 0, "max_iterations", "stopped at max_iterations 2"),
     ],
 )
-def test_what_ended_a_policy_is_named_and_a_guard_has_its_own_exit_code(
+def test_the_end_of_a_policy_is_named_and_a_monitor_has_its_own_exit_code(
     guards: dict[str, Any],
     exit_code: int,
     stopped_by: str,
@@ -361,7 +361,7 @@ def test_scores_as_json_lines(home: Path, reward_run: Path, tmp_path: Path, invo
     assert "12 rows" in written.stderr
 
 
-def test_a_broken_row_is_told_with_file_and_line(tmp_path: Path, reward_run: Path, invoke: Invoke) -> None:
+def test_a_broken_row_is_reported_with_file_and_line(tmp_path: Path, reward_run: Path, invoke: Invoke) -> None:
     broken = [COMPARISONS[0], {**COMPARISONS[1], "chosen": None}, {**COMPARISONS[2], "rejected": "thank you, it comes"}]
     file = write_jsonl(tmp_path / "broken.jsonl", broken)
     result = invoke("score", reward_run, file)
@@ -373,7 +373,7 @@ def test_a_broken_row_is_told_with_file_and_line(tmp_path: Path, reward_run: Pat
     assert [json.loads(line)["line"] for line in skipped.stdout.splitlines()] == [1]
 
 
-def test_a_reward_model_predicts_no_labels_and_says_no_text(home: Path, reward_run: Path, invoke: Invoke) -> None:
+def test_a_reward_model_predicts_no_labels_and_generates_no_text(home: Path, reward_run: Path, invoke: Invoke) -> None:
     rows = home / "comparisons.jsonl"
     for words in (("predict", reward_run, rows), ("evaluate", reward_run, rows), ("generate", reward_run, "-p", "hi"),
                   ("predict", reward_run / "model", rows), ("chat", reward_run)):  # fmt: skip

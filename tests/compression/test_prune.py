@@ -1,4 +1,4 @@
-"""Pruning of folders: exact counts, Wanda beside a plain loop, what is written and said, and what is refused."""
+"""Pruning of folders: exact counts, Wanda beside a plain loop, output files and messages, and what is refused."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ UNSTRUCTURED: list[tuple[str, dict[str, Any]]] = [
 
 
 @pytest.mark.parametrize(("method", "keys"), UNSTRUCTURED, ids=lambda value: str(value))
-def test_counts_are_exact_and_the_rest_is_left_alone(
+def test_counts_are_exact_and_the_rest_is_unchanged(
     method: str, keys: dict[str, Any], pico_folder: Path, text: Path, tmp_path: Path
 ) -> None:
     recipe = recipe_of(pico_folder, method, text if method != "magnitude" else None, **keys)

@@ -1,4 +1,4 @@
-"""Quantization of folders: what is written, what opens it, what it says, what is refused."""
+"""Quantization of folders: output files, programs that open them, reports, and what is refused."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ CASES: list[tuple[str, str]] = [
 
 
 @pytest.mark.parametrize(("method", "calibration"), CASES, ids=" ".join)
-def test_the_folder_says_what_the_weights_written_out_say(
+def test_the_folder_gives_the_outputs_of_its_dequantized_weights(
     method: str, calibration: str, pico_folder: Path, text: Path, tmp_path: Path
 ) -> None:
     read = None if calibration == "none" else text
@@ -107,7 +107,7 @@ def test_the_folder_says_what_the_weights_written_out_say(
 
 
 def test_every_door_opens_it(pico_folder: Path, text: Path, tmp_path: Path) -> None:
-    """Rows decode together over our cache, one alone and many, which take other kernels; perplexity is measured."""
+    """One row and many rows decode with our cache, which use different kernels; perplexity is measured."""
     recipe = recipe_of(pico_folder, "int8", evaluate=str(text), window=64)
     result = Quantizer(recipe).quantize(tmp_path / "out")
     was, became = result.before.metrics["perplexity"], result.after[0].measured.metrics["perplexity"]

@@ -1,4 +1,4 @@
-"""A table of broken configs: each has one fault, and it names the line, the field, and what was expected."""
+"""A table of broken configs: each has one diagnostic, which names the line, the field, and what was expected."""
 
 from __future__ import annotations
 

@@ -59,7 +59,7 @@ def test_bounds_defaults_and_choices_are_there() -> None:
     assert {"type": "null"} in section("model")["properties"]["num_classes"]["anyOf"]
 
 
-def test_keys_that_may_stand_under_data_are_in_its_schema() -> None:
+def test_keys_allowed_under_data_are_in_its_schema() -> None:
     data, training = section("data")["properties"], section("training")["properties"]
     for key in ("shuffle", "num_workers", "prefetch_batches", "max_length"):
         assert data[key] == training[key]

@@ -1,4 +1,4 @@
-"""Loading: all faults at once and in order, the choice of the method, moved keys, files; nothing but faults rises."""
+"""Loading: all diagnostics at once and in order, the choice of the method, moved keys, files; only diagnostics are raised."""
 
 from __future__ import annotations
 
@@ -118,7 +118,7 @@ def test_diagnostics_of_shape_of_several_keys_and_of_files_come_together_by_line
     assert 'did you mean "num_epochs"?' in diagnostics[2].hint
 
 
-def test_missing_sections_are_told_with_what_they_need(diagnostics_in: Faults) -> None:
+def test_missing_sections_are_reported_with_what_they_need(diagnostics_in: Faults) -> None:
     text = '{"computation": {"mode": "posttraining", "method": "fine_tuning"}}'
     assert [(diagnostic.field, diagnostic.actual) for diagnostic in diagnostics_in(text)] == [
         ("data", "nothing"),
@@ -170,7 +170,7 @@ def test_hints_say_what_to_write(diagnostics_in: Faults, good: str, entry: str, 
     assert hint in diagnostic.hint
 
 
-def test_text_keys_actual_as_numbers_are_to_be_quoted(diagnostics_in: Faults, good: str) -> None:
+def test_numbers_for_text_keys_must_be_quoted(diagnostics_in: Faults, good: str) -> None:
     (diagnostic,) = diagnostics_in(good, ["data.subset=2024"])
     assert "in quotes" in diagnostic.hint
     (diagnostic,) = diagnostics_in(good.replace('"outputs/run"', "2024"))
@@ -188,7 +188,7 @@ def test_at_most_fifty_diagnostics_are_listed(diagnostics_in: Faults, good: str,
     assert sum(line.startswith("run.json:") for line in lines) == 50
 
 
-def test_what_rests_on_a_faulty_key_is_not_told_twice(diagnostics_in: Faults, good: str) -> None:
+def test_consequences_of_a_faulty_key_are_not_reported_twice(diagnostics_in: Faults, good: str) -> None:
     text = good.replace('"num_heads": 8', '"num_heads": "7"')
     assert [diagnostic.field for diagnostic in diagnostics_in(text)] == ["model.num_heads"]
 
@@ -271,7 +271,7 @@ def test_durations_are_seconds(load_text: Loads, good: str, entries: str, second
 
 
 @pytest.mark.parametrize(("written", "kind"), [("0", int), ("10", int), ("0.1", float)])
-def test_warmup_is_steps_or_a_share(load_text: Loads, good: str, written: str, kind: type) -> None:
+def test_warmup_is_steps_or_a_fraction(load_text: Loads, good: str, written: str, kind: type) -> None:
     warmup = config_of(load_text(good, [f"training.warmup={written}"])).training.warmup
     assert type(warmup) is kind
     assert warmup == kind(written)
@@ -285,7 +285,7 @@ def test_a_resolved_config_loads_to_itself(load_text: Loads, good: str) -> None:
         assert (again.config, again.notes) == (loaded.config, loaded.notes)
 
 
-def test_files_need_not_be_there_when_not_asked(tmp_path: Path, good: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_files_need_not_exist_when_not_checked(tmp_path: Path, good: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     Path("run.json").write_text(good)
     assert config_of(load("run.json", [], METHODS, check_files=False)).data.training_data == "rows.jsonl"

@@ -356,7 +356,7 @@ def test_each_mistake_is_one_diagnostic(
         ("rows.jsonl", "which contains no trained model", ""),
     ],
 )
-def test_what_is_no_reward_model_is_summary(preference_diagnostics: Faults, name: str, actual: str, hint: str) -> None:
+def test_what_is_no_reward_model_is_reported(preference_diagnostics: Faults, name: str, actual: str, hint: str) -> None:
     (diagnostic,) = preference_diagnostics("ppo", [f"data.reward_model={name}"])
     assert actual in diagnostic.actual
     assert hint in diagnostic.hint
@@ -373,7 +373,7 @@ def test_what_is_no_reward_model_is_summary(preference_diagnostics: Faults, name
         ("rlhf", "training.max_new_tokens", 'belongs under "generation"'),
     ],
 )
-def test_an_unknown_key_is_told_what_was_meant(
+def test_an_unknown_key_suggests_the_intended_one(
     preference_diagnostics: Faults, method: str, key: str, meant: str
 ) -> None:
     (diagnostic,) = preference_diagnostics(method, [f"{key}=1"])

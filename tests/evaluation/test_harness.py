@@ -1,4 +1,4 @@
-"""Tasks of lm-eval asked of our engine: the figures of lm-eval's own model of transformers, on tasks of our own."""
+"""lm-eval tasks on our engine give the figures of lm-eval's own transformers model."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def write(file: Path, rows: list[dict[str, Any]]) -> None:
 
 @pytest.fixture(scope="module")
 def tasks(tmp_path_factory: pytest.TempPathFactory, pico_folder: Path) -> Path:
-    """A folder of three tasks. Every second answer of pico_said is what the model says by greedy search."""
+    """A folder of three tasks. Every second answer of pico_said is the model's greedy text."""
     from loopos.evaluation.reasoning import Reasoner
     from loopos.generation.settings import SamplingSettings
 

@@ -1,4 +1,4 @@
-"""The report of a policy: what is compared stands on the same prompts, curves go by iteration, guards are accounted for."""
+"""The report of a policy: comparisons use the same prompts, curves are by iteration, monitors are accounted for."""
 
 from __future__ import annotations
 
@@ -85,7 +85,7 @@ def test_curves_go_by_the_iterations_that_the_policy_had_been_trained_for(
     assert "Judge" not in drawn["panels"]
 
 
-def test_every_guard_is_accounted_for(run: Path) -> None:
+def test_every_monitor_is_accounted_for(run: Path) -> None:
     write_report(run)
     lines = (run / "report.md").read_text().splitlines()
     for expected in (

@@ -193,7 +193,7 @@ def test_what_is_no_list_of_numbers_is_refused_by_one_sentence(kind: str, own: C
         assert "for train.jsonl:7, the prompt 'a b'" in str(told.value)
 
 
-def test_an_exception_is_told_with_function_row_and_prompt(own: Callable[..., Any]) -> None:
+def test_an_exception_is_reported_with_function_row_and_prompt(own: Callable[..., Any]) -> None:
     def raises(prompts: Sequence[str], responses: Sequence[str]) -> list[float]:
         return [1.0 / len(each) for each in responses]
 
@@ -221,7 +221,7 @@ def test_an_exception_of_all_rows_together_names_the_first(own: Callable[..., An
         own(raises)([response("a"), response("b")])
 
 
-def test_a_module_that_cannot_be_imported_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_module_that_cannot_be_imported_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "broken_rewards.py").write_text("value = 1\nraise OSError('no such service')\n")
     monkeypatch.syspath_prepend(tmp_path)
     with pytest.raises(UserError, match=r"importing broken_rewards raised OSError at .*broken_rewards.py:2: no such"):

@@ -227,7 +227,7 @@ def test_a_stream_makes_up_the_batch(
         assert [delta.finish_reason for delta in deltas] == [None] * (len(deltas) - 1) + [completion.finish_reason]
 
 
-def test_a_stream_can_be_left_and_the_engine_used_again(
+def test_a_stream_can_be_closed_and_the_engine_used_again(
     llama: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
 ) -> None:
     engine = Engine(llama, tokenizer)

@@ -27,7 +27,7 @@ class Marks:
 
 
 def chain_model(tokenizer: PreTrainedTokenizerBase, chances: dict[str, dict[str, float]]) -> PreTrainedModel:
-    """A Markov chain over characters; "." stands for the end token."""
+    """A Markov chain over characters; "." is the end token."""
     logits = torch.full((400, 400), -40.0)
     for before, after in chances.items():
         for character, chance in after.items():

@@ -1,4 +1,4 @@
-"""What the tests of reward models and PPO share: preferences that can be learned, rewards as functions, configs."""
+"""Shared by the tests of reward models and PPO: preferences that can be learned, rewards as functions, configs."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ RUDE = ("never again", "nobody replies here", "just wait, the box was open")
 
 
 def comparisons(number: int) -> list[dict[str, Any]]:
-    """The kind answer is preferred; the margin says nothing."""
+    """The kind answer is preferred; the margin carries no information."""
     return [
         {
             "prompt": f"{ASKED[i % 5]} {i // 5}",

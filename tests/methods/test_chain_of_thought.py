@@ -26,7 +26,7 @@ Configs = Callable[..., ChainOfThoughtConfig]
 
 @pytest.fixture
 def config(tmp_path: Path, pico_folder: Path, write_rows: Any) -> Configs:
-    """Builds a config on the pico model; sections are given as keyword dictionaries over small defaults."""
+    """Builds a config on the pico model; sections are keyword dictionaries that override small defaults."""
 
     def build(rows: list[dict[str, Any]] | None = None, **sections: dict[str, Any]) -> ChainOfThoughtConfig:
         file = write_rows("train.jsonl", PROBLEMS if rows is None else rows)
@@ -72,7 +72,7 @@ def test_the_loss_is_that_of_transformers_on_the_same_rows(config: Configs, pico
     assert told["gradient_norm"] == pytest.approx(float(norm), rel=1e-4)
 
 
-def test_what_it_learns_it_says(config: Configs) -> None:
+def test_it_generates_what_it_learned(config: Configs) -> None:
     """One fact, learned by heart, comes back through the exported folder, in the step format, ended by its end token."""
     fact = [{"problem": "add 1 and 2", "reasoning": ["1 + 2 = 3"], "answer": "3"}] * 8
     method = ChainOfThought(
@@ -119,7 +119,7 @@ def test_step_markers_may_be_special_tokens(kind: str, config: Configs, pico_fol
     assert (validation["accuracy"], validation["format_rate"], validation["mean_steps"]) == (1.0, 1.0, 1.0)
 
 
-def test_the_exported_folder_opens_in_transformers_and_speaks_the_same_format(config: Configs) -> None:
+def test_the_exported_folder_opens_in_transformers_and_uses_the_same_format(config: Configs) -> None:
     method = ChainOfThought(config())
     method.train()
     model = AutoModelForCausalLM.from_pretrained(method.run_dir / "model")
@@ -135,7 +135,7 @@ def test_the_exported_folder_opens_in_transformers_and_speaks_the_same_format(co
 
 # peft asks transformers in a way that its next version drops.
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
-def test_adapters_train_alone_and_open_in_peft(config: Configs, pico_folder: Path) -> None:
+def test_only_adapters_train_and_they_open_in_peft(config: Configs, pico_folder: Path) -> None:
     peft = pytest.importorskip("peft")
     method = ChainOfThought(config(training={"trainable": "lora", "learning_rate": 1e-2}))
     method.train()

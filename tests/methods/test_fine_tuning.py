@@ -197,7 +197,7 @@ def bert_folder(home: Path) -> Path:
 
 
 def pair_rows() -> list[dict[str, Any]]:
-    """The label says whether the second text begins with the first's word."""
+    """The label is whether the second text begins with the first's word."""
     return [
         {
             "text": text_of(WORDS[i % 4], i),
@@ -263,7 +263,7 @@ def test_keys_that_contradict_the_labels_are_diagnostics(
     assert not (home / "contradiction" / "events.jsonl").exists()
 
 
-def test_a_second_run_in_the_folder_is_refused_and_its_config_kept(home: Path, pico_folder: Path) -> None:
+def test_a_second_run_in_the_folder_is_refused_and_the_config_is_unchanged(home: Path, pico_folder: Path) -> None:
     run = home / "kept"
     config = config_of(run, pico_folder, class_rows(24), training={"num_epochs": 1})
     train(config)

@@ -112,7 +112,7 @@ def test_the_loss_is_that_of_transformers(pico_folder: Path) -> None:
     assert found.item() == pytest.approx(sum(part.item() for part in parts), rel=1e-5)
 
 
-def test_pieces_by_hand() -> None:
+def test_chunks_by_hand() -> None:
     tokenizer = train_tokenizer(["ab"], 300)
     letters = tokenizer("abcdefg", add_special_tokens=False)["input_ids"]
     whole = [*letters, tokenizer.eos_token_id]

@@ -1,4 +1,4 @@
-"""The command, asked by the official client: texts, streams, usage and embeddings equal the engine's own."""
+"""The server and the official client: texts, streams, usage and embeddings equal the engine's own."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ WORDS = "where is the parcel"
 
 
 def expected(reasoner: Reasoner, prompt: Any, *, n: int = 1, **settings: Any) -> list[Completion]:
-    """What the engine itself says to a chat (messages), a text or tokens."""
+    """The engine's own text for a chat (messages), a text or tokens."""
     ids = prompt if isinstance(prompt, list) and isinstance(prompt[0], int) else reasoner.prompt(prompt)
     chosen = SamplingSettings(**{"temperature": 1.0, "max_new_tokens": NEW, **settings})
     return reasoner.engine.generate([ids], reasoner.sampling(chosen), n=n)
@@ -109,7 +109,7 @@ def test_a_stream_makes_up_the_answer(server: Server, reasoner: Reasoner) -> Non
 
 
 def test_the_bytes_of_a_stream_are_whole_characters_and_end_with_done(server: Server, reasoner: Reasoner) -> None:
-    """The pico model says bytes at random, so characters that are never finished too."""
+    """The pico model generates random bytes, and therefore incomplete characters too."""
     body = {"model": "pico", "prompt": WORDS, "seed": 8, "max_tokens": 120, "stream": True, "logprobs": 0}
     question = urllib.request.Request(
         f"{server.url}/v1/completions", json.dumps(body).encode(), {"Content-Type": "application/json"}
@@ -201,7 +201,7 @@ def test_embeddings_are_mean_hidden_states(server: Server, reasoner: Reasoner) -
 
 
 def test_many_clients_get_each_their_own_text(server: Server, reasoner: Reasoner) -> None:
-    """48 requests from 16 threads over four rows, streamed or not: every text is the one that it is alone."""
+    """48 requests from 16 threads over four rows, streamed or not: every text equals that of a single request."""
 
     def ask(index: int) -> tuple[str, int]:
         chat: Chat = {"model": "pico", "messages": [{"role": "user", "content": f"order {index % 7}"}]}

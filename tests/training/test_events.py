@@ -21,7 +21,7 @@ def write_steps(log: EventLog, first: int, last: int, seconds: float = 0.1) -> N
         log.write("step", step=step, metrics={"loss": 1.0 / step}, timing={"seconds": seconds})
 
 
-def test_one_event_is_one_line_in_the_actual_order(tmp_path: Path) -> None:
+def test_an_event_is_one_line_and_keeps_its_key_order(tmp_path: Path) -> None:
     path = tmp_path / "run" / "events.jsonl"
     with EventLog(path) as log:
         log.write("step", step=7, metrics={"loss": 0.5, "b": 1, "a": "é\n"}, timing={"seconds": 2.0})
@@ -182,7 +182,7 @@ def child_environment() -> dict[str, str]:
     return {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
 
 
-def test_tensorboard_missing_is_summary_with_the_line_to_install(
+def test_missing_tensorboard_is_reported_with_its_install_command(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard.writer", None)

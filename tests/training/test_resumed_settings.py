@@ -347,7 +347,7 @@ def test_the_checkpoint_that_a_damaged_one_falls_back_to_is_not_cleared(
     assert found.step == 4
 
 
-def test_a_checkpoint_comes_at_least_so_often(run: Run) -> None:
+def test_save_interval_bounds_the_time_between_checkpoints(run: Run) -> None:
     validates = {"validate_every": "never", "keep_last": 99, "max_steps": 4}
     _, folder = run(save_interval=1e-9, **validates)
     assert [event["step"] for event in events_of(folder, "checkpoint")] == [1, 2, 3, 4]

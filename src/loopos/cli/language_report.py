@@ -180,8 +180,8 @@ class Evaluation:
             self.report.dropped[_over(positions, "the row") if reason == OVER_LENGTH else reason] += count
         self.note(f"loss of {found.trained_tokens:,} trained tokens in {found.used:,} rows")
         model = next_token_loss(reasoner.model)
-        kept = [row.encoded() for row in encoded]
-        loss = mean_loss(NextToken(model), kept, device=reasoner.model.device, world=World())
+        usable = [row.encoded() for row in encoded]
+        loss = mean_loss(NextToken(model), usable, device=reasoner.model.device, world=World())
         expected = {"loss": loss, "perplexity": math.exp(min(loss, 700.0))}
         self.report.metrics |= {name: value for name, value in expected.items() if name in self.metrics}
         return {row.index for row in encoded}

@@ -74,7 +74,7 @@ def check_responses(source: str, columns: Mapping[str, str], rules: TextRules = 
     """Raises `DataError` where a source lacks the columns of responses that can be scored."""
     from loopos.data import responses_to_score  # 50 ms that only one command pays
 
-    _check_one(source, lambda names, place: responses_to_score.detect(names, columns, place), rules)
+    _check_one(source, lambda names, source: responses_to_score.detect(names, columns, source), rules)
 
 
 def check_supervised(

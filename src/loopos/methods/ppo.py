@@ -77,9 +77,9 @@ class PpoTrainer(Trainer[PpoConfig]):
         self.pretrained = self.load_pretrained(causal=True)
         self.tokenizer = self.pretrained.tokenizer
         self.opened_rewards: list[OpenedReward] = []
-        for place in data.reward_models:
-            self.opened_rewards.append(open_reward_model(place))
-            check_same_tokens(self.tokenizer, self.opened_rewards[-1].tokenizer, f"data.reward_model: {place}")
+        for reward_model in data.reward_models:
+            self.opened_rewards.append(open_reward_model(reward_model))
+            check_same_tokens(self.tokenizer, self.opened_rewards[-1].tokenizer, f"data.reward_model: {reward_model}")
         whole = self.longest_of(self.pretrained)
         room = None if whole is None else whole - config.generation.max_new_tokens
         limit = min((each for each in (room, data.max_prompt_tokens) if each is not None), default=None)

@@ -181,7 +181,7 @@ class RewardModelTrainer(Trainer[RewardModelConfig]):
         if len(self.train_rows) <= most:
             return self.train_rows
         draw = np.random.Generator(np.random.PCG64(self.config.training.seed))
-        return [self.train_rows[place] for place in sorted(draw.permutation(len(self.train_rows))[:most])]
+        return [self.train_rows[index] for index in sorted(draw.permutation(len(self.train_rows))[:most])]
 
     def description(self) -> dict[str, Any]:
         """What the model folder records of its scores."""

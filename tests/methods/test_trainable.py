@@ -79,7 +79,7 @@ def test_frozen_layers_train_from_their_step_on(home: Path, pico_folder: Path) -
     assert all(not torch.equal(one[high], other[high]) for one, other in pairwise(saved))
 
 
-def test_an_unfreezing_past_the_end_is_summary(
+def test_an_unfreeze_step_past_the_end_is_reported(
     home: Path, pico_folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     settings = {"freeze_layers": 1, "unfreeze_step": 500, "num_epochs": 1, "validate_every": "never"}

@@ -1,4 +1,4 @@
-"""A model with a head that is handed over gives LoopOS's own answers in plain transformers, or does not open there."""
+"""A model with a head gives LoopOS's own outputs in plain transformers, or does not open there."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from hand_over import LABELS, TEXTS, by_loopos, by_pipeline, cell, largest, trained
 from pico_runs import class_rows, config_of, pair_tokenizer, save_pico, train
+from plain_transformers import LABELS, TEXTS, by_loopos, by_pipeline, cell, largest, trained
 from preference_runs import reward_config
 from safetensors.torch import load_file
 from transformers import (
@@ -119,7 +119,7 @@ def test_a_text_that_ends_with_the_padding_token(home: Path, tmp_path: Path, pic
 
 
 def older_layout(run: Path, pico_folder: Path, to: Path) -> Path:
-    """The folder as LoopOS wrote it before: the backbone alone, which any class of transformers opens."""
+    """The folder as LoopOS wrote it before: only the backbone, which any class of transformers opens."""
     shutil.copytree(run / "model", to)
     backbone, _ = LlamaModel.from_pretrained(
         run / "model", config=AutoConfig.from_pretrained(pico_folder), output_loading_info=True
@@ -148,7 +148,7 @@ def test_a_folder_of_an_older_version_opens_and_is_exported_right(
 def test_an_export_that_answers_otherwise_is_a_diagnostic(
     tmp_path: Path, pico_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The old fault: a head in standardised units where transformers takes them for the user's."""
+    """The old bug: a head in standardized units that transformers reads as the user's."""
     run = trained(tmp_path / "run", pico_folder, "regression", target_scaling="scale")
     honest = task_layout.outputs_of_head
     monkeypatch.setattr(
@@ -163,7 +163,7 @@ def test_an_export_that_answers_otherwise_is_a_diagnostic(
 def test_a_run_that_resumes_keeps_the_pooling_and_the_scaling_that_it_began_with(
     tmp_path: Path, pico_folder: Path
 ) -> None:
-    """A run of an older version, whose config says mean and knows no scaling."""
+    """A run of an older version, whose config has pooling mean and no target scaling."""
     rows = class_rows(24, LABELS["regression"])
     config = config_of(tmp_path / "run", pico_folder, rows, model={"pooling": "mean"}, training={"num_epochs": 1})
     train(config)

@@ -79,7 +79,7 @@ FUNCTIONS = {"functions": [{"name": "preference_runs:length_of"}]}
 
 
 def language_config(method: str, folder: Path, weights: Path, data: Mapping[str, Any]) -> dict[str, Any]:
-    """A short run of a language method, whose rows stand in `data`."""
+    """A short run of a language method with its rows in `data`."""
     training = {"learning_rate": 1e-3, "batch_size": 4, "num_epochs": 1, "precision": "fp32", "device": "cpu"}
     mode = "pretraining" if method == "autoregressive" else "posttraining"
     config: dict[str, Any] = {"computation": {"mode": mode, "method": method}, "training": training}
@@ -108,7 +108,7 @@ def language_config(method: str, folder: Path, weights: Path, data: Mapping[str,
         ("autoregressive", {"input_file": TEXTS, "validation_data": TEXTS[:2]}),
     ],
 )
-def test_rows_stand_where_the_name_of_a_file_may(
+def test_rows_are_accepted_wherever_a_file_name_is(
     method: str, data: dict[str, Any], tmp_path: Path, pico_folder: Path
 ) -> None:
     config = language_config(method, tmp_path, pico_folder, data)
@@ -124,7 +124,7 @@ def test_rows_stand_where_the_name_of_a_file_may(
     assert len(list((tmp_path / "run" / "rows").iterdir())) == len(actual)
 
 
-def test_data_takes_the_place_of_what_the_config_names(tmp_path: Path, pico_folder: Path) -> None:
+def test_data_replaces_the_file_named_in_the_config(tmp_path: Path, pico_folder: Path) -> None:
     named = {"preference_data": "is/not/there.jsonl", "validation_data": "neither/is/this.jsonl"}
     file = tmp_path / "run.json"
     file.write_text(json.dumps(language_config("reward_model", tmp_path, pico_folder, named)))

@@ -50,7 +50,7 @@ def test_a_completion_does_not_depend_on_when_it_joins(
     assert [[c.text for c in pair] for pair in found] == [[c.text for c in pair] for pair in expected]
 
 
-def test_who_leaves_frees_its_row_and_the_others_go_on(
+def test_a_finished_request_frees_its_row_and_the_others_continue(
     llama: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
 ) -> None:
     prompts = mixed_prompts(5)
@@ -117,7 +117,9 @@ def test_of_rows_with_the_same_settings_only_the_bad_one_fails(tokenizer: PreTra
     assert [running.tokens for running in handles] == [[9, 9], [], [9, 9]]
 
 
-def test_a_session_has_the_engine_to_itself(llama: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+def test_a_scheduler_has_exclusive_use_of_the_engine(
+    llama: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
+) -> None:
     engine = Engine(llama, tokenizer)
     with engine.session() as session:
         session.add(mixed_prompts(1), SAMPLED)

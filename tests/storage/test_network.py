@@ -21,7 +21,7 @@ def _forget_the_answer() -> Iterator[None]:
     hub.why_unreachable.cache_clear()
 
 
-def test_a_writable_folder_is_left_as_it_was(tmp_path: Path) -> None:
+def test_a_writable_folder_is_unchanged(tmp_path: Path) -> None:
     require_writable("data.output_dir", tmp_path / "a" / "b")
     require_writable("data.output_dir", tmp_path)
     assert list(tmp_path.iterdir()) == []
@@ -55,8 +55,8 @@ def test_what_is_cached_needs_no_hub(monkeypatch: pytest.MonkeyPatch, tmp_path: 
         hub.require_hub("data.training_data", "org/name", kind="dataset")
 
 
-def test_a_hub_that_never_answers_is_actual_up(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A server that takes the connection and says nothing."""
+def test_a_hub_that_never_answers_times_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A server that accepts the connection and sends nothing."""
     from huggingface_hub import constants
 
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
@@ -70,7 +70,7 @@ def test_a_hub_that_never_answers_is_actual_up(monkeypatch: pytest.MonkeyPatch) 
         assert time.monotonic() - began < 10
 
 
-def test_a_name_that_is_looked_up_for_ever_is_actual_up(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_name_lookup_that_never_ends_times_out(monkeypatch: pytest.MonkeyPatch) -> None:
     from huggingface_hub import constants
 
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)

@@ -94,7 +94,7 @@ def test_an_export_with_another_template_leaves_nothing(
     assert not (tmp_path / "out").exists()
 
 
-def test_a_lossy_export_below_its_share_warns() -> None:
+def test_a_lossy_export_below_its_agreement_threshold_warns() -> None:
     """Its files stay; the command ends with a code of its own."""
     far, near = Check(3.0, 2.0, 0.42, texts=("greedy",)), Check(0.1, 2.0, 0.95)
     assert "q4_0 changes the model's predictions: the top prediction is the same at 42.0%" in judge(far, "q4_0", "m")

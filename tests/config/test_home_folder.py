@@ -1,4 +1,4 @@
-"""A "~" at the start of a place is the home folder: in every key of every config and recipe, and in every option."""
+"""A "~" at the start of a path is the home folder: in every key of every config and recipe, and in every option."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def sections(model: type[BaseModel]) -> Iterator[tuple[str, str, Any]]:
-    """Every key below a config: the class it stands in, its name, its field."""
+    """Every key of a config: its class, its name, its field."""
     for name, field in model.model_fields.items():
         inner = [each for each in (field.annotation, *typing.get_args(field.annotation)) if isinstance(each, type)]
         nested = [each for each in inner if issubclass(each, BaseModel)]

@@ -1,4 +1,4 @@
-"""What a folder of a model with a head says in plain transformers, next to what LoopOS says."""
+"""Outputs of a model with a head in plain transformers, next to those of LoopOS."""
 
 from __future__ import annotations
 

@@ -120,7 +120,7 @@ def test_the_plateau_schedule_halves_the_learning_rate(run: Run, monkeypatch: py
     assert rates == pytest.approx([1, 1, 1, 0.5, 0.5, 0.5, 0.25, 0.25])
 
 
-def test_a_metric_that_is_not_defined_is_summary_and_judges_nothing(
+def test_an_undefined_metric_is_reported_and_decides_nothing(
     run: Run, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(FineTuner, "validate", lambda self, world=None: {"accuracy": 0.5})
@@ -193,7 +193,9 @@ def test_a_run_resumed_from_its_start_is_the_uninterrupted_one(run: Run, monkeyp
     assert events_of(resumed, "export")[-1]["step"] == 0
 
 
-def test_without_a_validation_at_the_start_nothing_is_summary_of_it(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_a_validation_at_the_start_nothing_is_reported_about_it(
+    run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
     scripted(monkeypatch, [0.5, 0.7, 0.6])
     result, folder = run(validate_every=5, validate_at_start=False)
     assert [event["step"] for event in events_of(folder, "validation")] == [5, 10]
@@ -235,7 +237,7 @@ def test_which_of_two_validations_is_better(
     assert is_better(metric, than, mode, loss=loss, than_loss=than_loss) is expected
 
 
-def test_judges_of_an_older_checkpoint_know_no_start() -> None:
+def test_validation_state_of_an_older_checkpoint_has_no_start() -> None:
     """As 4ff8e20 wrote it: a metric, a step and a count."""
     validation = Validation(dict, "accuracy", "max", "accuracy", "max")
     settings = TrainingSection.model_validate({"learning_rate": 0.1})

@@ -63,7 +63,7 @@ def test_patience_counts_iterations_in_a_row() -> None:
     assert sounded(limits, "kl", [11, 11, 9, 11, 11, 11, 11, 11, 11, 9, 11, 11, 11]) == [5, 12]
 
 
-def test_reward_hacking_needs_a_risen_reward_and_a_fallen_judge() -> None:
+def test_a_reward_hacking_alert_needs_a_risen_reward_and_a_fallen_judge() -> None:
     iterations = [
         {"reward": 1.0, "judge": 5.0},
         {"reward": 2.0, "judge": 7.0},
@@ -136,14 +136,14 @@ def test_alerts_contain_their_numbers() -> None:
     assert short.limit == 50
 
 
-def test_without_limits_nothing_sounds() -> None:
+def test_without_limits_there_is_no_alert() -> None:
     wild = {"kl": 1e9, "entropy": 0.0, "response_length": 1e9, "repetition": 1.0, "end_share": 0.0, "judge": -1e9}
     tame = {"kl": 0.0, "entropy": 4.0, "response_length": 10, "repetition": 0.0, "end_share": 1.0, "judge": 0.0}
     assert alerts(MonitorLimits(), {"reward": 0.0, **tame}, {"reward": 1.0, **wild}) == [[], []]
     assert len(alerts(ALL, {"reward": 0.0, **tame}, {"reward": 1.0, **wild})[1]) == 6
 
 
-def test_a_resumed_run_sounds_the_same() -> None:
+def test_a_resumed_run_raises_the_same_alerts() -> None:
     limits = MonitorLimits(kl=0.75, entropy_share=0.5, length_ratio=1.5, end_share_drop=0.1, judge_drop=0.2, patience=2)
     run = [
         {

@@ -1,16 +1,16 @@
-"""Faults as text, and the exit codes of errors."""
+"""Diagnostics as text, and the exit codes of errors."""
 
 from __future__ import annotations
 
 from loopos.config.diagnostics import ConfigError, DataError, Diagnostic, MissingRequirement, UserError
 
 
-def test_a_diagnostic_is_place_field_actual_expected_and_hint() -> None:
+def test_a_diagnostic_is_location_field_actual_expected_and_hint() -> None:
     diagnostic = Diagnostic("a.json", 3, 7, "training.batch_size", "0", "a whole number >= 1", "write 16")
     assert str(diagnostic) == "a.json:3:7: training.batch_size: got 0; expected a whole number >= 1\n    write 16"
 
 
-def test_unknown_places_and_fields_are_left_out() -> None:
+def test_unknown_locations_and_fields_are_left_out() -> None:
     assert str(Diagnostic("command line", None, None, "a.b", "1", "2")) == "command line: a.b: got 1; expected 2"
     assert str(Diagnostic("rows.jsonl", 4, None, "", "nothing", "a row")) == "rows.jsonl:4: got nothing; expected a row"
 

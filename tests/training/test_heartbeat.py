@@ -17,7 +17,7 @@ SILENCE = 0.6
 
 
 class Ended(Exception):
-    """What `blame` raises here instead of ending the process."""
+    """Raised by `blame` here instead of ending the process."""
 
 
 @contextmanager
@@ -54,7 +54,7 @@ def fall_silent(process: Heartbeat) -> None:
     process._stopped.set()
 
 
-def test_while_all_live_nothing_ends() -> None:
+def test_while_all_processes_send_heartbeats_nothing_ends() -> None:
     with processes(["one", "one", "two"]) as (ranks, ended):
         time.sleep(3 * SILENCE)
         ranks[1].leave()
@@ -63,7 +63,7 @@ def test_while_all_live_nothing_ends() -> None:
 
 
 @pytest.mark.parametrize(("lost", "finder"), [(2, 0), (0, 1)])
-def test_a_silent_process_is_named_by_rank_and_host(lost: int, finder: int) -> None:
+def test_a_process_without_heartbeats_is_named_by_rank_and_host(lost: int, finder: int) -> None:
     hosts = ["first", "first", "second"] if lost == 2 else ["second", "first", "first"]
     with processes(hosts) as (ranks, ended):
         time.sleep(SILENCE)
@@ -80,7 +80,7 @@ def test_a_silent_process_is_named_by_rank_and_host(lost: int, finder: int) -> N
 
 
 @pytest.mark.parametrize("lost", [0, 1, 2])
-def test_a_process_that_is_gone_before_its_first_sign_is_missed_too(lost: int) -> None:
+def test_a_process_that_ends_before_its_first_heartbeat_is_noticed_too(lost: int) -> None:
     with processes(["one", "two", "three"], never_begins=lost) as (_, ended):
         wait_for(2, ended)
         assert set(ended) == {0, 1, 2} - {lost}

@@ -1,4 +1,4 @@
-"""Weights are taken from the files that transformers opens; files that lie, and numbers that are none, are refused."""
+"""Weights come from the files that transformers opens; wrong indexes and non-finite numbers are refused."""
 
 from __future__ import annotations
 
@@ -58,7 +58,9 @@ def shards(pico_folder: Path, tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize("gone", [False, True])
-def test_a_whole_file_goes_before_a_stale_index(gone: bool, shards: Path, tmp_path: Path, pico_tokenizer: Path) -> None:
+def test_a_whole_file_takes_precedence_over_a_stale_index(
+    gone: bool, shards: Path, tmp_path: Path, pico_tokenizer: Path
+) -> None:
     """As in transformers, whether the shards of the index are there or not."""
     torch.manual_seed(7)
     other = save_pico("llama", tmp_path / "other", pico_tokenizer)
@@ -76,7 +78,7 @@ def test_a_whole_file_goes_before_a_stale_index(gone: bool, shards: Path, tmp_pa
     torch.testing.assert_close(found(input_ids=IDS).logits.detach(), expected)
 
 
-def test_the_file_that_a_config_names_goes_first(pico_folder: Path, tmp_path: Path) -> None:
+def test_the_file_that_a_config_names_takes_precedence(pico_folder: Path, tmp_path: Path) -> None:
     """transformers_weights, which transformers 5 reads."""
     folder = tmp_path / "named"
     shutil.copytree(pico_folder, folder)
@@ -135,7 +137,7 @@ def _nested(folder: Path) -> None:
         (_nested, "broken: nested too deeply"),
     ],
 )
-def test_an_index_that_lies_is_told(spoil: Callable[[Path], None], message: str, shards: Path, tmp_path: Path) -> None:
+def test_a_wrong_index_is_reported(spoil: Callable[[Path], None], message: str, shards: Path, tmp_path: Path) -> None:
     """By every command that opens weights; nothing is written."""
     spoil(shards)
     for opened in (
@@ -149,7 +151,7 @@ def test_an_index_that_lies_is_told(spoil: Callable[[Path], None], message: str,
     assert sorted(path.name for path in tmp_path.iterdir() if path.is_dir()) == ["shards"]
 
 
-def test_bytes_that_belong_to_no_tensor_are_told(pico_folder: Path, tmp_path: Path) -> None:
+def test_bytes_that_belong_to_no_tensor_are_reported(pico_folder: Path, tmp_path: Path) -> None:
     folder = tmp_path / "longer"
     shutil.copytree(pico_folder, folder)
     with (folder / "model.safetensors").open("ab") as file:
@@ -185,7 +187,7 @@ def test_loopos_opens_its_own_gguf(chatting: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
-def test_numbers_that_are_none_are_neither_shipped_nor_saved(bad: float, pico_folder: Path, tmp_path: Path) -> None:
+def test_non_finite_weights_are_neither_exported_nor_saved(bad: float, pico_folder: Path, tmp_path: Path) -> None:
     folder = tmp_path / "bad"
     shutil.copytree(pico_folder, folder)
     weights = load_file(folder / "model.safetensors")

@@ -1,4 +1,4 @@
-"""Lists and objects kept as text are parsed in every column that can hold one, and the same rows give the same tokens
+"""Lists and objects stored as text are parsed in every column that can hold one, and the same rows give the same tokens
 from every kind of file."""
 
 from __future__ import annotations

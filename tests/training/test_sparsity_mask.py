@@ -1,4 +1,4 @@
-"""The zeros of a pruned model stay exactly zero through every optimizer, in every format, and across a resume."""
+"""The zeros of a pruned model stay exactly zero with every optimizer, in every number format, and across a resume."""
 
 from __future__ import annotations
 
