@@ -134,7 +134,7 @@ def test_what_ended_a_policy_is_named_and_a_guard_has_its_own_exit_code(
     assert found["ended"].startswith(ended)
     # A guard's run is over: its weights are there.
     assert (home / run / "model" / "model.safetensors").is_file()
-    assert "alarm: KL " in result.stderr
+    assert "alert: KL " in result.stderr
 
 
 @pytest.mark.usefixtures("known_rates")

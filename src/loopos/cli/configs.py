@@ -12,7 +12,6 @@ from loopos.config.diagnostics import DiagnosticsError, UserError
 from loopos.config.load import LoadedConfig, load, load_recipe
 from loopos.config.merge import MergeConfig, is_merge_recipe
 from loopos.config.methods import METHODS, config_classes
-from loopos.config.other_tools import METHOD_ALIASES
 from loopos.config.source import read_source
 from loopos.data.row_check import check_columns, check_rows
 
@@ -97,7 +96,6 @@ def schema(method: str) -> int:
     from loopos.config.load import schema as schema_of
 
     rows = {name: config_class for (_, name), config_class in config_classes().items()} | {"merge": MergeConfig}
-    method = METHOD_ALIASES.get(method, method)
     if method not in rows:
         known = ", ".join(rows)
         raise UserError(f"--method: got {method}; expected one of {known}")

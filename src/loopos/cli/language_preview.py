@@ -14,28 +14,28 @@ from rich.console import Console
 from rich.text import Text
 
 from loopos.cli.token_marks import CONTEXT, CUT, LEARNED, rendered
-from loopos.config.chain_of_thought import ChainOfThoughtConfig
 from loopos.config.diagnostics import DataError, printable
 from loopos.config.pretraining import PretrainingConfig
+from loopos.config.sft import SftConfig
 from loopos.data.supervised_rows import Example
 from loopos.data.supervised_tokens import Supervised, encode_supervised
-from loopos.planning.work import open_pretraining, open_reasoning
+from loopos.planning.work import open_pretraining, open_supervised
 
 _LEGEND = "[learned] · bare: context, not learned · ~cut~ · | separates tokens"
 
 
-def run(config: ChainOfThoughtConfig | PretrainingConfig, *, num_rows: int, trust_remote_code: bool) -> int:
+def run(config: SftConfig | PretrainingConfig, *, num_rows: int, trust_remote_code: bool) -> int:
     """Prints the preview. Raises `UserError`, as training would, after the rows that can be shown."""
     console = Console(highlight=False, soft_wrap=True)
     if isinstance(config, PretrainingConfig):
         _pretraining(config, console, num_rows, trust_remote_code=trust_remote_code)
     else:
-        _reasoning(config, console, num_rows, trust_remote_code=trust_remote_code)
+        _supervised(config, console, num_rows, trust_remote_code=trust_remote_code)
     return 0
 
 
-def _reasoning(config: ChainOfThoughtConfig, console: Console, num_rows: int, *, trust_remote_code: bool) -> None:
-    inputs = open_reasoning(config, trust_remote_code=trust_remote_code)
+def _supervised(config: SftConfig, console: Console, num_rows: int, *, trust_remote_code: bool) -> None:
+    inputs = open_supervised(config, trust_remote_code=trust_remote_code)
     encoder, section = inputs.encoder, config.data
     for example in inputs.data.train[:num_rows]:
         line = f":{example.row.line}" if example.row.line is not None else f" (row {example.row.index})"

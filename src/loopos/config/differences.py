@@ -65,8 +65,9 @@ def _flat(config: Mapping[str, Any], above: str = "") -> dict[str, Any]:
 BEFORE: Mapping[str, Mapping[str, str]] = {
     "data": {"split_by": "row"},
     "model": {"pooling": "mean", "target_scaling": "standardize"},
+    "training": {"optimizer": "sgd"},
 }
-"""Section → key whose default differs from the behavior before the key existed → value with the old behavior."""
+"""Section → key whose default was another one, or differs from the behavior before the key existed → the old value."""
 
 Config = TypeVar("Config", bound=MethodConfig)
 

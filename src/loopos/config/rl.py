@@ -207,7 +207,7 @@ class GuardSection(Section):
     repetition: Fraction | None = Field(
         default=None, description="alert if the fraction of repeated 4-grams of tokens is above this"
     )
-    end_share_drop: Fraction | None = Field(
+    eos_rate_drop: Fraction | None = Field(
         default=None,
         description="alert if the fraction of finished responses is lower than the first by more than this",
     )

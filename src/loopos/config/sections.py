@@ -134,7 +134,7 @@ class TrainingSection(Section):
     max_time: Duration | None = Field(
         default=None, description='time after which training ends (seconds, or "90s", "30m", "2h")'
     )
-    optimizer: Optimizer = Field(default="sgd", description="rule of the weight updates")
+    optimizer: Optimizer = Field(default="adamw", description="rule of the weight updates")
     momentum: Fraction = Field(default=0.0, description="fraction of the last update kept (sgd and muon)")
     betas: Annotated[tuple[Fraction, Fraction], Field(strict=False)] = Field(
         default=(0.9, 0.999), description="decay per step of the two moment averages (adam, adamw, muon's adamw part)"
@@ -181,10 +181,6 @@ class TrainingSection(Section):
         default=False, description="keep weights that are zero at the start at zero (pruned models)"
     )
     shuffle: bool = Field(default=True, description="new order of the rows in each epoch")
-    num_workers: Annotated[int, Field(ge=0)] = Field(default=0, description="accepted for compatibility; has no effect")
-    prefetch_batches: Annotated[int, Field(ge=0)] = Field(
-        default=2, description="accepted for compatibility; has no effect"
-    )
     max_length: Count | None = Field(
         default=None, description="longest sequence (tokens); the model's limit when absent"
     )
@@ -307,9 +303,7 @@ class LanguageModelSection(SizesSection):
 
 
 class LanguageTrainingSection(TrainingSection):
-    """The optimizer, its schedule, what trains, and when to validate, save and stop; the default is AdamW."""
-
-    optimizer: Optimizer = Field(default="adamw", description="rule of the weight updates")
+    """The optimizer, its schedule, what trains, and when to validate, save and stop."""
 
 
 class TextSourceSection(ReadingSection):

@@ -110,7 +110,7 @@ class Collector:
         for completion in written.completions:
             prompt = request.prompts[completion.prompt_index]
             origin = self._origins.get(tuple(prompt)) or Origin(decoded(tokenizer, prompt), "")
-            ended = completion.finish_reason in ("stop token", "stop string")
+            ended = completion.finish_reason in ("stop", "stop string")
             response = Response(origin.text, prompt, completion.text, completion.token_ids, ended, origin.location)
             found.append((response, torch.tensor(completion.logprobs)))
         return found, written.staleness
@@ -208,7 +208,7 @@ def rollout_metrics(
         "kl": statistics.fmean(rollout.kl(estimator) for rollout in rollouts),
         "entropy": float(torch.cat([rollout.entropies for rollout in rollouts]).mean()),
         "response_length": length_mean(tokens),
-        "end_share": statistics.fmean(rollout.response.ended for rollout in rollouts),
+        "eos_rate": statistics.fmean(rollout.response.ended for rollout in rollouts),
         "repetition": repetition(tokens),
         "logprob_mismatch": float(mismatch.abs().mean()),
         **_importance(rollouts, mismatch, importance_cap),
