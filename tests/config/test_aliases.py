@@ -112,7 +112,11 @@ def test_no_method_knows_an_old_name() -> None:
 
 
 def test_recorded_settings_are_compared_under_the_names_of_today() -> None:
-    old = {"reward": {"centring": 0.0, "normalise": True}, "training": {"num_workers": 0}, "guards": None}
+    old = {
+        "reward": {"centring": 0.0, "normalise": True},
+        "training": {"num_workers": 0, "batch_size": 4},
+        "guards": None,
+    }
     new = {"reward": {"center_rewards": 0.1, "normalize": True}, "training": {"batch_size": 4}, "guards": None}
     assert changes(current_settings(old), new) == {"reward.center_rewards": (0.0, 0.1)}
     assert current_settings({"reward": {"centring": 1, "center_rewards": 2}}) == {"reward": {"center_rewards": 2}}

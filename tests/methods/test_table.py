@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 
+from loopos.config.keys import section_class
 from loopos.config.methods import METHODS, config_classes
 
 
@@ -20,3 +21,9 @@ def test_every_row_names_a_config_and_a_trainer() -> None:
 def test_config_classes_need_no_torch() -> None:
     program = "import sys; from loopos.config.methods import config_classes; list(config_classes().values()); print('torch' in sys.modules)"
     assert subprocess.check_output([sys.executable, "-c", program], text=True) == "False\n"
+
+
+def test_every_method_trains_with_adamw_by_default() -> None:
+    sections = [section_class(config.model_fields["training"]) for config in config_classes().values()]
+    assert len(sections) >= 7
+    assert [section.model_fields["optimizer"].default for section in sections if section] == ["adamw"] * len(sections)

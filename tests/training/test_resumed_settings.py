@@ -12,9 +12,10 @@ from typing import Any, Literal
 import numpy
 import pytest
 import torch
-from pico_runs import class_rows, config_of, events_of, train
+from pico_runs import class_rows, config_of, events_of, last_weights, train
 
 from loopos.config.diagnostics import UserError
+from loopos.config.fine_tuning import FineTuningConfig
 from loopos.config.sections import TrainingSection
 from loopos.evaluation.run_folder import read_run
 from loopos.training import checkpoint
@@ -373,3 +374,29 @@ def test_a_checkpoint_is_no_model_and_the_error_explains_how_to_get_one(copied: 
     config = config_of(copied, pico_folder, ROWS, training={**TRAINING, "max_steps": 2}, model=MODEL, data=DATA)
     assert train(config, resume=True).step == 2
     assert (copied / "model" / "loopos.json").is_file()
+
+
+def test_a_run_from_when_another_optimizer_was_the_default_keeps_it(tmp_path: Path, pico_folder: Path) -> None:
+    """The config names none. A new run trains with AdamW; one that began with SGD ends as one that names SGD."""
+
+    def trained(name: str, *, resume: bool = False, **training: Any) -> Path:
+        settings = {"learning_rate": 0.05, "num_epochs": 2, **training}
+        named = config_of(tmp_path / name, pico_folder, ROWS, training=settings, model=MODEL, data=DATA)
+        sections = named.model_dump(exclude_unset=True)
+        if "optimizer" not in training:
+            del sections["training"]["optimizer"]
+        train(FineTuningConfig.model_validate(sections), resume=resume)
+        return tmp_path / name
+
+    def recorded(run: Path) -> str:
+        found: str = json.loads((run / "config.json").read_text())["training"]["optimizer"]
+        return found
+
+    whole, new = trained("whole", optimizer="sgd"), trained("new")
+    assert (recorded(whole), recorded(new)) == ("sgd", "adamw")
+    trained("old", optimizer="sgd", max_steps=3)
+    old = trained("old", resume=True)
+    assert recorded(old) == "sgd"
+    weights, expected = last_weights(old), last_weights(whole)
+    assert all(weights[name].equal(expected[name]) for name in expected)
+    assert not all(weights[name].equal(each) for name, each in last_weights(new).items())

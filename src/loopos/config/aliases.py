@@ -42,8 +42,14 @@ def current_key(key: str) -> str:
 
 
 def current_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Recorded settings, as sections of keys, under the names of today. A section that has both names keeps its own."""
+    """Recorded settings, as sections of keys, under the names of today, without keys that no longer do anything. A
+    section that has both names of a key keeps the new one.
+    """
     found = dict(settings)
+    for ignored in IGNORED_KEYS:
+        section, name = ignored.split(".")
+        if isinstance(found.get(section), Mapping) and name in found[section]:
+            found[section] = {key: value for key, value in found[section].items() if key != name}
     for old, new in RENAMED_KEYS.items():
         section, key = old.split(".")
         if isinstance(found.get(section), Mapping) and key in found[section]:
