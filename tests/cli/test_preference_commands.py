@@ -444,7 +444,3 @@ def test_schema_of_every_method(method: str, invoke: Invoke) -> None:
     assert result.exit_code == 0
     described = json.loads(result.stdout)
     assert {"computation", "training", "data"} <= set(described["properties"])
-
-
-def test_there_are_six_methods() -> None:
-    assert len(BUILTIN) == 6
