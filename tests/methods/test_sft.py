@@ -16,6 +16,7 @@ from test_chain_of_thought_resume import bits_of
 
 import loopos
 from loopos.cli.app import main
+from loopos.cli.opened_models import use_of
 from loopos.config.chain_of_thought import ChainOfThoughtConfig
 from loopos.config.diagnostics import UserError
 from loopos.config.sft import SftConfig
@@ -76,7 +77,16 @@ def sections_of(run: Path, weights: Path, rows: list[dict[str, Any]], **training
     """A short run of sft, whose rows are written beside it."""
     file = run.parent / f"{run.name}.jsonl"
     file.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    small = {"learning_rate": 1e-3, "batch_size": 3, "num_epochs": 1, "precision": "fp32", "device": "cpu", "seed": 7}
+    small = {
+        "learning_rate": 1e-3,
+        "batch_size": 3,
+        "num_epochs": 1,
+        "precision": "fp32",
+        "device": "cpu",
+        "seed": 7,
+        "schedule": "constant",
+        "warmup": 0,
+    }
     return {
         "computation": {"mode": "posttraining", "method": "sft"},
         "training": {**small, **training},
@@ -123,6 +133,7 @@ def test_each_kind_of_rows_trains_by_the_command_line(
     assert [sample["step"] for sample in samples] == [0, 0, 2, 2]
     assert all(sample["reference"].startswith(REFERENCES[kind]) for sample in samples)
     assert loopos.load(str(run), "language").generate(["say film"])
+    assert use_of(str(run)) == f'generate with it: loopos generate {run} -p "..."'
 
 
 def trainer_of(sections: Mapping[str, Any]) -> SftTrainer[SftConfig]:
