@@ -29,6 +29,8 @@ ENDINGS = ("the parcel came late", "a kind answer", "my card was charged", "the 
 LOGGED = ("step", "validation", "rollout")
 CLOCKED = ("seconds", "tokens_per_second", "time", "duration")
 PLAIN = {"optimizer": "adamw", "precision": "fp32", "device": "cpu", "seed": 5, "batch_size": 8, "num_epochs": 1}
+# Of methods whose default is another schedule.
+FLAT = {"schedule": "constant", "warmup": 0}
 
 
 class Recorder:
@@ -65,7 +67,7 @@ class Recorder:
         config = {
             **sections,
             "computation": {"mode": mode, "method": method},
-            "training": {**PLAIN, **sections["training"]},
+            "training": {**PLAIN, **({} if method == "ppo" else FLAT), **sections["training"]},
             "data": {**sections["data"], "output_dir": str(run)},
         }
         file = self.folder / f"{name}.json"

@@ -32,7 +32,14 @@ def config(tmp_path: Path, pico_folder: Path, write_rows: Any) -> Configs:
         file = write_rows("train.jsonl", PROBLEMS if rows is None else rows)
         written = {
             "computation": {"mode": "posttraining", "method": "chain_of_thought"},
-            "training": {"learning_rate": 3e-3, "batch_size": 4, "num_epochs": 1, "precision": "fp32"},
+            "training": {
+                "learning_rate": 3e-3,
+                "batch_size": 4,
+                "num_epochs": 1,
+                "precision": "fp32",
+                "schedule": "constant",
+                "warmup": 0,
+            },
             "data": {
                 "pretrained_weights": str(pico_folder),
                 "reasoning_examples": str(file),

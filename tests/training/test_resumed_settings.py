@@ -376,27 +376,31 @@ def test_a_checkpoint_is_no_model_and_the_error_explains_how_to_get_one(copied: 
     assert (copied / "model" / "loopos.json").is_file()
 
 
-def test_a_run_from_when_another_optimizer_was_the_default_keeps_it(tmp_path: Path, pico_folder: Path) -> None:
-    """The config names none. A new run trains with AdamW; one that began with SGD ends as one that names SGD."""
+def test_a_run_from_when_other_defaults_held_keeps_them(tmp_path: Path, pico_folder: Path) -> None:
+    """The config names neither optimizer nor schedule. A new run has the defaults of today; one that began with SGD at a
+    constant rate ends as one that names them.
+    """
+    before = {"optimizer": "sgd", "schedule": "constant", "warmup": 0}
 
     def trained(name: str, *, resume: bool = False, **training: Any) -> Path:
         settings = {"learning_rate": 0.05, "num_epochs": 2, **training}
         named = config_of(tmp_path / name, pico_folder, ROWS, training=settings, model=MODEL, data=DATA)
         sections = named.model_dump(exclude_unset=True)
-        if "optimizer" not in training:
-            del sections["training"]["optimizer"]
+        for key in before.keys() - training.keys():
+            del sections["training"][key]
         train(FineTuningConfig.model_validate(sections), resume=resume)
         return tmp_path / name
 
-    def recorded(run: Path) -> str:
-        found: str = json.loads((run / "config.json").read_text())["training"]["optimizer"]
-        return found
+    def recorded(run: Path) -> dict[str, Any]:
+        settings = json.loads((run / "config.json").read_text())["training"]
+        return {key: settings[key] for key in before}
 
-    whole, new = trained("whole", optimizer="sgd"), trained("new")
-    assert (recorded(whole), recorded(new)) == ("sgd", "adamw")
-    trained("old", optimizer="sgd", max_steps=3)
+    whole, new = trained("whole", **before), trained("new")
+    assert recorded(whole) == before
+    assert recorded(new) == {"optimizer": "adamw", "schedule": "linear", "warmup": 0.05}
+    trained("old", **before, max_steps=3)
     old = trained("old", resume=True)
-    assert recorded(old) == "sgd"
+    assert recorded(old) == before
     weights, expected = last_weights(old), last_weights(whole)
     assert all(weights[name].equal(expected[name]) for name in expected)
     assert not all(weights[name].equal(each) for name, each in last_weights(new).items())

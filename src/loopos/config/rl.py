@@ -13,7 +13,7 @@ from typing import Annotated, ClassVar, Literal, TypeAlias
 from pydantic import Field
 
 from loopos.config.diagnostics import Problem
-from loopos.config.keys import AS_IT_IS, MAY_BE_OWN, Count, Duration, Fraction, Location, Schedule, Section, Text
+from loopos.config.keys import AS_IT_IS, MAY_BE_OWN, Count, Duration, Fraction, Location, Section, Text, Warmup
 from loopos.config.preferences import PreferenceTextSection
 from loopos.config.sections import EarlyStoppingSection, LanguageTrainingSection
 
@@ -45,7 +45,10 @@ class PpoTrainingSection(LanguageTrainingSection):
     num_epochs: Count = Field(default=3, description="passes over the prompts")
     max_iterations: Count | None = Field(default=None, description="iterations after which training ends")
     epsilon: AboveZero = Field(default=1e-5, description="added to the second moment's root (unit of the gradient)")
-    schedule: Schedule = Field(default="linear", description="shape of the learning rate over the steps")
+    # Adam's averages are warm after a few of the many small steps of PPO.
+    warmup: Warmup = Field(
+        default=0, description="linear warmup: whole steps, or a share of all steps below 1; 0 is none"
+    )
     value_learning_rate: AboveZero | None = Field(
         default=None,
         description="peak learning rate of the value model (only of its head if the backbone is shared); "
