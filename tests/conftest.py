@@ -127,6 +127,8 @@ def fine_tuning_config(tmp_path: Path, pico_folder: Path, write_rows: Any) -> Ca
                 "batch_size": 8,
                 "num_epochs": 1,
                 "precision": "fp32",
+                "schedule": "constant",
+                "warmup": 0,
                 **(training or {}),
             },
             "data": {

@@ -132,6 +132,8 @@ def config_of(
         "num_epochs": 2,
         "precision": "fp32",
         "seed": 5,
+        "schedule": "constant",
+        "warmup": 0,
     }
     return FineTuningConfig.model_validate(
         {

@@ -39,8 +39,8 @@ ARROWS: dict[str, set[str]] = {
     # The packaged demo is data alone.
     "demo": set(),
 }
-# rlhf runs reward_model and then ppo.
-METHODS_THAT_RUN_OTHERS = {"rlhf": {"reward_model", "ppo"}}
+# rlhf runs reward_model and then ppo; chain_of_thought is sft with steps.
+METHODS_THAT_RUN_OTHERS = {"rlhf": {"reward_model", "ppo"}, "chain_of_thought": {"sft"}}
 MOST_LINES_OF_A_FILE = 500
 MOST_LINES_OF_A_FUNCTION = 65
 # The package's own front door and `python -m loopos`.

@@ -21,7 +21,7 @@ def test_the_public_names_are_pinned() -> None:
     trained = ["ChainOfThought", "ChainOfThoughtConfig", "FineTuner", "FineTuningConfig", "PpoConfig", "PpoTrainer"]
     asked = ["Predictor", "Reasoner"]
     human = ["ReinforcementTrainer", "RewardModelConfig", "RewardModelTrainer", "RewardPredictor", "RlhfConfig"]
-    classes = [*trained, *asked, *human, "SamplingSettings"]
+    classes = [*trained, *asked, *human, "SamplingSettings", "SftConfig", "SftTrainer"]
     kinds = ["algorithm", "exporter", "format", "loss", "merge_method", "method", "reward", "tracker"]
     names = ["__version__", "load", "read_config", *(f"register_{kind}" for kind in kinds), "train"]
     assert loopos.__all__ == [*classes, "Trainer", *names]

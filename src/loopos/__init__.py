@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from loopos.config.reward_model import RewardModelConfig
     from loopos.config.rlhf import RlhfConfig
     from loopos.config.sections import MethodConfig
+    from loopos.config.sft import SftConfig
     from loopos.config.variants import (
         register_algorithm,
         register_exporter,
@@ -41,6 +42,7 @@ if TYPE_CHECKING:
     from loopos.methods.ppo import PpoTrainer
     from loopos.methods.reward_model import RewardModelTrainer
     from loopos.methods.rlhf import ReinforcementTrainer
+    from loopos.methods.sft import SftTrainer
     from loopos.training.run_state import FitResult
 
     ConfigType = TypeVar("ConfigType", bound=MethodConfig)
@@ -61,6 +63,8 @@ __all__ = [
     "RewardPredictor",
     "RlhfConfig",
     "SamplingSettings",
+    "SftConfig",
+    "SftTrainer",
     "Trainer",
     "__version__",
     "load",
@@ -91,6 +95,8 @@ _PLACES = {
     "RewardPredictor": "loopos.evaluation.reward_predictor",
     "RlhfConfig": "loopos.config.rlhf",
     "SamplingSettings": "loopos.generation.settings",
+    "SftConfig": "loopos.config.sft",
+    "SftTrainer": "loopos.methods.sft",
     "Trainer": "loopos.methods.base",
     "register_algorithm": "loopos.config.variants",
     "register_exporter": "loopos.config.variants",

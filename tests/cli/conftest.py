@@ -68,6 +68,8 @@ def project(tmp_path_factory: pytest.TempPathFactory, pico_folder: Path) -> Path
             "num_epochs": 2,
             "precision": "fp32",
             "device": "cpu",
+            "schedule": "constant",
+            "warmup": 0,
         },
         "data": {
             "pretrained_weights": str(pico_folder),

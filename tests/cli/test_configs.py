@@ -13,7 +13,10 @@ from tests.cli.conftest import Invoke
 
 
 def test_a_valid_config(project: Path, invoke: Invoke) -> None:
-    result = invoke("validate", project / "run.json")
+    result = invoke(
+        "validate",
+        project / "run.json",
+    )
     assert (result.exit_code, result.stderr) == (0, "")
     assert result.stdout == f"{project / 'run.json'}: valid (posttraining, fine_tuning)\n"
 

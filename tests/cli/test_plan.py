@@ -11,7 +11,7 @@ import pytest
 from tests.cli.conftest import Invoke
 
 CLUSTER = ("--gpus", "16", "--memory", "80GiB")
-METHODS = ("fine_tuning", "chain_of_thought", "reward_model", "ppo", "rlhf", "autoregressive")
+METHODS = ("fine_tuning", "sft", "chain_of_thought", "reward_model", "ppo", "rlhf", "autoregressive")
 
 
 def config_of(folder: Path, weights: Path | str, method: str, **training: Any) -> Path:

@@ -134,7 +134,7 @@ def test_the_end_of_a_policy_is_named_and_a_monitor_has_its_own_exit_code(
     assert found["ended"].startswith(ended)
     # A guard's run is over: its weights are there.
     assert (home / run / "model" / "model.safetensors").is_file()
-    assert "alarm: KL " in result.stderr
+    assert "alert: KL " in result.stderr
 
 
 @pytest.mark.usefixtures("known_rates")
@@ -444,7 +444,3 @@ def test_schema_of_every_method(method: str, invoke: Invoke) -> None:
     assert result.exit_code == 0
     described = json.loads(result.stdout)
     assert {"computation", "training", "data"} <= set(described["properties"])
-
-
-def test_there_are_six_methods() -> None:
-    assert len(BUILTIN) == 6

@@ -27,7 +27,7 @@ EVENTS = [
     event("step", 1, clip_share=0.1, value_loss=4.0),
     event("step", 2, clip_share=0.3, value_loss=2.0),
     event("rollout", 2, iteration=1, reward=-2.5, kl=0.5, entropy=1.5),
-    event("alarm", 2, name="entropy", value=1.5, limit=1.8, message="entropy 1.5 fell below 90% of its start (2)"),
+    event("alert", 2, name="entropy", value=1.5, limit=1.8, message="entropy 1.5 fell below 90% of its start (2)"),
     event("step", 3, clip_share=0.5),
     event("step", 4, clip_share=0.7),
     event("validation", 4, reward=-0.7, kl=0.6, best=True, best_trained=True),

@@ -102,7 +102,7 @@ def test_a_metric_that_is_never_finite_again_did_not_beat_the_start() -> None:
 
 
 EARLY = {"early_stopping": {"patience": 3, "metric": None}}
-ALERT = event("alarm", 4, {"name": "kl", "value": 2.0, "limit": 1.0, "message": "KL 2 is above its limit of 1"})
+ALERT = event("alert", 4, {"name": "kl", "value": 2.0, "limit": 1.0, "message": "KL 2 is above its limit of 1"})
 
 
 @pytest.mark.parametrize(

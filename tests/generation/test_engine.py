@@ -175,13 +175,13 @@ def test_stop_tokens_and_limits(says: Callable[..., Any], tokenizer: PreTrainedT
     model, prompt = says("the box was open")
     engine = Engine(model, tokenizer)
     whole = engine.generate([prompt])[0]
-    assert (whole.text, whole.finish_reason, whole.token_ids[-1]) == ("the box was open", "stop token", 2)
+    assert (whole.text, whole.finish_reason, whole.token_ids[-1]) == ("the box was open", "stop", 2)
     assert len(whole.logprobs) == len(whole.token_ids)
     short = engine.generate([prompt], SamplingSettings(max_new_tokens=2))[0]
     assert (len(short.token_ids), short.finish_reason) == (2, "length")
     second = whole.token_ids[1]
     early = engine.generate([prompt], SamplingSettings(stop_token_ids=(second,)))[0]
-    assert (early.token_ids, early.finish_reason) == (whole.token_ids[:2], "stop token")
+    assert (early.token_ids, early.finish_reason) == (whole.token_ids[:2], "stop")
     assert early.text == tokenizer.decode(whole.token_ids[:1])
     on = engine.generate([prompt], SamplingSettings(stop_at_end=False, max_new_tokens=len(whole.token_ids) + 3))[0]
     assert on.finish_reason == "length"

@@ -41,7 +41,7 @@ def identifier(tokenizer: PreTrainedTokenizerBase, character: str) -> int:
 
 
 def answered(text: str, *, well_formed: bool = True) -> Chain:
-    return Chain(0, 0, [1], text, [0.0], (), (), Step(text, 0.0, 1), well_formed, "stop token")
+    return Chain(0, 0, [1], text, [0.0], (), (), Step(text, 0.0, 1), well_formed, "stop")
 
 
 def test_a_vote_by_hand() -> None:
@@ -104,7 +104,7 @@ def test_step_beams_keep_the_best_steps(tokenizer: PreTrainedTokenizerBase) -> N
         assert best.text == "2\n2\n2\n2\n>9"
         assert [step.text for step in best.steps] == ["2"] * 4
         # The closing after the last step was forced, not sampled.
-        assert (best.answer.text, best.forced, best.finish_reason) == ("9", (8,), "stop token")
+        assert (best.answer.text, best.forced, best.finish_reason) == ("9", (8,), "stop")
         assert twos(best) >= twos(chains[-1])
 
 

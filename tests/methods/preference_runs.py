@@ -39,7 +39,15 @@ def reward_config(
     run: Path, weights: Path, *, rows: Sequence[Mapping[str, Any]] | None = None, **sections: Mapping[str, Any]
 ) -> RewardModelConfig:
     file = write_rows(run.parent / f"{run.name}.jsonl", comparisons(40) if rows is None else rows)
-    training = {"learning_rate": 1e-2, "batch_size": 8, "num_epochs": 4, "precision": "fp32", "seed": 5}
+    training = {
+        "learning_rate": 1e-2,
+        "batch_size": 8,
+        "num_epochs": 4,
+        "precision": "fp32",
+        "seed": 5,
+        "schedule": "constant",
+        "warmup": 0,
+    }
     data = {"pretrained_weights": str(weights), "preference_data": str(file), "output_dir": str(run)}
     return RewardModelConfig.model_validate(
         {

@@ -32,7 +32,14 @@ def config(tmp_path: Path, pico_folder: Path, write_rows: Any) -> Configs:
         file = write_rows("train.jsonl", PROBLEMS if rows is None else rows)
         written = {
             "computation": {"mode": "posttraining", "method": "chain_of_thought"},
-            "training": {"learning_rate": 3e-3, "batch_size": 4, "num_epochs": 1, "precision": "fp32"},
+            "training": {
+                "learning_rate": 3e-3,
+                "batch_size": 4,
+                "num_epochs": 1,
+                "precision": "fp32",
+                "schedule": "constant",
+                "warmup": 0,
+            },
             "data": {
                 "pretrained_weights": str(pico_folder),
                 "reasoning_examples": str(file),
@@ -83,7 +90,7 @@ def test_it_generates_what_it_learned(config: Configs) -> None:
     found = Reasoner.open(str(method.run_dir)).answer(["add 1 and 2"])[0]
     assert found.answer == "3"
     assert [step.text for step in found.chains[0].steps] == ["1 + 2 = 3"]
-    assert found.chains[0].finish_reason == "stop token"
+    assert found.chains[0].finish_reason == "stop"
     samples = [json.loads(line) for line in (method.run_dir / "samples.jsonl").read_text().splitlines()]
     assert samples[-1]["is_right"]
     assert samples[-1]["expected"] == "3"
@@ -175,8 +182,8 @@ def test_conversations_train_by_their_loss(config: Configs) -> None:
     # The exported weights are the last ones, and transformers writes with them what stands there.
     assert result.best_step == result.step
     model = AutoModelForCausalLM.from_pretrained(method.run_dir / "model", dtype=torch.float32)
-    assert method.check is not None
-    prompt = torch.tensor([method.check.reasoner.prompt(method.chats[1])])
+    assert method.answers is not None
+    prompt = torch.tensor([method.answers.reasoner.prompt(method.chats[1])])
     stops = list(method.template.stop_tokens)
     written = model.generate(prompt, max_new_tokens=48, do_sample=False, eos_token_id=stops, pad_token_id=0)[0]
     text = method.tokenizer.decode(written[prompt.shape[1] :], skip_special_tokens=True)
@@ -209,7 +216,7 @@ def test_rounds_keep_right_and_distinct_chains_and_train_on_them(config: Configs
 
 def test_a_round_without_a_right_chain_says_what_to_do(config: Configs) -> None:
     section = {"rounds": 1, "samples_per_problem": 2}
-    with pytest.raises(UserError, match="rationalise"):
+    with pytest.raises(UserError, match="rationalize"):
         ChainOfThought(config(training={"max_steps": 1}, self_improvement=section)).train()
 
 

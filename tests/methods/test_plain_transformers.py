@@ -179,7 +179,7 @@ def test_a_run_that_resumes_keeps_the_pooling_and_the_scaling_that_it_began_with
     assert json.loads((tmp_path / "run" / "config.json").read_text())["model"]["pooling"] == "mean"
 
 
-@pytest.mark.parametrize(("reward", "trust"), [({"normalise": False}, False), ({"heads": 3}, True)])
+@pytest.mark.parametrize(("reward", "trust"), [({"normalize": False}, False), ({"heads": 3}, True)])
 def test_a_reward_model_gives_its_scores(
     reward: dict[str, int], trust: bool, tmp_path: Path, pico_folder: Path
 ) -> None:

@@ -102,6 +102,7 @@ def language_config(method: str, folder: Path, weights: Path, data: Mapping[str,
     ("method", "data"),
     [
         ("chain_of_thought", {"reasoning_examples": PROBLEMS, "validation_data": PROBLEMS[:3]}),
+        ("sft", {"training_data": PROBLEMS, "validation_data": PROBLEMS[:3]}),
         ("reward_model", {"preference_data": comparisons(16), "validation_data": pandas.DataFrame(comparisons(4))}),
         ("ppo", {"prompts": datasets.Dataset.from_list(PROMPTS), "validation_share": 0.0}),
         ("rlhf", {"preference_data": comparisons(16), "prompts": iter(PROMPTS)}),

@@ -96,7 +96,7 @@ def test_preferences_are_learned_and_scores_are_normalised(tmp_path: Path, pico_
 
 
 def test_scores_are_normalized_over_the_requested_number_of_comparisons(tmp_path: Path, pico_folder: Path) -> None:
-    config = reward_config(tmp_path / "run", pico_folder, training={"num_epochs": 1}, reward={"normalise_over": 3})
+    config = reward_config(tmp_path / "run", pico_folder, training={"num_epochs": 1}, reward={"normalize_over": 3})
     method = trained(config)
     chosen = method._normalising_rows()
     assert len(chosen) == 3 < len(method.train_rows)
@@ -135,7 +135,7 @@ def test_soft_labels_margins_and_centring_change_the_loss_as_written(tmp_path: P
         "soft": {},
         "hard": {"soft_labels": False},
         "margins": {"soft_labels": False, "margins": True},
-        "centred": {"soft_labels": False, "centring": 0.1},
+        "centred": {"soft_labels": False, "center_rewards": 0.1},
     }.items():
         training = {"max_steps": 1, "shuffle": False, "batch_size": 8}
         config = reward_config(tmp_path / name, pico_folder, rows=rows, reward=reward, training=training)
@@ -159,7 +159,7 @@ def test_soft_labels_margins_and_centring_change_the_loss_as_written(tmp_path: P
     assert losses["hard"]["loss"] == pytest.approx(hard, abs=1e-5)
     assert losses["soft"]["loss"] == pytest.approx(soft, abs=1e-5)
     assert losses["margins"]["loss"] == pytest.approx(float(torch.log1p(torch.exp(margin - gap)).mean()), abs=1e-5)
-    assert losses["centred"]["centring"] == pytest.approx(sum(sums) / 8, abs=1e-5)
+    assert losses["centred"]["center_rewards"] == pytest.approx(sum(sums) / 8, abs=1e-5)
     assert float(margin.max()) > 0
 
 

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 from own_packages import REGISTRIES
 
+from loopos.config.keys import section_class
 from loopos.config.methods import METHODS, config_classes
 from loopos.config.registry import Reference, Registry
 
@@ -42,3 +43,9 @@ def test_every_built_in_variant_is_there_and_says_what_it_is(registry: Registry[
 def test_config_classes_need_no_torch() -> None:
     program = "import sys; from loopos.config.methods import config_classes; list(config_classes().values()); print('torch' in sys.modules)"
     assert subprocess.check_output([sys.executable, "-c", program], text=True) == "False\n"
+
+
+def test_every_method_trains_with_adamw_by_default() -> None:
+    sections = [section_class(config.model_fields["training"]) for config in config_classes().values()]
+    assert len(sections) >= 7
+    assert [section.model_fields["optimizer"].default for section in sections if section] == ["adamw"] * len(sections)

@@ -15,7 +15,7 @@ ALL = MonitorLimits(
     entropy_share=0.25,
     length_ratio=2.0,
     repetition=0.5,
-    end_share_drop=0.25,
+    eos_rate_drop=0.25,
     judge_drop=0.5,
     patience=1,
 )
@@ -43,10 +43,10 @@ def sounded(limits: MonitorLimits, name: str, values: list[float]) -> list[int]:
         ("entropy", [4.0, 1.0, 0.99], [2]),
         ("response_length", [100, 200, 201], [2]),
         ("response_length", [100, 50, 49], [2]),
-        ("end_share", [0.75, 0.5, 0.49], [2]),
+        ("eos_rate", [0.75, 0.5, 0.49], [2]),
         # The first values count, not the largest or the last.
         ("entropy", [2.0, 8.0, 1.0, 0.4], [3]),
-        ("end_share", [0.5, 1.0, 0.5, 0.2], [3]),
+        ("eos_rate", [0.5, 1.0, 0.5, 0.2], [3]),
         # One alert for each time beyond the limit.
         ("kl", [11, 12, 9, 13, 14, 15, 1, 11], [0, 3, 7]),
         ("response_length", [100, 201, 202, 100, 40], [1, 4]),
@@ -115,8 +115,8 @@ def test_a_judge_measured_separately_is_compared_with_the_latest_reward() -> Non
 
 
 def test_alerts_contain_their_numbers() -> None:
-    first = {"kl": 0.0, "entropy": 4.0, "response_length": 100, "repetition": 0.0, "end_share": 0.75}
-    last = {"kl": 12.5, "entropy": 0.5, "response_length": 300, "repetition": 0.75, "end_share": 0.25}
+    first = {"kl": 0.0, "entropy": 4.0, "response_length": 100, "repetition": 0.0, "eos_rate": 0.75}
+    last = {"kl": 12.5, "entropy": 0.5, "response_length": 300, "repetition": 0.75, "eos_rate": 0.25}
     before, found = alerts(ALL, first, last)
     assert before == []
     assert [(alert.name, alert.value, alert.limit, alert.message) for alert in found] == [
@@ -125,7 +125,7 @@ def test_alerts_contain_their_numbers() -> None:
         ("response_length", 300, 200, "mean length 300 left the range 50–200 around its start (100 tokens)"),
         ("repetition", 0.75, 0.5, "repetition 0.75 is above its limit of 0.5: responses repeat themselves"),
         (
-            "end_share",
+            "eos_rate",
             0.25,
             0.5,
             "the fraction of finished responses, 0.25, fell more than 0.25 below its start (0.75): responses are cut off",
@@ -137,20 +137,20 @@ def test_alerts_contain_their_numbers() -> None:
 
 
 def test_without_limits_there_is_no_alert() -> None:
-    wild = {"kl": 1e9, "entropy": 0.0, "response_length": 1e9, "repetition": 1.0, "end_share": 0.0, "judge": -1e9}
-    tame = {"kl": 0.0, "entropy": 4.0, "response_length": 10, "repetition": 0.0, "end_share": 1.0, "judge": 0.0}
+    wild = {"kl": 1e9, "entropy": 0.0, "response_length": 1e9, "repetition": 1.0, "eos_rate": 0.0, "judge": -1e9}
+    tame = {"kl": 0.0, "entropy": 4.0, "response_length": 10, "repetition": 0.0, "eos_rate": 1.0, "judge": 0.0}
     assert alerts(MonitorLimits(), {"reward": 0.0, **tame}, {"reward": 1.0, **wild}) == [[], []]
     assert len(alerts(ALL, {"reward": 0.0, **tame}, {"reward": 1.0, **wild})[1]) == 6
 
 
 def test_a_resumed_run_raises_the_same_alerts() -> None:
-    limits = MonitorLimits(kl=0.75, entropy_share=0.5, length_ratio=1.5, end_share_drop=0.1, judge_drop=0.2, patience=2)
+    limits = MonitorLimits(kl=0.75, entropy_share=0.5, length_ratio=1.5, eos_rate_drop=0.1, judge_drop=0.2, patience=2)
     run = [
         {
             "kl": (7 * index % 5) / 2,
             "entropy": 1 / (1 + index % 4),
             "response_length": 10.0 + 3 * (index % 5),
-            "end_share": 1 - (index % 3) / 10,
+            "eos_rate": 1 - (index % 3) / 10,
             "reward": index / 7,
             "judge": math.sin(index / 2),
         }
@@ -191,7 +191,7 @@ def test_a_state_is_a_copy() -> None:
         ("entropy_share", 1.5),
         ("length_ratio", 0.5),
         ("repetition", 2.0),
-        ("end_share_drop", -0.1),
+        ("eos_rate_drop", -0.1),
         ("judge_drop", math.inf),
         ("patience", 0),
     ],

@@ -12,9 +12,10 @@ from typing import Any, Literal
 import numpy
 import pytest
 import torch
-from pico_runs import class_rows, config_of, events_of, train
+from pico_runs import class_rows, config_of, events_of, last_weights, train
 
 from loopos.config.diagnostics import UserError
+from loopos.config.fine_tuning import FineTuningConfig
 from loopos.config.sections import TrainingSection
 from loopos.evaluation.run_folder import read_run
 from loopos.training import checkpoint
@@ -379,6 +380,36 @@ def test_a_checkpoint_is_no_model_and_the_error_explains_how_to_get_one(copied: 
 def test_runs_of_older_versions_had_the_former_value() -> None:
     """A checkpoint that does not record a trait with a former value had that value, and neither warns nor hides it."""
     for value, refused in (("ppo", []), ("reinforce", ["training.algorithm: was ppo, is reinforce"])):
-        found = compare({}, setting("training.algorithm", value, formerly="ppo"), {})
+        found = compare({}, setting("training.algorithm", value, if_absent="ppo"), {})
         assert (found.refused, found.unknown) == (refused, [])
     assert compare({}, setting("training.seed", 3), {}).unknown == ["training.seed"]
+
+
+def test_a_run_from_when_other_defaults_held_keeps_them(tmp_path: Path, pico_folder: Path) -> None:
+    """The config names neither optimizer nor schedule. A new run has the defaults of today; one that began with SGD at a
+    constant rate ends as one that names them.
+    """
+    before = {"optimizer": "sgd", "schedule": "constant", "warmup": 0}
+
+    def trained(name: str, *, resume: bool = False, **training: Any) -> Path:
+        settings = {"learning_rate": 0.05, "num_epochs": 2, **training}
+        named = config_of(tmp_path / name, pico_folder, ROWS, training=settings, model=MODEL, data=DATA)
+        sections = named.model_dump(exclude_unset=True)
+        for key in before.keys() - training.keys():
+            del sections["training"][key]
+        train(FineTuningConfig.model_validate(sections), resume=resume)
+        return tmp_path / name
+
+    def recorded(run: Path) -> dict[str, Any]:
+        settings = json.loads((run / "config.json").read_text())["training"]
+        return {key: settings[key] for key in before}
+
+    whole, new = trained("whole", **before), trained("new")
+    assert recorded(whole) == before
+    assert recorded(new) == {"optimizer": "adamw", "schedule": "linear", "warmup": 0.05}
+    trained("old", **before, max_steps=3)
+    old = trained("old", resume=True)
+    assert recorded(old) == before
+    weights, expected = last_weights(old), last_weights(whole)
+    assert all(weights[name].equal(expected[name]) for name in expected)
+    assert not all(weights[name].equal(each) for name, each in last_weights(new).items())

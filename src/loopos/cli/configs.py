@@ -128,10 +128,8 @@ def schema(method: MethodName = "fine_tuning") -> int:
     """Prints the JSON Schema of a method's config. Raises `UserError` for an unknown method."""
     from loopos.config.load import schema as schema_of
     from loopos.config.merge import MergeConfig
-    from loopos.config.other_tools import METHOD_ALIASES
 
     rows = {name: config_class for (_, name), config_class in config_classes().items()} | {"merge": MergeConfig}
-    method = METHOD_ALIASES.get(method, method)
     if method not in rows:
         known = choices(list(rows), own="")
         raise UserError(f'--method: got "{method}"; expected {known}')

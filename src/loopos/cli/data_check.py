@@ -190,9 +190,9 @@ _FAULTY = 2
 _WORDING = OptionWording([COLUMNS, ENCODING])
 _SERVES = {
     "labelled": "trains fine_tuning",
-    "texts": "no label column: loopos predict reads the texts; fine_tuning needs a label; chain_of_thought and "
-    "pretraining learn whole texts from a column text",
-    "language": "trains chain_of_thought; its prompts work in loopos generate --input and loopos winrate",
+    "texts": "no label column: loopos predict reads the texts; fine_tuning needs a label; sft and pretraining "
+    "learn whole texts from a column text",
+    "language": "trains sft and chain_of_thought; its prompts work in loopos generate --input and loopos winrate",
     "comparisons": "trains reward_model and rlhf; its prompts work for ppo",
     "prompts": "only prompts: for ppo, loopos generate --input and loopos winrate",
     "lines": "one text per line: prompts for ppo, loopos generate --input and loopos winrate, texts for loopos "

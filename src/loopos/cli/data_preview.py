@@ -18,13 +18,13 @@ from typing import Any
 from rich.console import Console
 from rich.text import Text
 
-from loopos.config.chain_of_thought import ChainOfThoughtConfig
 from loopos.config.diagnostics import DataError, UserError, printable
 from loopos.config.fine_tuning import FineTuningConfig
 from loopos.config.methods import method_row
 from loopos.config.ppo import PpoConfig
 from loopos.config.pretraining import PretrainingConfig
 from loopos.config.reward_model import RewardModelConfig
+from loopos.config.sft import SftConfig
 from loopos.data.preference_tokens import (
     PROMPT_OVER,
     SAME_TOKENS,
@@ -45,7 +45,7 @@ from loopos.planning.work import (
     open_inputs,
     open_pretraining,
     open_prompts,
-    open_reasoning,
+    open_supervised,
 )
 
 POOLED, UNPOOLED = "pooled", "unpooled"
@@ -144,8 +144,8 @@ def marked_text(tokenizer: Any, ids: Sequence[int], token_fates: Sequence[str]) 
     return line
 
 
-def _reasoning(config: ChainOfThoughtConfig, console: Console, num_rows: int, *, trust_remote_code: bool) -> None:
-    inputs = open_reasoning(config, trust_remote_code=trust_remote_code)
+def _supervised(config: SftConfig, console: Console, num_rows: int, *, trust_remote_code: bool) -> None:
+    inputs = open_supervised(config, trust_remote_code=trust_remote_code)
     encoder, section = inputs.encoder, config.data
     for example in inputs.data.train[:num_rows]:
         console.print(_row_location(example.row))
@@ -336,6 +336,6 @@ _PREVIEWS: Mapping[str, Callable[..., None]] = {
     "text": _pretraining,
     "prompts": _prompts,
     "comparisons": _comparisons,
-    "demonstrations": _reasoning,
+    "demonstrations": _supervised,
 }
 """Kind of rows → what shows them."""

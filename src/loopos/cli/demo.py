@@ -237,7 +237,7 @@ TRAINING, JUDGING = "replies_train.jsonl", "replies_judge.jsonl"
 TRAINED = (("reward_model", TRAINING, JUDGING, 8), ("judge", JUDGING, TRAINING, 4))
 _MOST_TESTED = 60
 _PREFERENCES_FOLDER = Path("outputs/demo/preferences")
-_SHOWN = ("reward", "kl", "response_length", "end_share")
+_SHOWN = ("reward", "kl", "response_length", "eos_rate")
 _REPLIES_SHOWN = 3
 
 

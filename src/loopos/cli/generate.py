@@ -296,7 +296,7 @@ def _beams(
                 "prompt": each.recorded,
                 "text": beam.text,
                 "logprob": beam.score * len(beam.token_ids) ** settings.length_penalty,
-                "finish_reason": "stop token" if beam.token_ids[-1] in ends else "length",
+                "finish_reason": "stop" if beam.token_ids[-1] in ends else "length",
                 "tokens": len(beam.token_ids),
             },
             number,

@@ -104,8 +104,7 @@ def use_of(source: str) -> str:
         return f"score with it: loopos score {source} FILE"
     if kind != "language":
         return f"predict with it: loopos predict {source} INPUT"
-    # A PPO policy answers directly; models trained on chains reason in steps.
-    steps = "" if description.get("method") == "ppo" else " --steps"
+    steps = " --steps" if description.get("method") == "chain_of_thought" else ""
     return f'generate with it: loopos generate {source} -p "..."{steps}'
 
 

@@ -25,7 +25,7 @@ def described(chain: Chain, step_format: StepFormat) -> str:
             f"[{chain.answer.logprob:.2f}]" if chain.well_formed else "(the answer was not in the expected step format)"
         )
         return "\n".join([*lines, f"answer: {answer}  {where}"])
-    why = "the token limit" if chain.finish_reason == "length" else f"a {chain.finish_reason}"
+    why = {"length": "the token limit", "stop": "a stop token"}.get(chain.finish_reason, f"a {chain.finish_reason}")
     return "\n".join([*lines, f"answer: none (ended by {why})"])
 
 

@@ -180,7 +180,7 @@ def _replies(source: str, requests: Sequence[PromptInput], options: WinRateOptio
     settings, number = reasoner.sampling(options.sampling.settings()), options.samples
     found: list[list[Reply] | None] = [None] * len(requests)
     for completion in reasoner.engine.generate([prompts[each] for each in fits], settings, n=number, logprobs=False):
-        ended = completion.finish_reason in ("stop token", "stop string")
+        ended = completion.finish_reason in ("stop", "stop string")
         prompt = fits[completion.prompt_index]
         replies = found[prompt] = found[prompt] or []
         replies.append(Reply(completion.text, len(completion.token_ids), ended))

@@ -11,6 +11,7 @@ from pydantic import Field
 from loopos.config import checks
 from loopos.config.diagnostics import Problem
 from loopos.config.keys import BUILT_IN_METRICS, METRICS, Metric
+from loopos.config.learning_rates import rate_notes
 from loopos.config.paths import (
     check_output_folder,
     check_rows,
@@ -95,7 +96,7 @@ class FineTuningConfig(MethodConfig):
             "model.target_scaling": (model.task in (None, "regression"), f"the task is {model.task}"),
             "data.validation_share": (data.validation_data is None, "validation_data is set"),
         }
-        notes = checks.without_effect(self, has_effect) + checks.rate_notes(training)
+        notes = checks.without_effect(self, has_effect) + rate_notes(self, has_head=True)
         if training.save_every == "validation" and not self.validates:
             notes.append(
                 "training.save_every is validation, but nothing is validated: checkpoints follow save_interval"

@@ -25,6 +25,7 @@ from pydantic import (
     WithJsonSchema,
     WrapValidator,
 )
+from pydantic.fields import FieldInfo
 from pydantic_core.core_schema import CoreSchema, no_info_after_validator_function
 
 from loopos.config.paths import expanded
@@ -82,7 +83,7 @@ METRICS: dict[Task, tuple[BuiltInMetric, ...]] = {
 }
 """The metrics of each task."""
 
-ALSO_UNDER_DATA = ("shuffle", "num_workers", "prefetch_batches", "max_length")
+ALSO_UNDER_DATA = ("shuffle", "max_length")
 """Keys of `training` that are also accepted under `data`."""
 
 _DURATION = re.compile(r"([0-9]+(?:\.[0-9]+)?)(s|m|h)")
@@ -170,6 +171,14 @@ class Section(BaseModel):
     """Base of all sections: frozen, no unknown keys, strict types, no NaN or infinity."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False, defer_build=True)
+
+
+def section_class(field: FieldInfo) -> type[BaseModel] | None:
+    """The section that a field holds, also where it may be null."""
+    for each in (field.annotation, *get_args(field.annotation)):
+        if isinstance(each, type) and issubclass(each, BaseModel):
+            return each
+    return None
 
 
 STRATEGY = re.compile(r"single|(self_consistency|best_of_n):([1-9][0-9]*)|step_beam:([1-9][0-9]*)x([1-9][0-9]*)")

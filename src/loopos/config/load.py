@@ -7,14 +7,14 @@ holds every diagnostic, ordered by line: of single keys, of key combinations and
 from __future__ import annotations
 
 import functools
-import json
 import os
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from pydantic import ValidationError
 
+from loopos.config.aliases import moved_to_training, with_current_keys
 from loopos.config.diagnostics import ConfigError, Diagnostic, Problem
 from loopos.config.json_text import (
     MappingNode,
@@ -24,11 +24,10 @@ from loopos.config.json_text import (
     find,
     plain,
     value_mark,
-    with_entry,
     without_entry,
 )
 from loopos.config.keys import ALSO_UNDER_DATA, OWN_METRICS
-from loopos.config.other_tools import METHOD_ALIASES, method_advice, tool_of, translated
+from loopos.config.other_tools import method_advice, tool_of, translated
 from loopos.config.paths import expanded
 from loopos.config.registry import OF_YOUR_OWN, choices, num_registered
 from loopos.config.sections import MethodConfig
@@ -36,7 +35,6 @@ from loopos.config.source import (
     COMMAND_LINE,
     Source,
     apply_overrides,
-    as_mapping,
     close_matches,
     read_source,
     source_of,
@@ -76,14 +74,18 @@ def load(
     built-in ones. Raises `ConfigError` with every diagnostic by line, those of the command line last.
     """
     assert methods, "at least one method is required"
-    source, root, alias_notes = _read(path, overrides)
-    root, renamed, diagnostics = _moved_to_training(root)
+    source, root = _read(path, overrides)
+    root, renamed, diagnostics = moved_to_training(root)
     row, method_diagnostics = _choose(root, methods)
     diagnostics.extend(method_diagnostics)
     if row is None:
         raise ConfigError(_by_line(diagnostics))
+    root, old_names, alias_notes, found = with_current_keys(root, methods[row])
+    renamed |= old_names
+    diagnostics.extend(found)
     known = {diagnostic.field for diagnostic in diagnostics}
-    config, found = _validated(methods[row], root, renamed, known, check_files, {OWN_METRICS: own_metrics})
+    context = {OWN_METRICS: own_metrics}
+    config, found = _validated(methods[row], root, renamed, known, check_files, context, methods)
     diagnostics.extend(found)
     if diagnostics:
         raise ConfigError(_by_line(diagnostics))
@@ -98,24 +100,21 @@ def method_config_class(
 
     Raises `ConfigError` where the file cannot be read or names no method.
     """
-    _, root, _ = _read(path, overrides)
+    _, root = _read(path, overrides)
     row, diagnostics = _choose(root, methods)
     if row is None:
         raise ConfigError(_by_line(diagnostics))
     return methods[row], root
 
 
-def _read(
-    path: str | os.PathLike[str] | Mapping[str, object], overrides: Sequence[str]
-) -> tuple[Source, MappingNode, list[str]]:
-    """The source of a config, its tree with overrides, and a note if its method is an alias."""
+def _read(path: str | os.PathLike[str] | Mapping[str, object], overrides: Sequence[str]) -> tuple[Source, MappingNode]:
+    """The source of a config, and its tree with overrides."""
     source = source_of(path) if isinstance(path, Mapping) else read_source(expanded(os.fspath(path)))
     tool = tool_of(source.root)
     if tool is not None:
         message = f"a config of {tool}, which LoopOS does not read"
         raise ConfigError([Diagnostic(source.path, None, None, "", message, "", translated(source.root, tool).text)])
-    root, notes = _with_own_method(without_entry(apply_overrides(source.root, overrides), "$schema"))
-    return source, root, notes
+    return source, without_entry(apply_overrides(source.root, overrides), "$schema")
 
 
 def load_recipe(
@@ -171,52 +170,6 @@ def _by_line(diagnostics: Sequence[Diagnostic]) -> list[Diagnostic]:
 def _diagnostic_at(root: MappingNode, path: Path, field: str, actual: str, expected: str, hint: str = "") -> Diagnostic:
     mark = value_mark(root, path)
     return Diagnostic(mark.source, mark.line, mark.column, field, actual, expected, hint)
-
-
-def _moved_to_training(root: MappingNode) -> tuple[MappingNode, dict[str, str], list[Diagnostic]]:
-    """Move the keys that `data` may hold too to `training`; also returns new name → name that the user wrote.
-
-    If both sections have a key, the command line wins over the file; two different values from one source are an error.
-    """
-    data = as_mapping(root, "data")
-    training = as_mapping(root, "training")
-    if data is None or ("training" in root.entries and training is None):
-        return root, {}, []
-    training = training or MappingNode({}, {}, root.mark)
-    renamed: dict[str, str] = {}
-    diagnostics: list[Diagnostic] = []
-    for key in ALSO_UNDER_DATA:
-        if key not in data.entries:
-            continue
-        value, current = data.entries[key], training.entries.get(key)
-        key_mark = data.keys[key]
-        data = without_entry(data, key)
-        if current is None or (value.mark.source == COMMAND_LINE != current.mark.source):
-            training = with_entry(training, key, value, key_mark)
-            renamed[f"training.{key}"] = f"data.{key}"
-        elif value.mark.source == current.mark.source and json.dumps(plain(value)) != json.dumps(plain(current)):
-            mark = value.mark
-            actual = f"{shown(value, with_kind=False)}, but training.{key} is {shown(current, with_kind=False)}"
-            diagnostics.append(
-                Diagnostic(
-                    mark.source, mark.line, mark.column, f"data.{key}", actual, "one value", "remove one of the two"
-                )
-            )
-    if "training" in root.entries or training.entries:
-        root = with_entry(root, "training", training, root.keys.get("training", root.mark))
-    return with_entry(root, "data", data, root.keys["data"]), renamed, diagnostics
-
-
-def _with_own_method(root: MappingNode) -> tuple[MappingNode, list[str]]:
-    """Replace an alias of a method by the method's own name; also returns a note that says so."""
-    computation = as_mapping(root, "computation")
-    node = None if computation is None else computation.entries.get("method")
-    if computation is None or not isinstance(node, ScalarNode) or node.value not in METHOD_ALIASES:
-        return root, []
-    own = METHOD_ALIASES[node.value]
-    renamed = with_entry(computation, "method", replace(node, value=own), computation.keys["method"])
-    note = f'computation.method "{node.value}" is "{own}"; chats are learned as they are, without steps'
-    return with_entry(root, "computation", renamed, root.keys["computation"]), [note]
 
 
 def _choose(root: MappingNode, methods: Methods) -> tuple[tuple[str, str] | None, list[Diagnostic]]:
@@ -280,8 +233,11 @@ def _validated(
     reported: set[str],
     check_files: bool,
     context: Mapping[str, Any] | None = None,
+    methods: Methods | None = None,
 ) -> tuple[MethodConfig | None, list[Diagnostic]]:
-    """The config, if it is valid, and all diagnostics; `reported` are fields that already have one."""
+    """The config, if it is valid, and all diagnostics; `reported` are fields that already have one. `methods`: those
+    that may know a key which this config does not.
+    """
     values = plain(root)
     assert isinstance(values, dict)
     diagnostics: list[Diagnostic] = []
@@ -292,7 +248,8 @@ def _validated(
         checkable: MethodConfig | None = config
     except ValidationError as error:
         schema = _schema_of(config_class, num_registered())
-        described = diagnostics_of(error, root, schema, renamed)
+        others = {name: _schema_of(found, num_registered()) for (_, name), found in (methods or {}).items()}
+        described = diagnostics_of(error, root, schema, renamed, others)
         diagnostics.extend(diagnostic for path, diagnostic in described if diagnostic.field not in reported)
         faulty.update(".".join(str(step) for step in path[:2]) for path, _ in described)
         # `_repaired` drops the whole of what is no section: a key of a recipe, such as a list with one invalid item.

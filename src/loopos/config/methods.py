@@ -74,11 +74,18 @@ BUILTIN: Mapping[str, MethodRow] = {
         "classification, multi-label classification or regression of texts",
         "labeled",
     ),
+    "sft": _row(
+        "posttraining",
+        "sft:SftConfig",
+        "sft:SftTrainer",
+        "supervised fine-tuning on chats, instructions, completions or texts",
+        "demonstrations",
+    ),
     "chain_of_thought": _row(
         "posttraining",
         "chain_of_thought:ChainOfThoughtConfig",
         "chain_of_thought:ChainOfThought",
-        "supervised fine-tuning (sft): chats, instructions, reasoning in steps",
+        "sft on reasoning in steps, validated by generated answers",
         "demonstrations",
     ),
     "reward_model": _row(

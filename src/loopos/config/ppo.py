@@ -9,6 +9,7 @@ from pydantic import Field
 
 from loopos.config import checks
 from loopos.config.diagnostics import Problem
+from loopos.config.learning_rates import rate_notes
 from loopos.config.preferences import (
     check_reward_model,
     check_text_files,
@@ -131,7 +132,8 @@ class PpoConfig(MethodConfig):
 
     def notes(self) -> list[str]:
         training, data, generation = self.training, self.data, self.generation
-        notes = checks.without_effect(self, _effects(self)) + checks.rate_notes(training)
+        notes = checks.without_effect(self, _effects(self))
+        notes += rate_notes(self, "policy")
         if training.minibatches > training.batch_size:
             notes.append(
                 f"training.minibatches ({training.minibatches}) is more than training.batch_size "
@@ -235,7 +237,7 @@ def _effects(config: PpoConfig) -> dict[str, tuple[bool, str]]:
     critic = (config.algorithm.critic, f'the algorithm "{training.algorithm}" has no critic')
     has_model, has_penalty = config.data.reward_model is not None, training.kl_coefficient > 0
     limits = (guards.kl, guards.entropy_share, guards.length_ratio, guards.repetition)
-    is_guarded = any(limit is not None for limit in (*limits, guards.end_share_drop, guards.judge_drop))
+    is_guarded = any(limit is not None for limit in (*limits, guards.eos_rate_drop, guards.judge_drop))
     unanswered = (config.validates, "no validation prompts are answered")
     return {
         **checks.effects(training),

@@ -76,7 +76,7 @@ class PreferenceTextSection(TextSourceSection):
 class RewardSection(Section):
     """What a reward model learns from a comparison (Christiano et al. 2017; Ouyang et al. 2022)."""
 
-    centring: Annotated[float, Field(ge=0)] = Field(
+    center_rewards: Annotated[float, Field(ge=0)] = Field(
         default=0.0, description="coefficient of the mean squared sum of a pair's two scores (per squared reward)"
     )
     loss: Annotated[str, VariantName(LOSSES, only=lambda row: "reward_model" in row.methods)] = Field(
@@ -87,10 +87,10 @@ class RewardSection(Section):
     soft_labels: bool = Field(
         default=True, description="use p_human, the share of people who preferred the chosen response, as the target"
     )
-    normalise: bool = Field(
+    normalize: bool = Field(
         default=True, description="normalize scores to mean 0, standard deviation 1 over training responses"
     )
-    normalise_over: Count = Field(
+    normalize_over: Count = Field(
         default=1024, description="training comparisons, drawn at random, whose responses give the mean and deviation"
     )
 

@@ -20,10 +20,10 @@ from loopos.config.keys import (
     Duration,
     Fraction,
     Location,
-    Schedule,
     Section,
     Text,
     VariantName,
+    Warmup,
 )
 from loopos.config.preferences import PreferenceTextSection
 from loopos.config.sections import EarlyStoppingSection, LanguageTrainingSection
@@ -57,7 +57,10 @@ class PpoTrainingSection(LanguageTrainingSection):
     num_epochs: Count = Field(default=3, description="passes over the prompts")
     max_iterations: Count | None = Field(default=None, description="iterations after which training ends")
     epsilon: AboveZero = Field(default=1e-5, description="added to the second moment's root (unit of the gradient)")
-    schedule: Schedule = Field(default="linear", description="shape of the learning rate over the steps")
+    # Adam's averages are warm after a few of the many small steps of PPO.
+    warmup: Warmup = Field(
+        default=0, description="linear warmup: whole steps, or a share of all steps below 1; 0 is none"
+    )
     value_learning_rate: AboveZero | None = Field(
         default=None,
         description="peak learning rate of the value model (only of its head if the backbone is shared); "
@@ -224,7 +227,7 @@ class GuardSection(Section):
     repetition: Fraction | None = Field(
         default=None, description="alert if the fraction of repeated 4-grams of tokens is above this"
     )
-    end_share_drop: Fraction | None = Field(
+    eos_rate_drop: Fraction | None = Field(
         default=None,
         description="alert if the fraction of finished responses is lower than the first by more than this",
     )

@@ -146,7 +146,7 @@ class TrainingSection(Section):
     max_time: Duration | None = Field(
         default=None, description='time after which training ends (seconds, or "90s", "30m", "2h")'
     )
-    optimizer: Optimizer = Field(default="sgd", description="rule of the weight updates")
+    optimizer: Optimizer = Field(default="adamw", description="rule of the weight updates")
     momentum: Fraction = Field(default=0.0, description="fraction of the last update kept (sgd and muon)")
     betas: Annotated[tuple[Fraction, Fraction], Field(strict=False)] = Field(
         default=(0.9, 0.999), description="decay per step of the two moment averages (adam, adamw, muon's adamw part)"
@@ -157,9 +157,9 @@ class TrainingSection(Section):
     weight_decay: Annotated[float, Field(ge=0)] = Field(
         default=0.0, description="fraction of each weight taken off per unit of learning rate"
     )
-    schedule: Schedule = Field(default="constant", description="shape of the learning rate over the steps")
+    schedule: Schedule = Field(default="linear", description="shape of the learning rate over the steps")
     warmup: Warmup = Field(
-        default=0, description="linear warmup: whole steps, or a share of all steps below 1; 0 is none"
+        default=0.05, description="linear warmup: whole steps, or a share of all steps below 1; 0 is none"
     )
     minimum_ratio: Annotated[float, Field(ge=0, le=1)] = Field(
         default=0.0, description="last learning rate / peak learning rate"
@@ -193,10 +193,6 @@ class TrainingSection(Section):
         default=False, description="keep weights that are zero at the start at zero (pruned models)"
     )
     shuffle: bool = Field(default=True, description="new order of the rows in each epoch")
-    num_workers: Annotated[int, Field(ge=0)] = Field(default=0, description="accepted for compatibility; has no effect")
-    prefetch_batches: Annotated[int, Field(ge=0)] = Field(
-        default=2, description="accepted for compatibility; has no effect"
-    )
     max_length: Count | None = Field(
         default=None, description="longest sequence (tokens); the model's limit when absent"
     )
@@ -340,9 +336,7 @@ class LanguageModelSection(SizesSection):
 
 
 class LanguageTrainingSection(TrainingSection):
-    """The optimizer, its schedule, what trains, and when to validate, save and stop; the default is AdamW."""
-
-    optimizer: Optimizer = Field(default="adamw", description="rule of the weight updates")
+    """The optimizer, its schedule, what trains, and when to validate, save and stop."""
 
 
 class TextSourceSection(ReadingSection):

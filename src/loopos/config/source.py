@@ -237,12 +237,16 @@ def _data_file_error(name: str) -> ConfigError:
     """The error for a data file in place of a config, with an example of a config for it."""
     with open(name, "rb") as file:
         start = file.read(4096).decode("utf-8", errors="replace").lower()
-    methods = {"sft": ("messages", "conversations"), "reward_model": ("chosen",), "chain_of_thought": ("problem",)}
+    methods = {
+        "sft": ("messages", "conversations", "instruction", "completion"),
+        "reward_model": ("chosen",),
+        "chain_of_thought": ("problem",),
+    }
     method = next((name for name, columns in methods.items() if any(f'"{each}"' in start for each in columns)), "")
     run = os.path.basename(name).partition(".")[0] or "run"
     example = {
         "computation": {"mode": "posttraining", "method": method or "fine_tuning"},
-        "training": {"learning_rate": 5e-5, "optimizer": "adamw"},
+        "training": {"learning_rate": 5e-5},
         "data": {"pretrained_weights": "smollm2-135m", "training_data": name, "output_dir": f"outputs/{run}"},
     }
     hint = f"write a config that names it, for example {run}.json:\n{json.dumps(example, ensure_ascii=False)}"

@@ -29,8 +29,8 @@ Family: TypeAlias = Literal["labelled", "texts", "language", "comparisons", "pro
 
 _OF_COMPARISONS = frozenset({"chosen", "rejected", "responses", "response_j", "response_k"})
 _EXPECTED = (
-    "text and label (fine_tuning); messages, prompt and completion, instruction and output, or problem, reasoning and "
-    "answer (chain_of_thought); prompt, chosen and rejected (reward_model); or prompt (ppo)"
+    "text and label (fine_tuning); messages, prompt and completion, or instruction and output (sft); problem, "
+    "reasoning and answer (chain_of_thought); prompt, chosen and rejected (reward_model); or prompt (ppo)"
 )
 
 

@@ -19,8 +19,8 @@ from typing import Literal, TypeAlias
 
 from transformers import PreTrainedTokenizerBase
 
-from loopos.config.chain_of_thought import ReasoningDataSection
 from loopos.config.diagnostics import DataError, Diagnostic
+from loopos.config.sft import SftDataSection
 from loopos.data.conversations import ASSISTANT, Conversation, Message, Question
 from loopos.data.demonstrations import Demonstration
 from loopos.data.piece_tokens import SegmentTokenizer
@@ -342,7 +342,7 @@ class SupervisedEncoder:
 
     def __init__(
         self,
-        data: ReasoningDataSection,
+        data: SftDataSection,
         step_format: StepFormat,
         tokenizer: PreTrainedTokenizerBase,
         *,

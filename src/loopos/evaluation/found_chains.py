@@ -103,7 +103,7 @@ def find_chains(
     if not combined.chains:
         raise UserError(
             f"self_improvement: {combined.summary()}; train longer before the first round, raise "
-            "self_improvement.samples_per_problem, or set self_improvement.rationalise to true"
+            "self_improvement.samples_per_problem, or set self_improvement.rationalize to true"
         )
     return combined
 
@@ -135,7 +135,7 @@ class _Sampler:
             for example, (right, chains) in zip(chunk, found, strict=True)
         ]
         unsolved = [index for index, (_, chains) in enumerate(found) if not chains]
-        if self._section.rationalise and unsolved:
+        if self._section.rationalize and unsolved:
             hard = [chunk[index] for index in unsolved]
             hinted = self._right_chains(hard, [e.problem + _HINT.format(answer=e.answer) for e in hard])
             for index, (_, chains) in zip(unsolved, hinted, strict=True):

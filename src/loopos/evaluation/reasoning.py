@@ -50,7 +50,7 @@ class Answered:
 
     def samples(self) -> list[Sample]:
         """The chains as `answer_metrics` takes them."""
-        return [Sample(c.text, len(c.token_ids), c.finish_reason == "stop token") for c in self.chains]
+        return [Sample(c.text, len(c.token_ids), c.finish_reason == "stop") for c in self.chains]
 
 
 class Reasoner:

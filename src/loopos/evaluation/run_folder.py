@@ -14,10 +14,12 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
+from loopos.config.aliases import current_settings
 from loopos.config.diagnostics import UserError
 from loopos.config.differences import changes
 from loopos.config.figures import figure
 from loopos.functional.comparing import is_better
+from loopos.storage.events import current
 from loopos.storage.folder_lock import lock_state
 from loopos.storage.json_files import read_object
 
@@ -184,7 +186,7 @@ def end_reason(config: Mapping[str, Any], events: Sequence[Event]) -> str:
             watched = early.get("metric") or session.get("judged_by", {}).get("metric") or "the metric"
             return f"stopped early: {watched} did not improve in {early.get('patience')} validations"
         case "guard":
-            alerts = [event["metrics"] for event in events if event["event"] == "alarm"]
+            alerts = [event["metrics"] for event in events if event["event"] == "alert"]
             alert = alerts[-1].get("message") or alerts[-1]["name"] if alerts else "an alert"
             return f"stopped by a guard: {alert}"
         case "callback":
@@ -402,7 +404,7 @@ def read_run(folder: Path) -> Run:
         if not (folder / name).is_file():
             raise UserError(f"{folder}: no run: no {name}; expected the output_dir of a run")
     config = read_object(folder / CONFIG, advice="expected the config that the run wrote")
-    return Run(folder, config, list(read_events(folder / EVENTS)))
+    return Run(folder, current_settings(config), list(read_events(folder / EVENTS)))
 
 
 def run_of(model: Path) -> Run | None:
@@ -411,8 +413,8 @@ def run_of(model: Path) -> Run | None:
 
 
 def read_events(path: Path) -> Iterator[RunFolderEvent]:
-    """Every event in order. Ignores an incomplete last line, which a killed process leaves; any other broken line
-    raises `UserError` with its line number.
+    """Every event in order, under the names of today. Ignores an incomplete last line, which a killed process leaves;
+    any other broken line raises `UserError` with its line number.
     """
     with path.open("rb") as file:
         for number, line in enumerate(file, start=1):
@@ -426,7 +428,7 @@ def read_events(path: Path) -> Iterator[RunFolderEvent]:
                 ) from error
             if not isinstance(event, dict) or not {"event", "step", "metrics", "timing"} <= set(event):
                 raise UserError(f"{path}:{number}: not an event; expected the keys event, step, metrics and timing")
-            yield event
+            yield current(event)
 
 
 def find_runs(folder: Path) -> list[Path]:

@@ -222,6 +222,6 @@ def _extended_by(beam: _Beam, added: Completion) -> _Beam:
 
 def _chain(engine: Engine, beam: _Beam, marks: StepMarks) -> Chain:
     ids = list(beam.token_ids)
-    text = decoded(engine.tokenizer, ids[:-1] if beam.finish_reason == "stop token" else ids)
+    text = decoded(engine.tokenizer, ids[:-1] if beam.finish_reason == "stop" else ids)
     completion = Completion(beam.prompt_index, 0, ids, text, list(beam.logprobs), None, beam.forced, beam.finish_reason)
     return chain_of(engine.tokenizer, completion, marks)

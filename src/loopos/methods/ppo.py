@@ -206,7 +206,7 @@ class PpoTrainer(Trainer[PpoConfig]):
             self.controller.observe(metrics["kl"], len(rollouts))
         timing = {"seconds": time.monotonic() - began, **self.engine.timing()}
         self.fit.record("rollout", {"iteration": iteration, **metrics}, timing)
-        shown = [name for name in ("reward", "kl", "response_length", "end_share") if name in metrics]
+        shown = [name for name in ("reward", "kl", "response_length", "eos_rate") if name in metrics]
         figures = [f"{name} {figure(metrics[name])}" for name in shown]
         self.progress.say(f"iteration {iteration + 1}: {' · '.join(figures)}")
         self._watch(metrics)
@@ -220,8 +220,8 @@ class PpoTrainer(Trainer[PpoConfig]):
     def _watch(self, metrics: Mapping[str, float]) -> None:
         for alert in self.monitor.observe(metrics):
             self.state.alerts.append(alert.message)
-            self.progress.warn(f"alarm: {alert.message}")
-            self.fit.record("alarm", alert.as_json(), {})
+            self.progress.warn(f"alert: {alert.message}")
+            self.fit.record("alert", alert.as_json(), {})
 
     def _check(self) -> PolicyCheck:
         section, judge, report = self.config.evaluation, None, self.config.training.kl_report

@@ -21,6 +21,7 @@ from loopos.config.ppo import PpoConfig
 from loopos.config.pretraining import PretrainingConfig
 from loopos.config.reward_model import RewardModelConfig
 from loopos.config.sections import LoraSection
+from loopos.config.sft import SftConfig
 from loopos.data.labelled import LabeledData, load_labeled
 from loopos.data.preference_data import PreferenceData, load_comparisons, load_prompts
 from loopos.data.preference_tokens import EncodedComparison, PreferenceEncoder
@@ -166,7 +167,7 @@ def _adapter(folder: Path) -> LoraSection:
         raise UserError(f"{file}: not a readable adapter: {problem}") from problem
 
 
-AnyConfig: TypeAlias = FineTuningConfig | ChainOfThoughtConfig | PretrainingConfig | RewardModelConfig
+AnyConfig: TypeAlias = FineTuningConfig | SftConfig | PretrainingConfig | RewardModelConfig
 """The configs of methods that train on rows of a data set; PPO, which generates its own, is in `policy`."""
 
 
@@ -192,8 +193,8 @@ class Work:
 
 
 @dataclass(frozen=True)
-class ReasoningInputs:
-    """The examples of chain-of-thought training, their encoder, and the architecture."""
+class SupervisedInputs:
+    """The examples of supervised fine-tuning, their encoder, and the architecture."""
 
     data: SupervisedData
     encoder: SupervisedEncoder
@@ -208,7 +209,7 @@ def work_of(config: Any, *, trust_remote_code: bool) -> Work:
         "labeled": _labeled_work,
         "text": _text_work,
         "comparisons": _comparison_work,
-        "demonstrations": _reasoning_work,
+        "demonstrations": _supervised_work,
     }
     name = config.computation.method
     reads = method_row(name).reads
@@ -239,13 +240,14 @@ def _text_work(config: PretrainingConfig, *, trust_remote_code: bool) -> Work:
     return Work(architecture, pretrainer.pieces, pretrainer.validation_pieces, ["text"], summary, 0, None)
 
 
-def _reasoning_work(config: ChainOfThoughtConfig, *, trust_remote_code: bool) -> Work:
-    inputs = open_reasoning(config, trust_remote_code=trust_remote_code)
+def _supervised_work(config: SftConfig, *, trust_remote_code: bool) -> Work:
+    inputs = open_supervised(config, trust_remote_code=trust_remote_code)
     train, report = inputs.encoder(inputs.data.train)
     validation: list[Encoded] = []
     if config.validates and inputs.data.validation:
         validation = [row.encoded() for row in inputs.encoder(inputs.data.validation)[0]]
-    rounds = config.self_improvement.rounds if config.self_improvement is not None else 0
+    improvement = config.self_improvement if isinstance(config, ChainOfThoughtConfig) else None
+    rounds = improvement.rounds if improvement is not None else 0
     summary = [*inputs.data.summary, inputs.encoder.template.summary]
     if rounds:
         summary.append(f"{rounds} rounds of self-improvement: each trains anew, on these rows and the chains found")
@@ -273,7 +275,7 @@ def _comparison_work(config: Any, *, trust_remote_code: bool) -> Work:
     heads, final_tokens = None, 0
     if method_row(config.computation.method).trains == "scores":
         # Before export training responses are scored for normalization, then the validation responses for the report.
-        heads, scored = config.reward.heads, [*(train if config.reward.normalise else []), *validation]
+        heads, scored = config.reward.heads, [*(train if config.reward.normalize else []), *validation]
         final_tokens = sum(len(row.ids) for row in scored)
     return Work(
         inputs.architecture,
@@ -302,8 +304,8 @@ def _rows(examples: Sequence[EncodedComparison], *, on_cpu: bool) -> list[Encode
     return found
 
 
-def open_reasoning(config: ChainOfThoughtConfig, *, trust_remote_code: bool) -> ReasoningInputs:
-    """The examples of a chain-of-thought config, not tokenized yet. Raises `UserError`, as training does."""
+def open_supervised(config: SftConfig, *, trust_remote_code: bool) -> SupervisedInputs:
+    """The examples of a supervised config, not tokenized yet. Raises `UserError`, as training does."""
     section, settings = config.data, config.training
     data = load_supervised(section, seed=settings.seed)
     sizes = Sizes.of(config.model, max_length=settings.max_length)
@@ -313,7 +315,7 @@ def open_reasoning(config: ChainOfThoughtConfig, *, trust_remote_code: bool) -> 
     positions = getattr(architecture.get_text_config(), "max_position_embeddings", None)
     max_length = longest(tokenizer, positions, settings.max_length)
     encoder = SupervisedEncoder(section, data.step_format, tokenizer, max_length=max_length)
-    return ReasoningInputs(data, encoder, architecture)
+    return SupervisedInputs(data, encoder, architecture)
 
 
 def open_pretraining(config: PretrainingConfig, *, trust_remote_code: bool) -> Pretrainer:

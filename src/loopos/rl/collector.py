@@ -112,7 +112,7 @@ class Collector:
         for completion in written.completions:
             prompt = request.prompts[completion.prompt_index]
             origin = self._origins.get(tuple(prompt)) or Origin(decoded(tokenizer, prompt), "")
-            ended = completion.finish_reason in ("stop token", "stop string")
+            ended = completion.finish_reason in ("stop", "stop string")
             text, ids = completion.text, completion.token_ids
             response = Response(origin.text, prompt, text, ids, ended, origin.location, origin.row)
             found.append((response, torch.tensor(completion.logprobs)))
@@ -216,7 +216,7 @@ def rollout_metrics(
         **_kl_mean(rollouts, estimator),
         "entropy": float(torch.cat([rollout.entropies for rollout in rollouts]).mean()),
         "response_length": length_mean(tokens),
-        "end_share": statistics.fmean(rollout.response.ended for rollout in rollouts),
+        "eos_rate": statistics.fmean(rollout.response.ended for rollout in rollouts),
         "repetition": repetition(tokens),
         "logprob_mismatch": float(mismatch.abs().mean()),
         **_importance(rollouts, mismatch, importance_cap),

@@ -206,7 +206,7 @@ class PolicyState:
             "kl_coefficient": self.controller.coefficient,
             "ratios": [self.objective.extremes.smallest, self.objective.extremes.largest],
             "guards": self.guards.state(),
-            "alarms": list(self.alerts),
+            "alerts": list(self.alerts),
             "check": self.check.state() if self.check is not None else None,
             "ahead": self.ahead.state() if self.ahead is not None else None,
         }
@@ -221,6 +221,7 @@ class PolicyState:
         self.objective.kl_coefficient = self.controller.coefficient if in_use is None else in_use
         self.objective.extremes.smallest, self.objective.extremes.largest = state["ratios"]
         self.guards.load(state["guards"])
-        self.alerts[:] = state["alarms"]
+        # "alarms" in the checkpoints of older versions.
+        self.alerts[:] = state["alerts"] if "alerts" in state else state["alarms"]
         if self.check is not None and state["check"] is not None:
             self.check.load(state["check"])

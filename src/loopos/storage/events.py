@@ -19,6 +19,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Protocol
 
+from loopos.config.aliases import current_key, current_settings
 from loopos.config.diagnostics import MissingRequirement, UserError
 from loopos.config.extras import install_command
 from loopos.config.own_function import OwnFunction
@@ -26,6 +27,9 @@ from loopos.storage.durable import JSON, explain_disk_full
 from loopos.storage.json_files import json_text
 
 FINGERPRINTED_EVENTS = ("step", "validation")
+EVENT_NAMES: Mapping[str, str] = {"alarm": "alert"}
+METRIC_NAMES: Mapping[str, str] = {"end_share": "eos_rate", "centring": "center_rewards"}
+"""Names in the logs of older versions → names of today."""
 _KEYS = frozenset({"event", "step", "metrics", "timing"})
 _CHUNK_BYTES = 65536
 RESTORE = "restore the log that belongs to this checkpoint, or start in another output_dir"
@@ -208,7 +212,7 @@ def _method(tracker: object, name: str, method: str) -> Callable[..., Any]:
 
 
 def read(path: Path, *, num_bytes: int | None = None) -> Iterator[dict[str, Any]]:
-    """Yield the events in order, only of the first `num_bytes` if set.
+    """Yield the events in order as `current` names them, only of the first `num_bytes` if set.
 
     An incomplete last line is skipped; a broken line elsewhere raises `EventLogError`.
     """
@@ -224,7 +228,25 @@ def read(path: Path, *, num_bytes: int | None = None) -> Iterator[dict[str, Any]
                 raise _broken(path, number, f"({error})") from error
             if not isinstance(event, dict) or not event.keys() >= _KEYS or not isinstance(event["metrics"], dict):
                 raise _broken(path, number, f"(keys: expected {', '.join(sorted(_KEYS))})")
-            yield event
+            yield current(event)
+
+
+def current(event: dict[str, Any]) -> dict[str, Any]:
+    """An event of any version, with its kind, metrics and settings under the names of today."""
+    metrics = {current_metric(name): value for name, value in event["metrics"].items()}
+    if isinstance(metrics.get("settings"), dict):
+        metrics["settings"] = current_settings(metrics["settings"])
+    if isinstance(metrics.get("changed"), dict):
+        metrics["changed"] = {current_key(key): values for key, values in metrics["changed"].items()}
+    kind = EVENT_NAMES.get(event["event"], event["event"])
+    if kind == "alert":
+        metrics["name"] = current_metric(str(metrics["name"]))
+    return {**event, "event": kind, "metrics": metrics}
+
+
+def current_metric(name: str) -> str:
+    """The name of a metric today."""
+    return METRIC_NAMES.get(name, name)
 
 
 def _broken(path: Path, number: int, why: str) -> EventLogError:

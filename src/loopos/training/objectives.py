@@ -284,13 +284,14 @@ def mean_loss(objective: NextToken, rows: Sequence[Encoded], *, device: torch.de
 
 @dataclass(frozen=True)
 class PairObjective:
-    """A loss of pairs of `LOSSES`, averaged over all heads, plus `centring` times the mean of (r_b + r_w)². Names:
-    "loss", "centring" if its coefficient is not 0, and "pair_accuracy" of the mean score, which is only reported. A
-    loss may have the parameters probabilities and margins.
+    """A loss of pairs of `LOSSES`, averaged over all heads, plus `center_rewards` times the mean of (r_b + r_w)².
+
+    Names: "loss", "center_rewards" if its coefficient is not 0, and "pair_accuracy" of the mean score, which is only
+    reported. A loss may have the parameters probabilities and margins.
     """
 
     model: Callable[[Tensor, PackedLayout], Tensor]
-    centring: float = 0.0
+    center_rewards: float = 0.0
     loss_name: str = "bradley_terry"
 
     @cached_property
@@ -299,7 +300,7 @@ class PairObjective:
 
     @property
     def weights(self) -> Mapping[str, float]:
-        return {"loss": 1.0, "centring": self.centring} if self.centring else {"loss": 1.0}
+        return {"loss": 1.0, "center_rewards": self.center_rewards} if self.center_rewards else {"loss": 1.0}
 
     def counts(self, batch: ComparisonBatch) -> Mapping[str, float]:
         weight = float(batch.weights.sum())
@@ -315,8 +316,8 @@ class PairObjective:
             "loss": self._loss.summed(found, tuple(better.shape), each),
             "pair_accuracy": (preferred(better.mean(-1), worse.mean(-1)) * batch.weights).sum().detach(),
         }
-        if self.centring:
-            sums["centring"] = center_rewards_sum(better, worse, weights=each)
+        if self.center_rewards:
+            sums["center_rewards"] = center_rewards_sum(better, worse, weights=each)
         return sums
 
     def idle(self, batch: ComparisonBatch) -> Tensor:

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from loopos.config.aliases import current_settings
 from loopos.config.variants import TRACKERS
 from loopos.storage.durable import JSON
 from loopos.storage.events import RESTORE, EventLog, EventLogError, EventWriter, TrackerWriter, read
@@ -122,4 +123,4 @@ def _config(path: Path) -> dict[str, Any] | None:
         found = json.loads(path.read_bytes())
     except (OSError, ValueError):
         return None
-    return found if isinstance(found, dict) else None
+    return current_settings(found) if isinstance(found, dict) else None

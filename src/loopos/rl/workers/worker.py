@@ -201,5 +201,5 @@ def _completion(index: int, sample: int, output: Any) -> Completion:
     logprobs = [candidates[token].logprob for candidates, token in zip(output.logprobs, tokens, strict=True)]
     reason: FinishReason = "length"
     if output.finish_reason == "stop":
-        reason = "stop string" if isinstance(output.stop_reason, str) else "stop token"
+        reason = "stop string" if isinstance(output.stop_reason, str) else "stop"
     return Completion(index, sample, tokens, output.text, logprobs, None, (), reason)
