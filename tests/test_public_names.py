@@ -21,7 +21,7 @@ def test_the_public_names_are_pinned() -> None:
     trained = ["ChainOfThought", "ChainOfThoughtConfig", "FineTuner", "FineTuningConfig", "PpoConfig", "PpoTrainer"]
     asked = ["Predictor", "Reasoner"]
     human = ["ReinforcementTrainer", "RewardModelConfig", "RewardModelTrainer", "RewardPredictor", "RlhfConfig"]
-    classes = [*trained, *asked, *human, "SamplingSettings"]
+    classes = [*trained, *asked, *human, "SamplingParams"]
     names = ["__version__", "load", "read_config", "register_method", "train"]
     assert loopos.__all__ == [*classes, "Trainer", *names]
     assert all(getattr(loopos, name) is not None for name in loopos.__all__)

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from loopos.evaluation.predictor import EnsemblePredictor, Predictor
     from loopos.evaluation.reasoning import Reasoner
     from loopos.evaluation.reward_predictor import RewardPredictor
-    from loopos.generation.settings import SamplingSettings
+    from loopos.generation.settings import SamplingParams
     from loopos.methods.base import Trainer
     from loopos.methods.chain_of_thought import ChainOfThought
     from loopos.methods.fine_tuning import FineTuner
@@ -51,7 +51,7 @@ __all__ = [
     "RewardModelTrainer",
     "RewardPredictor",
     "RlhfConfig",
-    "SamplingSettings",
+    "SamplingParams",
     "Trainer",
     "__version__",
     "load",
@@ -74,7 +74,7 @@ _PLACES = {
     "RewardModelTrainer": "loopos.methods.reward_model",
     "RewardPredictor": "loopos.evaluation.reward_predictor",
     "RlhfConfig": "loopos.config.rlhf",
-    "SamplingSettings": "loopos.generation.settings",
+    "SamplingParams": "loopos.generation.settings",
     "Trainer": "loopos.methods.base",
     "register_method": "loopos.config.methods",
 }

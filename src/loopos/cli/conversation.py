@@ -15,7 +15,7 @@ from loopos.config.diagnostics import UserError
 from loopos.data.conversations import ASSISTANT, Message
 from loopos.evaluation.reasoning import Reasoner
 from loopos.generation.completions import Completion
-from loopos.generation.settings import SamplingSettings
+from loopos.generation.settings import SamplingParams
 from loopos.generation.steps import Chain, chain_of
 
 # An answer gets at least one of so many parts of the model's positions.
@@ -25,7 +25,7 @@ _ANSWER_FRACTION = 8
 class Conversation:
     """`messages`: the whole history; the model no longer sees the first `forgotten` of them."""
 
-    def __init__(self, reasoner: Reasoner, settings: SamplingSettings, system: str | None) -> None:
+    def __init__(self, reasoner: Reasoner, settings: SamplingParams, system: str | None) -> None:
         self.reasoner, self.settings, self.system = reasoner, settings, system
         self.messages: list[Message] = []
         self.forgotten = 0

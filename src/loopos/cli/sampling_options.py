@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from loopos.config.diagnostics import UserError
 from loopos.config.keys import Strategy
-from loopos.generation.settings import SamplingSettings
+from loopos.generation.settings import SamplingParams
 
 if TYPE_CHECKING:
     from loopos.generation.steps import StepLimits
@@ -29,7 +29,7 @@ def option(name: str) -> str:
 
 @dataclass(frozen=True, slots=True)
 class SamplingOptions:
-    """How tokens are sampled and when a completion ends; as `SamplingSettings`."""
+    """How tokens are sampled and when a completion ends; as `SamplingParams`."""
 
     temperature: float = 0.0
     top_k: int = 0
@@ -44,9 +44,9 @@ class SamplingOptions:
     stop: tuple[str, ...] = ()
     seed: int = 0
 
-    def settings(self) -> SamplingSettings:
+    def settings(self) -> SamplingParams:
         """The settings. Raises `UserError` with every value out of its range."""
-        return SamplingSettings(**{each.name: getattr(self, each.name) for each in fields(self)})
+        return SamplingParams(**{each.name: getattr(self, each.name) for each in fields(self)})
 
     def changed(self) -> list[str]:
         """Fields that differ from their defaults."""

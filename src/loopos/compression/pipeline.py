@@ -28,7 +28,7 @@ from loopos.config.paths import RECIPE
 from loopos.evaluation.blocks import cell, table
 from loopos.evaluation.quality import Measured, metrics_of, probe, sizes_of
 from loopos.generation.engine import Engine
-from loopos.generation.settings import SamplingSettings
+from loopos.generation.settings import SamplingParams
 from loopos.models.load import NUMBER_FORMATS, cast_parameters
 from loopos.models.opened import OpenedModel, has_head, open_model
 from loopos.models.quantized import exact_activations
@@ -106,7 +106,7 @@ def _writing(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, rows: i
     new = max(1, min(WRITTEN, room - PROMPT))
     ids = _tokens(model, rows * PROMPT).tolist()
     prompts = [ids[first : first + PROMPT] for first in range(0, len(ids), PROMPT)]
-    settings = SamplingSettings(max_new_tokens=new, stop_at_end=False)
+    settings = SamplingParams(max_new_tokens=new, stop_at_end=False)
     return rows * new, lambda: engine.generate(prompts, settings, logprobs=False)
 
 

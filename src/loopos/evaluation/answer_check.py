@@ -19,7 +19,7 @@ from loopos.data.supervised_tokens import prompt_tokens
 from loopos.data.templates import TemplateRefusal
 from loopos.evaluation.checkers import RIGHT, Checker, Verdict, answer_metrics, checker, judge
 from loopos.evaluation.reasoning import Answered, Reasoner
-from loopos.generation.settings import SamplingSettings
+from loopos.generation.settings import SamplingParams
 from loopos.generation.steps import StepLimits
 
 
@@ -193,9 +193,9 @@ class AnswerCheck:
         return metrics, [record(found, judged, example) for found, judged, example in merged]
 
 
-def sampling_of(section: ReasoningGenerationSection, *, seed: int) -> SamplingSettings:
+def sampling_of(section: ReasoningGenerationSection, *, seed: int) -> SamplingParams:
     """The sampling settings of a chain."""
-    return SamplingSettings(
+    return SamplingParams(
         temperature=section.temperature,
         top_k=section.top_k or 0,
         top_p=section.top_p,

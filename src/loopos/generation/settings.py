@@ -14,7 +14,7 @@ MOST_PENALTY = 1e6
 
 
 @dataclass(frozen=True, kw_only=True)
-class SamplingSettings:
+class SamplingParams:
     """All defaults leave the distribution unchanged.
 
     `temperature`: 0 is greedy. `top_k`: the k most likely tokens (0 = all). `top_p`: the fewest tokens whose
@@ -86,7 +86,7 @@ class SamplingSettings:
         filters = self.top_k > 0 or self.top_p < 1 or self.min_p > 0 or self.typical_p < 1
         return self.needs_history or bool(self.logit_bias) or (filters and not self.greedy)
 
-    def of_choice(self) -> SamplingSettings:
+    def of_choice(self) -> SamplingParams:
         """The settings that one token's choice depends on: equal for rows that may be sampled together."""
         return replace(self, max_new_tokens=1, stop=(), keep_stop=False, stop_token_ids=(), stop_at_end=True, seed=0)
 

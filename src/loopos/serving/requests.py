@@ -15,7 +15,7 @@ from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, Validatio
 
 from loopos.config.diagnostics import UserError
 from loopos.data.conversations import Message
-from loopos.generation.settings import SamplingSettings
+from loopos.generation.settings import SamplingParams
 from loopos.serving.errors import ApiError, unknown_model
 
 # OpenAI's default when a completions request sets no number.
@@ -104,10 +104,10 @@ class Generation(ModelRequest):
     stream: bool = False
     stream_options: StreamOptions | None = None
 
-    def settings(self) -> SamplingSettings:
+    def settings(self) -> SamplingParams:
         """The sampling settings, without the number of new tokens; a random seed if none is set. Raises `ApiError`."""
         try:
-            return SamplingSettings(
+            return SamplingParams(
                 temperature=self.temperature,
                 top_k=self.top_k,
                 top_p=self.top_p,
