@@ -43,8 +43,8 @@ ARROWS: dict[str, set[str]] = {
 METHODS_THAT_RUN_OTHERS = {"rlhf": {"reward_model", "ppo"}}
 MOST_LINES_OF_A_FILE = 500
 MOST_LINES_OF_A_FUNCTION = 65
-# The package's own front door and `python -m loopos`.
-FRONT = {"__init__.py", "__main__.py"}
+# The package's own front doors: its names, the functions and the run behind them, and `python -m loopos`.
+FRONT = {"__init__.py", "__main__.py", "api.py", "changes.py", "run.py"}
 
 
 def modules() -> list[Path]:

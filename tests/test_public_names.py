@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import os
 import re
@@ -16,15 +17,50 @@ import pytest
 import loopos
 from loopos.config.diagnostics import ConfigError, UserError
 
+CLASSES = {
+    *(
+        "ChainOfThought",
+        "FineTuner",
+        "PpoTrainer",
+        "Pretrainer",
+        "ReinforcementTrainer",
+        "RewardModelTrainer",
+        "Trainer",
+    ),
+    *("ChainOfThoughtConfig", "FineTuningConfig", "PpoConfig", "PretrainingConfig", "RewardModelConfig", "RlhfConfig"),
+    *("MergeConfig", "PruningRecipe", "QuantizationRecipe"),
+    *("Engine", "FitResult", "Predictor", "Reasoner", "RewardPredictor", "Run", "SamplingParams"),
+    *("ConfigError", "DataError", "UserError"),
+}
+FUNCTIONS = {
+    *("ensemble", "export", "generate", "load", "merge", "prune", "quantize", "read_config", "register_method"),
+    "train",
+}
+
 
 def test_the_public_names_are_pinned() -> None:
-    trained = ["ChainOfThought", "ChainOfThoughtConfig", "FineTuner", "FineTuningConfig", "PpoConfig", "PpoTrainer"]
-    asked = ["Predictor", "Reasoner"]
-    human = ["ReinforcementTrainer", "RewardModelConfig", "RewardModelTrainer", "RewardPredictor", "RlhfConfig"]
-    classes = [*trained, *asked, *human, "SamplingParams"]
-    names = ["__version__", "load", "read_config", "register_method", "train"]
-    assert loopos.__all__ == [*classes, "Trainer", *names]
-    assert all(getattr(loopos, name) is not None for name in loopos.__all__)
+    assert set(loopos.__all__) == {"__version__", *CLASSES, *FUNCTIONS}
+    assert loopos.__all__ == ["__version__", *sorted(CLASSES), *sorted(FUNCTIONS)]
+    for name in loopos.__all__:
+        found = getattr(loopos, name)
+        assert isinstance(found, type) == (name in CLASSES), name
+        assert found.__doc__, name
+
+
+def test_an_earlier_name_is_read_with_a_note() -> None:
+    with pytest.warns(DeprecationWarning, match="loopos.SamplingSettings is now loopos.SamplingParams"):
+        assert loopos.SamplingSettings is loopos.SamplingParams
+    assert "SamplingSettings" not in dir(loopos)
+
+
+def test_type_checkers_and_the_running_package_find_the_same_names() -> None:
+    """The imports for type checkers name the modules of the lazy list."""
+    imported = {}
+    for node in ast.walk(ast.parse(Path(loopos.__file__).read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ImportFrom) and node.module is not None and node.module.startswith("loopos."):
+            imported |= {alias.name: node.module for alias in node.names}
+    assert imported == loopos._MODULES
+    assert {*imported, "__version__"} == set(loopos.__all__)
 
 
 def test_the_version_is_the_package_s() -> None:

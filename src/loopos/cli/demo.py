@@ -31,7 +31,7 @@ from loopos.config.figures import as_time
 from loopos.config.load import load
 from loopos.config.methods import config_classes
 from loopos.demo.symbolic import TASKS, SymbolicItem, Task, symbolic_items, write_items
-from loopos.evaluation.run_folder import Run, holds_run, read_run
+from loopos.evaluation.run_folder import RunFolder, holds_run, read_run
 from loopos.models.gguf import cache_folder
 from loopos.models.resolve import embedded_model
 from loopos.storage.folder_lock import FolderBusy, only_writer
@@ -95,7 +95,7 @@ def fine_tuning() -> int:
     return 0
 
 
-def show_predictions(run: Run) -> None:
+def show_predictions(run: RunFolder) -> None:
     """Accuracy before and after, and the confusion table."""
     before, after = run.first_metrics["accuracy"], run.last_metrics["accuracy"]
     say(f"accuracy on validation messages: {before:.1%} before, {after:.1%} after {run.step} steps")
@@ -308,7 +308,7 @@ def show_accuracy(run: Path, file: Path) -> None:
     )
 
 
-def show_policy(run: Run) -> None:
+def show_policy(run: RunFolder) -> None:
     """Reward and KL by iteration, and scores of answers to unseen prompts by reward model and judge."""
     rollouts = [event["metrics"] for event in run.events if event["event"] == "rollout"]
     rows = [(each["iteration"] + 1, *(f"{each[name]:.2f}" for name in _SHOWN)) for each in rollouts]

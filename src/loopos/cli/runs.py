@@ -13,7 +13,7 @@ from loopos.config.changed_settings import changed_settings
 from loopos.config.diagnostics import UserError
 from loopos.config.differences import differences
 from loopos.config.figures import as_time, once
-from loopos.evaluation.run_folder import Run, find_runs, read_run
+from loopos.evaluation.run_folder import RunFolder, find_runs, read_run
 
 # The metrics for the list, most important first; a run shows the first that it has.
 _HEADLINES = ("accuracy", "micro_f1", "mae", "pair_accuracy", "reward", "loss")
@@ -35,7 +35,7 @@ def list_runs(folder: Path, *, as_json: bool) -> int:
         say(f"{folder}: no runs")
     else:
         rows = [
-            (run.path, run.method, run.status, _progress(run), _headline(run), as_time(run.seconds), _when(run))
+            (run.folder, run.method, run.status, _progress(run), _headline(run), as_time(run.step_seconds), _when(run))
             for run in found
         ]
         head = ("run", "method", "state", "steps", "validation", "time", "begun")
@@ -49,18 +49,18 @@ def show(folder: Path, *, as_json: bool, every_setting: bool = False) -> int:
     """
     run = read_run(folder)
     if as_json:
-        history = {key: [list(each) for each in values] for key, values in run.history().items()}
+        history = {key: [list(each) for each in values] for key, values in run.setting_changes().items()}
         say_json({**run.summary(), "first_metrics": run.first_metrics, "changed": history, "config": run.config})
         return 0
-    say(f"{run.path}: {run.method}, {_progress(run)} steps in {as_time(run.seconds)}; {run.ended}")
+    say(f"{run.folder}: {run.method}, {_progress(run)} steps in {as_time(run.step_seconds)}; {run.ended}")
     say(f"started {_when(run)}; " + ("model/ exists" if run.has_model else "no model yet"))
     every = {key: value for key, (value, _) in differences(run.config, {}).items() if value is not None}
     settings = every if every_setting else changed_settings(run.config)
     say("settings" if every_setting else f"settings that differ from their defaults ({len(every)} with --all)")
     say(table([(key, _cell(value)) for key, value in settings.items()]))
-    if run.history():
+    if run.setting_changes():
         say("settings changed on resume")
-        say(table([(key, _over_steps(values)) for key, values in run.history().items()]))
+        say(table([(key, _over_steps(values)) for key, values in run.setting_changes().items()]))
     metrics = once(run.exported_metrics)
     if metrics:
         say("validation")
@@ -92,7 +92,10 @@ def diff(first: Path, second: Path, *, as_json: bool) -> int:
     one, other = read_run(first), read_run(second)
     settings = differences(one.config, other.config)
     # A setting that changed within a run differs from the other run's, whatever its last value.
-    over = {key: tuple(run.history().get(key) for run in (one, other)) for key in {**one.history(), **other.history()}}
+    over = {
+        key: tuple(run.setting_changes().get(key) for run in (one, other))
+        for key in {**one.setting_changes(), **other.setting_changes()}
+    }
     for key in over:
         settings.setdefault(key, (_value(one.config, key), _value(other.config, key)))
     one_metrics, other_metrics = one.exported_metrics, other.exported_metrics
@@ -116,11 +119,11 @@ def diff(first: Path, second: Path, *, as_json: bool) -> int:
     return 0
 
 
-def _progress(run: Run) -> str:
+def _progress(run: RunFolder) -> str:
     return f"{run.step}/{run.total_steps}" if run.total_steps is not None else str(run.step)
 
 
-def _headline(run: Run) -> str:
+def _headline(run: RunFolder) -> str:
     metrics = run.exported_metrics
     name = next((name for name in _HEADLINES if name in metrics), None)
     if name is None:
@@ -128,7 +131,7 @@ def _headline(run: Run) -> str:
     return f"{name} {shown(metrics[name])}{', start not beaten' if run.outcome.beat_start is False else ''}"
 
 
-def _when(run: Run) -> str:
+def _when(run: RunFolder) -> str:
     return "" if run.began is None else time.strftime("%Y-%m-%d %H:%M", time.localtime(run.began))
 
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Annotated, Literal, TypeAlias, TypeVar
 
 from pydantic import Field, ValidationError
@@ -16,7 +16,7 @@ from loopos.config.diagnostics import ConfigError, Diagnostic, Problem
 from loopos.config.json_text import MappingNode, Mark, find, plain, value_mark
 from loopos.config.keys import Count, Location, Section, Text
 from loopos.config.paths import check_rows, check_weights, expanded, looks_like_path
-from loopos.config.source import COMMAND_LINE, apply_overrides, read_source
+from loopos.config.source import COMMAND_LINE, apply_overrides, read_source, source_of
 from loopos.config.wording import diagnostics_of
 
 _EXAMPLE_ROW = '{"text": "Once there was a lighthouse keeper who could not sleep."}'
@@ -61,13 +61,15 @@ def check_text(field: str, value: str | None) -> Iterator[Problem]:
 Kind = TypeVar("Kind", bound=Recipe)
 
 
-def read(kind: type[Kind], path: str | None, overrides: Sequence[str]) -> Kind:
-    """Read a recipe: an optional file, overridden by `key=value` arguments.
+def read(kind: type[Kind], source: str | Mapping[str, object] | None, overrides: Sequence[str]) -> Kind:
+    """Read a recipe: an optional file or its keys in Python, overridden by `key=value` arguments.
 
     Raises `ConfigError` with every diagnostic.
     """
-    mark = Mark(COMMAND_LINE)
-    root = read_source(expanded(path)).root if path is not None else MappingNode({}, {}, mark)
+    if source is None:
+        root = MappingNode({}, {}, Mark(COMMAND_LINE))
+    else:
+        root = (source_of(source) if isinstance(source, Mapping) else read_source(expanded(source))).root
     root = apply_overrides(root, overrides)
     try:
         recipe = kind.model_validate(plain(root))
@@ -164,12 +166,9 @@ class PruningRecipe(Recipe):
             yield Problem(("sparsity", "pattern"), actual, f"{self.sparsities[0]:g}, or no sparsity")
 
 
-def read_pruning_recipe(path: str | None, overrides: Sequence[str]) -> PruningRecipe:
-    """Read a recipe: an optional file, overridden by `key=value` arguments.
-
-    Raises `ConfigError` with every diagnostic.
-    """
-    return read(PruningRecipe, path, overrides)
+def read_pruning_recipe(recipe: str | Mapping[str, object] | None, overrides: Sequence[str]) -> PruningRecipe:
+    """As `read`."""
+    return read(PruningRecipe, recipe, overrides)
 
 
 QuantizationMethod: TypeAlias = Literal["int8", "int8-dynamic", "int4"]
@@ -229,9 +228,6 @@ class QuantizationRecipe(Recipe):
         yield from super().check()
 
 
-def read_quantization_recipe(path: str | None, overrides: Sequence[str]) -> QuantizationRecipe:
-    """Read a recipe: an optional file, overridden by `key=value` arguments.
-
-    Raises `ConfigError` with every diagnostic.
-    """
-    return read(QuantizationRecipe, path, overrides)
+def read_quantization_recipe(recipe: str | Mapping[str, object] | None, overrides: Sequence[str]) -> QuantizationRecipe:
+    """As `read`."""
+    return read(QuantizationRecipe, recipe, overrides)

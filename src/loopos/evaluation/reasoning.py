@@ -159,14 +159,14 @@ class Reasoner:
 
     def chat(self, messages: str | Sequence[Mapping[str, object]], settings: SamplingParams = SamplingParams()) -> str:
         """The reply to a user message, or to messages {"role", "content"}. Raises as `generate`."""
-        return self.generate([_messages(messages)], settings)[0]
+        return self.generate([messages_of(messages)], settings)[0]
 
     def stream(
         self, messages: str | Sequence[Mapping[str, object]], settings: SamplingParams = SamplingParams()
     ) -> Iterator[str]:
         """Streams the reply; the deltas together are the text of `chat`."""
         self._refuse_voters()
-        tokens = self.prompt(_messages(messages))
+        tokens = self.prompt(messages_of(messages))
         return (delta.text for delta in self.engine.stream([tokens], self.sampling(settings)))
 
     def _refuse_voters(self) -> None:
@@ -249,7 +249,7 @@ class Reasoner:
         return _of_most(chains, answers)
 
 
-def _messages(actual: str | Sequence[Mapping[str, object]]) -> Problem:
+def messages_of(actual: str | Sequence[Mapping[str, object]]) -> str | list[Message]:
     """A user message as it is, or messages from dicts. Raises `UserError` for one without role or content."""
     if isinstance(actual, str):
         return actual
