@@ -11,6 +11,7 @@ import os
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol, TypedDict, Unpack
 
@@ -201,8 +202,16 @@ def quantize(
         UserError: For a model, data or output that does not do; nothing is written then.
     """
     from loopos.config.compression import read_quantization_recipe
+    from loopos.config.diagnostics import ConfigError
 
-    checked = read_quantization_recipe(*_recipe(model, {"method": format, **recipe}))
+    try:
+        checked = read_quantization_recipe(*_recipe(model, {"method": format, **recipe}))
+    except ConfigError as error:
+        # The recipe's key has the name that it has in a file.
+        named = [
+            replace(each, field="format", hint="") if each.field == "method" else each for each in error.diagnostics
+        ]
+        raise ConfigError(named) from None
     from loopos.compression.quantize import Quantizer
 
     with _shown("layers", quiet=quiet) as bar:
