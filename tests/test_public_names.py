@@ -133,6 +133,26 @@ def test_a_value_that_no_config_holds_is_named(tmp_path: Path) -> None:
         loopos.read_config(config)
 
 
+CALLS = """
+from typing import assert_type
+
+import loopos
+
+assert_type(loopos.generate("a", "hello"), str)
+assert_type(loopos.generate("a", [{"role": "user", "content": "hello"}], temperature=0.5), str)
+assert_type(loopos.generate("a", "hello", n=2), list[str])
+assert_type(loopos.generate("a", ["hello", "you"], max_new_tokens=3), list[str])
+assert_type(loopos.generate("a", ["hello", "you"], n=2), list[list[str]])
+run = loopos.train("run.json")
+assert_type(run, loopos.Run)
+assert_type((run.step, run.best_metric), tuple[int, float | None])
+assert_type(run.result, loopos.FitResult)
+assert_type(loopos.load(run, "language"), loopos.Reasoner)
+assert_type(loopos.prune(run, sparsity=0.5, output="b").after[0].size_ratio, float)
+assert_type(loopos.merge([run, "c"], method="slerp", output="d", t=0.3).num_tensors, int)
+"""
+
+
 @pytest.mark.slow
 def test_the_snippets_of_the_documents_have_types(tmp_path: Path) -> None:
     assert (Path(loopos.__file__).parent / "py.typed").is_file()
@@ -145,6 +165,7 @@ def test_the_snippets_of_the_documents_have_types(tmp_path: Path) -> None:
         if "import loopos\n" in snippet
     ]
     assert len(found) >= 4
+    found.append(CALLS)
     files = [tmp_path / f"snippet_{number}.py" for number in range(len(found))]
     for file, text in zip(files, found, strict=True):
         file.write_text(text, encoding="utf-8")

@@ -1,7 +1,7 @@
 """`loopos.train`, `load`, `generate` and `read_config`.
 
-Each does what the command of its name does, by the same function of its room. Nothing heavy is imported before a
-function runs. `changes` has the functions that make a new model of another.
+Each does what the command of its name does, by the same function of its room. torch is imported when one
+runs. `changes` has the functions that make a new model of another.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """`loopos.merge`, `prune`, `quantize`, `export` and `ensemble`: a new folder made of models.
 
 Each does what the command of its name does, by the same function of its room, and returns what the command prints.
-Nothing heavy is imported before a function runs.
+torch is imported when one runs.
 """
 
 from __future__ import annotations

@@ -157,9 +157,15 @@ class CompressionPipeline(Protocol[DetailsT_co]):
 
 @dataclass(frozen=True)
 class ChangedModel(Generic[DetailsT]):
-    """A changed model as written. `name`: its folder inside the output, "" if it is the output itself. `summary`: what
-    was done; `details`: facts about the weights; `rates`: its speed compared with the model before; `size_ratio`: its
-    bytes divided by those before.
+    """A changed model as written.
+
+    Attributes:
+        name: Its folder inside the output; "" if it is the output itself.
+        summary: What was done, one sentence each.
+        details: Facts about the changed weights.
+        measured: Its size and its metrics.
+        rates: Its speed, compared with the model before.
+        size_ratio: Its bytes divided by those before.
     """
 
     name: str
@@ -182,8 +188,14 @@ class ChangedModel(Generic[DetailsT]):
 
 @dataclass(frozen=True)
 class Changed(Generic[RecipeT, DetailsT]):
-    """The result of a change: `folder`, the model before, each model after in the order of the changes. `notes`: what
-    the reader of the figures must know.
+    """The result of a pruning or quantization.
+
+    Attributes:
+        folder: What was written.
+        recipe: What was done.
+        before: Size and metrics of the model before.
+        after: Each model after, in the order of the changes.
+        notes: What the reader of the figures must know.
     """
 
     folder: Path

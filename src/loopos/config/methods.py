@@ -107,8 +107,15 @@ def register_method(
     mode: str = "posttraining",
     reads: tuple[Rows, ...] = (),
 ) -> Callable[[Trainer], Trainer]:
-    """Registers the decorated class, a `loopos.Trainer`, as the method `name`. config: the class of its config; reads:
-    as in `MethodRow`.
+    """Registers the decorated class, a `loopos.Trainer`, as a method that configs can name.
+
+    Args:
+        name: The method's name.
+        config: The class of its config.
+        summary: What it does, in a line.
+        mode: The stage of training, "posttraining" or "pretraining".
+        reads: The kind of rows that it trains on, by which they are checked before torch is imported; empty where that
+            is left to the method.
     """
 
     def registered(trainer: Trainer) -> Trainer:

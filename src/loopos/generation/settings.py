@@ -15,16 +15,27 @@ MOST_PENALTY = 1e6
 
 @dataclass(frozen=True, kw_only=True)
 class SamplingParams:
-    """All defaults leave the distribution unchanged.
+    """How tokens are sampled, and when a text ends. All defaults leave the model's distribution unchanged.
 
-    `temperature`: 0 is greedy. `top_k`: the k most likely tokens (0 = all). `top_p`: the fewest tokens whose
-    probability reaches p. `min_p`: tokens at least min_p times as likely as the most likely. `typical_p`: tokens of
-    typical surprisal whose probability reaches p. `repetition_penalty`: divides positive and multiplies negative logits
-    of tokens in the prompt or completion. `presence_penalty`, `frequency_penalty`: subtracted once, or once per
-    occurrence, for tokens of the completion. `no_repeat_ngram`: no repeated n-gram, prompt included (0 = off).
-    `logit_bias`: token id → added to its logit. `max_new_tokens`: maximum tokens of a completion. `stop`: strings that
-    end it; `keep_stop` leaves the string in the text. `stop_token_ids`: tokens that end it, in addition to the model's
-    end tokens if `stop_at_end`. `seed`: fixes every draw, together with the prompt.
+    Raises `UserError` that names every value out of its range.
+
+    Attributes:
+        temperature: Divides the logits; 0 is greedy.
+        top_k: Only the k most likely tokens; 0 is all.
+        top_p: Only the fewest tokens whose probability reaches p.
+        min_p: Only tokens at least `min_p` times as likely as the most likely.
+        typical_p: Only tokens of typical surprisal whose probability reaches p.
+        repetition_penalty: Divides positive and multiplies negative logits of tokens in the prompt or completion.
+        presence_penalty: Subtracted from the logits of tokens that are in the completion.
+        frequency_penalty: Subtracted for each occurrence in the completion.
+        no_repeat_ngram: No n-gram occurs twice, prompt included; 0 is off.
+        logit_bias: Token id → what is added to its logit.
+        max_new_tokens: Most tokens of a completion.
+        stop: Texts that end it.
+        keep_stop: Whether such a text stays in the completion.
+        stop_token_ids: Tokens that end it.
+        stop_at_end: Whether the model's own end tokens end it too.
+        seed: Fixes every draw, together with the prompt.
     """
 
     temperature: float = 0.0
