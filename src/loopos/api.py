@@ -48,7 +48,7 @@ class SamplingKeywords(TypedDict, total=False):
     no_repeat_ngram: int
     logit_bias: Mapping[int, float]
     max_new_tokens: int
-    stop: tuple[str, ...]
+    stop: str | Sequence[str]
     keep_stop: bool
     stop_token_ids: tuple[int, ...]
     stop_at_end: bool
@@ -242,7 +242,9 @@ def generate(
     from loopos.evaluation.reasoning import Reasoner
     from loopos.generation.settings import SamplingParams
 
-    chosen = replace(params or SamplingParams(), **sampling)
+    # Any: `SamplingParams` makes a tuple of what `stop` may be.
+    named: dict[str, Any] = {**sampling}
+    chosen = replace(params or SamplingParams(), **named)
     if n is not None and n < 1:
         raise UserError(f"n: got {n}; expected 1 or more")
     is_one = isinstance(prompts, str) or (len(prompts) > 0 and isinstance(prompts[0], Mapping))

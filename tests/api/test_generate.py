@@ -56,6 +56,17 @@ def test_prompts_have_texts_in_order(pico_folder: Path) -> None:
     assert loopos.generate(model, [], params) == []
 
 
+def test_a_stop_is_a_text_or_several(pico_folder: Path) -> None:
+    model = loopos.load(pico_folder, "language", device="cpu")
+    text = loopos.generate(model, "good", max_new_tokens=12)
+    stop = text[3:5]
+    cut = text.partition(stop)[0]
+    assert len(cut) < len(text)
+    for each in (stop, [stop], (stop, "never that")):
+        assert loopos.generate(model, "good", max_new_tokens=12, stop=each) == cut
+    assert loopos.SamplingParams(stop=["ab"]) == loopos.SamplingParams(stop=("ab",))  # type: ignore[arg-type]
+
+
 def test_mistakes_are_named(pico_folder: Path, tmp_path: Path) -> None:
     model = loopos.load(pico_folder, "language", device="cpu")
     with pytest.raises(loopos.UserError, match="top_p: got 3"):
@@ -68,5 +79,8 @@ def test_mistakes_are_named(pico_folder: Path, tmp_path: Path) -> None:
         loopos.generate(model, [{"role": "user"}])
     with pytest.raises(loopos.UserError, match="no trained model here"):
         loopos.generate(tmp_path, "good")
+    for call in (model.generate, model.answer):
+        with pytest.raises(loopos.UserError, match=r"got the text 'good'; expected a list, such as \['good'\]"):
+            call("good")  # type: ignore[operator]
     with pytest.raises(TypeError, match="max_tokens"):
         loopos.generate(model, "good", max_tokens=3)  # type: ignore[call-overload]

@@ -81,6 +81,11 @@ def test_the_model_is_opened_once(trained: loopos.Run) -> None:
     assert trained.model.predict(texts) == loopos.load(trained, "head").predict(texts)
 
 
+def test_a_text_alone_is_not_read_by_the_character(trained: loopos.Run) -> None:
+    with pytest.raises(loopos.UserError, match=r"texts: got the text 'good film'; expected a list of texts"):
+        trained.model.predict("good film")
+
+
 def test_a_language_run_has_samples(pico_folder: Path, tmp_path: Path) -> None:
     problems = [{"problem": f"add {i} and 2", "answer": str(i + 2)} for i in range(12)]
     run = loopos.train(

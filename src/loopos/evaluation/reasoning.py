@@ -138,6 +138,7 @@ class Reasoner:
         chains for a strategy that chooses one. ranker: ranks for `best_of_n`, instead of the chains' mean logprob.
         Raises `UserError` for prompts that the model cannot take, and for several chains at temperature 0.
         """
+        _require_list("problems", problems)
         assert ranker is None or strategy.kind == "best_of_n", "a ranker ranks the chains of best_of_n"
         found = self._answer(problems, settings, strategy, limits, ranker)
         others = [each._answer(problems, settings, strategy, limits, ranker) for each in self.voters]
@@ -153,6 +154,7 @@ class Reasoner:
         message or a list of messages; a `loopos.data.supervised_rows.Completion` is continued without a template.
         Raises `UserError` for prompts that the model cannot take, and for an ensemble that votes.
         """
+        _require_list("prompts", prompts)
         self._refuse_voters()
         tokens = [self.prompt(prompt) for prompt in prompts]
         return [each.text for each in self.engine.generate(tokens, self.sampling(settings), n=n, logprobs=False)]
@@ -247,6 +249,12 @@ class Reasoner:
         if len(chains) == 1:
             return Answered(tuple(chains), 0 if answers[0] else None, answers[0])
         return _of_most(chains, answers)
+
+
+def _require_list(name: str, actual: Sequence[Problem]) -> None:
+    """Raises `UserError` for a text alone, whose characters would be prompts of their own."""
+    if isinstance(actual, str):
+        raise UserError(f"{name}: got the text {actual!r:.60}; expected a list, such as [{actual!r:.60}]")
 
 
 def messages_of(actual: str | Sequence[Mapping[str, object]]) -> str | list[Message]:

@@ -57,6 +57,9 @@ class SamplingParams:
 
     def __post_init__(self) -> None:
         """Raises `UserError` with every setting that is out of range."""
+        # A text alone would stop at each of its characters, and a list has no hash.
+        given: object = self.stop
+        object.__setattr__(self, "stop", (given,) if isinstance(given, str) else tuple(self.stop))
         ranges = (
             ("temperature", _is_temperature(self.temperature), f"0 (greedy), or {LEAST_DIVISOR:g} or more"),
             ("top_k", self.top_k >= 0, "0 (off) or more"),
