@@ -45,7 +45,10 @@ def test_the_quickstart_runs(pico_folder: Path, tmp_path: Path, monkeypatch: pyt
     assert [run.state for run in runs] == ["finished"] * 3
     assert [run.step for run in runs] == [40, 40, 22]
     [trains] = [cell for cell in notebook.cells if cell.source.startswith("def train(")]
-    [progress] = [text for text in shown(trains, "text/html") if "<progress" in text]
+    # Lines before, the bar with its table, lines after: an output each.
+    before, progress, after = shown(trains, "text/html")
+    assert "320 rows read, 320 used\n" in before
+    assert "head/model" in after
     assert 'value="40" max="40"' in progress
     assert [f"<td>{step}</td>" in progress for step in (0, 20, 40)] == [True] * 3
     assert [step["step"] for step in runs[0].history if step["event"] == "validation"] == [0, 20, 40]
@@ -64,7 +67,7 @@ def test_what_the_quickstart_shows_is_real() -> None:
     shows = {mime for cell in code for output in cell.outputs for mime in output.get("data", {})}
     assert {"text/html", "image/png"} <= shows
     assert "smollm2-135m: LlamaModel, 134,515,008 parameters" in "".join(
-        text for cell in code for text in shown(cell, "text/plain")
+        text for cell in code for text in shown(cell, "text/html")
     )
 
 

@@ -49,13 +49,15 @@ class RunProgress:
         self._last_step = self._last_line = 0.0
         self._total = 0
         self._notebook: NotebookDisplay | None = None
+        self._notebook_text: NotebookText | None = None
 
     def begin(self, total_steps: int, completed: int) -> None:
         """Starts the display of a run with `total_steps` optimizer steps, `completed` of them done."""
         self._total = total_steps
         self._last_step = time.monotonic()
         if not self.quiet and self.console.is_jupyter:
-            self._notebook = NotebookDisplay(total_steps, completed)
+            # Later lines come below the bar.
+            self._notebook, self._notebook_text = NotebookDisplay(total_steps, completed), None
         elif not self.quiet and self.console.is_terminal:
             still = Column(no_wrap=True)
             columns = (
@@ -109,11 +111,16 @@ class RunProgress:
 
     def say(self, *sentences: str) -> None:
         """Prints each sentence on its own line, unless quiet."""
+        if self.console.is_jupyter and not self.quiet and sentences:
+            self._notebook_text = self._notebook_text or NotebookText()
+            self._notebook_text.add(*sentences)
+            return
         for sentence in () if self.quiet else sentences:
             self.console.print(printable(sentence), markup=False)
 
     def warn(self, sentence: str) -> None:
         """Prints a sentence even when quiet."""
+        self._notebook_text = None
         self.console.print(printable(sentence), markup=False, style="yellow" if sys.stderr.isatty() else None)
 
     def end(self) -> None:
@@ -171,6 +178,21 @@ class NotebookDisplay:
             cells = [str(step), *(figure(metrics[name]) if name in metrics else "" for name in names), verdict]
             rows.append(f"<tr>{''.join(f'<td>{escape(cell)}</td>' for cell in cells)}</tr>")
         return f"{line}<table><tr>{head}</tr>{''.join(rows)}</table>"
+
+
+class NotebookText:
+    """Lines in a notebook, in one output that grows: rich makes an output of each."""
+
+    def __init__(self) -> None:
+        from IPython.display import HTML, display
+
+        self._as_html, self._lines = HTML, list[str]()
+        self._handle = display(HTML(""), display_id=True)
+
+    def add(self, *lines: str) -> None:
+        """Adds lines at the end."""
+        self._lines += map(printable, lines)
+        self._handle.update(self._as_html(f"<pre>{escape(chr(10).join(self._lines))}</pre>"))
 
 
 class _TimeLeft(ProgressColumn):
