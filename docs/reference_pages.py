@@ -1,8 +1,6 @@
-"""MkDocs hook: makes the reference pages from the code, so that they cannot be out of date.
+"""MkDocs hook: makes the reference pages from the code: Python API, config keys, commands, what `loopos list` knows.
 
-Python API (from docstrings), config keys (from the JSON Schema), commands (from the command line's own help) and what
-`loopos list` knows. `mkdocs.yml` names this file and the pages that people write; the navigation of the generated pages
-is added here.
+`mkdocs.yml` names this file and the pages that people write; the navigation of the generated pages is added here.
 """
 
 from __future__ import annotations
@@ -15,40 +13,32 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parents[1]
-PYTHON: Mapping[str, tuple[str, str]] = {
-    "training": (
-        "train Run FitResult read_config register_method Trainer FineTuner ChainOfThought RewardModelTrainer "
-        "PpoTrainer ReinforcementTrainer Pretrainer",
-        "",
-    ),
-    "models": (
-        "load Predictor RewardPredictor Reasoner ensemble",
-        "ensembling.heads.EnsembleResult ensembling.language.LanguageEnsembleResult",
-    ),
-    "generation": ("generate SamplingParams Engine", ""),
-    "compression_and_merging": (
-        "merge prune quantize",
-        "merging.merge.MergeResult compression.pipeline.Changed compression.pipeline.ChangedModel",
-    ),
-    "export": ("export", "exporting.export.Exported"),
-    "configs": (
-        "FineTuningConfig ChainOfThoughtConfig RewardModelConfig PpoConfig RlhfConfig PretrainingConfig MergeConfig "
-        "PruningRecipe QuantizationRecipe",
-        "",
-    ),
-    "errors": ("UserError ConfigError DataError", ""),
+PYTHON: Mapping[str, str] = {
+    "training": "train Run FitResult read_config register_method Trainer FineTuner ChainOfThought RewardModelTrainer "
+    "PpoTrainer ReinforcementTrainer Pretrainer",
+    "models": "load Predictor RewardPredictor Reasoner ensemble ensembling.heads.EnsembleResult "
+    "ensembling.language.LanguageEnsembleResult",
+    "generation": "generate SamplingParams Engine",
+    "compression_and_merging": "merge prune quantize merging.merge.MergeResult compression.pipeline.Changed "
+    "compression.pipeline.ChangedModel",
+    "export": "export exporting.export.Exported",
+    "configs": "FineTuningConfig ChainOfThoughtConfig RewardModelConfig PpoConfig RlhfConfig PretrainingConfig "
+    "MergeConfig PruningRecipe QuantizationRecipe",
+    "errors": "UserError ConfigError DataError",
 }
-"""Page → its public names (each name of `loopos` stands on one page), and what its functions return."""
+"""Page → its public names (each name of `loopos` stands on one page), and by their modules what functions return."""
 
 
 def python_pages() -> Iterator[tuple[str, str, str]]:
     """Path, title and text of the pages of the Python API."""
     import loopos
 
-    for page, (names, results) in PYTHON.items():
+    for page, names in PYTHON.items():
         title = _sentence(page.replace("_", " ")).rstrip(".")
-        shown = {f"loopos.{name}": f"{loopos._MODULES[name]}.{name}" for name in names.split()}
-        shown |= {place.rpartition(".")[2]: f"loopos.{place}" for place in results.split()}
+        shown = {}
+        for name in names.split():
+            label = name.rpartition(".")[2] if "." in name else f"loopos.{name}"
+            shown[label] = f"loopos.{name}" if "." in name else f"{loopos._MODULES[name]}.{name}"
         own = "\n      members: false" if page == "configs" else ""
         parts = [f"::: {place}\n    options:\n      heading: {name}{own}" for name, place in shown.items()]
         lead = "[Config keys](../config/fine_tuning.md) has the keys of each." if page == "configs" else ""
@@ -58,19 +48,16 @@ def python_pages() -> Iterator[tuple[str, str, str]]:
 def config_pages() -> Iterator[tuple[str, str, str]]:
     """Path, title and text of a page of keys for each method and recipe."""
     from loopos.config.compression import PruningRecipe, QuantizationRecipe
-    from loopos.config.load import schema
     from loopos.config.merge import MergeConfig
     from loopos.config.methods import METHODS
 
-    for method in METHODS:
-        row = METHODS[method]
-        names = json.dumps({"mode": row.mode, "method": method})
-        head = f'# Config keys of `{method}`\n\n{_sentence(row.summary)} `"computation": {names}`.'
-        yield f"reference/config/{method}.md", method, f"{head}\n\n{_keys(schema(row.config_class))}"
+    for name in METHODS:
+        chosen = json.dumps({"mode": METHODS[name].mode, "method": name})
+        head = f'# Config keys of `{name}`\n\n{_sentence(METHODS[name].summary)} `"computation": {chosen}`.'
+        yield f"reference/config/{name}.md", name, f"{head}\n\n{_keys(METHODS[name].config_class.model_json_schema())}"
     for name, model in {"merge": MergeConfig, "prune": PruningRecipe, "quantize": QuantizationRecipe}.items():
         head = f"# Recipe keys of `{name}`\n\nFor `loopos {name}` and `loopos.{name}`."
-        described = schema(model) if name == "merge" else model.model_json_schema()
-        yield f"reference/config/{name}.md", f"{name} (recipe)", f"{head}\n\n{_keys(described)}"
+        yield f"reference/config/{name}.md", f"{name} (recipe)", f"{head}\n\n{_keys(model.model_json_schema())}"
 
 
 def _keys(schema: Mapping[str, Any]) -> str:
@@ -80,8 +67,7 @@ def _keys(schema: Mapping[str, Any]) -> str:
         inner = {key: found for key, node in section["properties"].items() if (found := _section(node, schema))}
         # A section within a section has a table of its own.
         queue += [(f"{name}.{key}".lstrip("."), found) for key, found in inner.items() if name.count(".") < 4]
-        hidden = {"$schema", *(() if name else inner)}
-        shown = {key: node for key, node in section["properties"].items() if key not in hidden}
+        shown = {key: node for key, node in section["properties"].items() if name or key not in inner}
         parts += [f"## {name}", _text(section.get("description", ""))] if name else []
         parts += [_keys_table(section, shown)] if shown else []
     return "\n\n".join(filter(None, parts)) + "\n"
@@ -98,11 +84,10 @@ def _section(node: Mapping[str, Any], schema: Mapping[str, Any]) -> dict[str, An
 
 
 def _keys_table(section: Mapping[str, Any], properties: Mapping[str, Any]) -> str:
-    rows = []
+    required, rows = section.get("required", ()), []
     for key, node in properties.items():
-        default = "required" if key in section.get("required", ()) else ""
-        default = f"`{json.dumps(node['default'], ensure_ascii=False)}`" if "default" in node else default
-        rows.append((f"`{key}`", _type(node), default, node.get("description", "")))
+        default = f"`{json.dumps(node['default'], ensure_ascii=False)}`" if "default" in node else ""
+        rows.append((f"`{key}`", _type(node), "required" if key in required else default, node.get("description", "")))
     return _table(("key", "type", "default", "meaning"), rows)
 
 
@@ -174,8 +159,13 @@ def registries_page() -> str:
 
 def _text(text: str) -> str:
     """Text for a cell or a line: what Markdown or HTML would read as a sign is written out."""
-    line = " ".join(str(text).split()).replace("|", "\\|")
-    return "".join(part if part.startswith("`") else part.replace("<", "&lt;") for part in re.split(r"(`[^`]*`)", line))
+    shown = []
+    for part in re.split(r"(`[^`]*`)", " ".join(str(text).split())):
+        plain = part.replace("<", "&lt;").replace("|", "&#124;")
+        # Within backticks a table reads no escape.
+        code = f"<code>{plain[1:-1]}</code>" if "|" in part else part
+        shown.append(code if part.startswith("`") else plain)
+    return "".join(shown)
 
 
 def _sentence(text: str) -> str:
