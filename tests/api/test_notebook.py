@@ -8,13 +8,12 @@ import time
 from pathlib import Path
 from typing import Any
 
-import nbformat
 import pytest
-from nbclient import NotebookClient
 from pico_runs import class_rows, write_jsonl
 
 import loopos
 
+# nbformat and nbclient are imported by the tests that use them, so that without the extra dev only these fail.
 QUICKSTART = Path(__file__).parents[2] / "examples" / "quickstart.ipynb"
 SECONDS = 240
 
@@ -26,9 +25,22 @@ def _own_settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setenv(name, str(tmp_path / "jupyter"))
 
 
+def quickstart() -> Any:
+    import nbformat
+
+    return nbformat.read(QUICKSTART, as_version=4)
+
+
+def client_of(notebook: Any, folder: Path) -> Any:
+    """What executes a notebook in a folder."""
+    from nbclient import NotebookClient
+
+    return NotebookClient(notebook, timeout=SECONDS, resources={"metadata": {"path": str(folder)}})
+
+
 def executed(notebook: Any, folder: Path) -> Any:
     folder.mkdir(exist_ok=True)
-    NotebookClient(notebook, timeout=SECONDS, resources={"metadata": {"path": str(folder)}}).execute()
+    client_of(notebook, folder).execute()
     return notebook
 
 
@@ -39,7 +51,7 @@ def shown(cell: Any, kind: str) -> list[str]:
 
 def test_the_quickstart_runs(pico_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LOOPOS_QUICKSTART_MODEL", str(pico_folder))
-    notebook = executed(nbformat.read(QUICKSTART, as_version=4), tmp_path / "work")
+    notebook = executed(quickstart(), tmp_path / "work")
     [outputs] = (tmp_path / "work" / "outputs").iterdir()
     runs = [loopos.Run(outputs / name) for name in ("head", "full", "replies")]
     assert [run.state for run in runs] == ["finished"] * 3
@@ -61,7 +73,7 @@ def test_the_quickstart_runs(pico_folder: Path, tmp_path: Path, monkeypatch: pyt
 
 
 def test_what_the_quickstart_shows_is_real() -> None:
-    notebook = nbformat.read(QUICKSTART, as_version=4)
+    notebook = quickstart()
     code = [cell for cell in notebook.cells if cell.cell_type == "code"]
     assert [cell.execution_count for cell in code] == list(range(1, len(code) + 1))
     shows = {mime for cell in code for output in cell.outputs for mime in output.get("data", {})}
@@ -102,10 +114,10 @@ RESUME = (
 def test_the_kernel_s_interrupt_stops_in_order_and_the_run_resumes(pico_folder: Path, tmp_path: Path) -> None:
     folder = tmp_path / "work"
     rows = write_jsonl(folder / "rows.jsonl", class_rows(24))
-    cells = [nbformat.v4.new_code_cell(source) for source in (CELL % str(pico_folder), AFTER, RESUME)]
-    client = NotebookClient(
-        nbformat.v4.new_notebook(cells=cells), timeout=SECONDS, resources={"metadata": {"path": str(folder)}}
-    )
+    from nbformat.v4 import new_code_cell, new_notebook
+
+    cells = [new_code_cell(source) for source in (CELL % str(pico_folder), AFTER, RESUME)]
+    client = client_of(new_notebook(cells=cells), folder)
     interrupted = []
 
     def interrupt() -> None:
