@@ -208,6 +208,18 @@ def test_the_package_itself_has_only_its_front_doors() -> None:
     assert {file.name for file in modules() if room_of(file) == ""} <= FRONT
 
 
+def test_no_room_imports_the_front_doors() -> None:
+    doors = {file.removesuffix(".py") for file in FRONT} - {"__init__", "__main__"}
+    wrong = [
+        told(file, line, name)
+        for file in modules()
+        if room_of(file) != ""
+        for line, name in imports_of(file)
+        if name.split(".")[0] == "loopos" and name.split(".")[1:2] and name.split(".")[1] in doors
+    ]
+    assert not wrong, "\n".join(wrong)
+
+
 def circles(graph: dict[str, set[str]]) -> list[list[str]]:
     """Groups of modules that import each other in a loop (Tarjan's strongly connected components)."""
     found: list[list[str]] = []
