@@ -43,8 +43,8 @@ ARROWS: dict[str, set[str]] = {
 METHODS_THAT_RUN_OTHERS = {"rlhf": {"reward_model", "ppo"}, "chain_of_thought": {"sft"}}
 MOST_LINES_OF_A_FILE = 500
 MOST_LINES_OF_A_FUNCTION = 65
-# The package's own front door and `python -m loopos`.
-FRONT = {"__init__.py", "__main__.py"}
+# The package's own front doors: its names, the functions and the run behind them, and `python -m loopos`.
+FRONT = {"__init__.py", "__main__.py", "api.py", "changes.py", "run.py"}
 
 
 def modules() -> list[Path]:
@@ -206,6 +206,18 @@ def test_no_room_is_called_after_nothing() -> None:
 
 def test_the_package_itself_has_only_its_front_doors() -> None:
     assert {file.name for file in modules() if room_of(file) == ""} <= FRONT
+
+
+def test_no_room_imports_the_front_doors() -> None:
+    doors = {file.removesuffix(".py") for file in FRONT} - {"__init__", "__main__"}
+    wrong = [
+        told(file, line, name)
+        for file in modules()
+        if room_of(file) != ""
+        for line, name in imports_of(file)
+        if name.split(".")[0] == "loopos" and name.split(".")[1:2] and name.split(".")[1] in doors
+    ]
+    assert not wrong, "\n".join(wrong)
 
 
 def circles(graph: dict[str, set[str]]) -> list[list[str]]:

@@ -137,9 +137,9 @@ def test_answers_are_voted_on(
 ) -> None:
     from loopos.config.keys import Strategy
     from loopos.evaluation.checkers import majority
-    from loopos.generation.settings import SamplingSettings
+    from loopos.generation.settings import SamplingParams
 
-    settings = SamplingSettings(temperature=1.0, max_new_tokens=12, seed=2)
+    settings = SamplingParams(temperature=1.0, max_new_tokens=12, seed=2)
     problems = ["where is it", "what is 2 + 2", "the box"]
     together = Reasoner.open(str(voting)).answer(problems, settings, strategy=Strategy("self_consistency", 3))
     alone = [

@@ -19,7 +19,7 @@ from loopos.config.diagnostics import ConfigError, UserError
 from loopos.config.load import load_recipe, read_recipe
 from loopos.config.merge import MergeConfig
 from loopos.config.source import read_source
-from loopos.generation.settings import SamplingFields, SamplingSettings
+from loopos.generation.settings import SamplingFields, SamplingParams
 from loopos.serving.requests import ChatRequest
 from tests.cli.conftest import Invoke
 
@@ -112,7 +112,7 @@ def test_options_and_settings_name_the_same_faults() -> None:
 
 def test_a_request_without_parameters_samples_by_the_settings_but_for_openais_temperature() -> None:
     request = ChatRequest.model_validate({"model": "m", "messages": [{"role": "user", "content": "Hi"}], "seed": 0})
-    assert request.settings() == SamplingSettings(temperature=1.0)
+    assert request.settings() == SamplingParams(temperature=1.0)
 
 
 FAULTS: list[tuple[Any, dict[str, Any]]] = [

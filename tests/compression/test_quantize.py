@@ -23,7 +23,7 @@ from loopos.config.diagnostics import ConfigError, UserError
 from loopos.config.load import read_recipe
 from loopos.evaluation.reasoning import Reasoner
 from loopos.generation.decoders import probed
-from loopos.generation.settings import SamplingSettings
+from loopos.generation.settings import SamplingParams
 from loopos.models.load import load_pretrained
 from loopos.models.opened import open_model
 from loopos.models.quantized import quantized_layers
@@ -114,7 +114,7 @@ def test_every_door_opens_it(pico_folder: Path, text: Path, tmp_path: Path) -> N
     assert became == pytest.approx(was, rel=0.02)
     reasoner = Reasoner.open(str(tmp_path / "out"))
     assert reasoner.model.dtype == torch.bfloat16
-    settings = SamplingSettings(max_new_tokens=3, stop_at_end=False)
+    settings = SamplingParams(max_new_tokens=3, stop_at_end=False)
     for number in (1, 6):
         written = reasoner.engine.generate([[5, 6, 7 + index] for index in range(number)], settings, logprobs=False)
         assert [len(each.token_ids) for each in written] == [3] * number

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from loopos.evaluation.run_folder import end_reason, outcome_of
+from loopos.evaluation.run_outcome import end_reason, outcome_of
 
 
 def event(kind: str, step: int | None, metrics: dict[str, Any]) -> dict[str, Any]:

@@ -13,9 +13,9 @@ from loopos.generation.completions import Running
 from loopos.generation.engine import Engine
 from loopos.generation.sampling import NonFiniteLogits
 from loopos.generation.scheduler import Scheduler
-from loopos.generation.settings import SamplingSettings
+from loopos.generation.settings import SamplingParams
 
-SAMPLED = SamplingSettings(temperature=1.0, max_new_tokens=9, seed=11)
+SAMPLED = SamplingParams(temperature=1.0, max_new_tokens=9, seed=11)
 
 
 def finished(session: Scheduler) -> int:
@@ -54,7 +54,7 @@ def test_a_finished_request_frees_its_row_and_the_others_continue(
     llama: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
 ) -> None:
     prompts = mixed_prompts(5)
-    settings = SamplingSettings(temperature=1.0, max_new_tokens=12, stop_at_end=False, seed=2)
+    settings = SamplingParams(temperature=1.0, max_new_tokens=12, stop_at_end=False, seed=2)
     engine = Engine(llama, tokenizer, max_rows=4)
     expected = [completion.token_ids for completion in engine.generate(prompts, settings)]
     with engine.session() as session:
@@ -78,10 +78,10 @@ def test_prompts_that_come_in_do_not_stop_the_rows(llama: PreTrainedModel, token
     engine = Engine(llama, tokenizer, max_rows=8)
     prompts = [[5 + index] * 20 for index in range(5)]
     with engine.session(admitted_tokens=40) as session:
-        session.add(prompts, SamplingSettings(max_new_tokens=20, stop_at_end=False))
+        session.add(prompts, SamplingParams(max_new_tokens=20, stop_at_end=False))
         assert [len(session.step()) for _ in range(6)] == [2, 2, 2, 4, 1, 5]
     with engine.session() as session:
-        session.add(prompts, SamplingSettings(max_new_tokens=20, stop_at_end=False))
+        session.add(prompts, SamplingParams(max_new_tokens=20, stop_at_end=False))
         assert len(session.step()) == 5
 
 
@@ -90,7 +90,7 @@ def test_non_finite_logits_fail_only_their_completion(
 ) -> None:
     prompt = mixed_prompts(1)[0]
     # No token is left.
-    bad = SamplingSettings(logit_bias=dict.fromkeys(range(VOCABULARY), -math.inf), max_new_tokens=6)
+    bad = SamplingParams(logit_bias=dict.fromkeys(range(VOCABULARY), -math.inf), max_new_tokens=6)
     engine = Engine(llama, tokenizer)
     with engine.session(spares_others=True) as session:
         failing, fine = session.add([prompt, prompt], [bad, SAMPLED])
@@ -111,7 +111,7 @@ def test_of_rows_with_the_same_settings_only_the_bad_one_fails(tokenizer: PreTra
     logits[7] = float("nan")
     engine = Engine(Scripted(logits, by_position=False), tokenizer)
     with engine.session(spares_others=True) as session:
-        handles = session.add([[5], [7], [6]], SamplingSettings(max_new_tokens=2))
+        handles = session.add([[5], [7], [6]], SamplingParams(max_new_tokens=2))
         finished(session)
     assert [running.finish_reason for running in handles] == ["length", "failed", "length"]
     assert [running.tokens for running in handles] == [[9, 9], [], [9, 9]]

@@ -12,10 +12,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from loopos.config.diagnostics import UserError
 from loopos.generation.engine import Engine
 from loopos.generation.search import best_of_n, self_consistency, step_beam_search, vote
-from loopos.generation.settings import SamplingSettings
+from loopos.generation.settings import SamplingParams
 from loopos.generation.steps import Chain, Step, StepLimits
 
-SAMPLED = SamplingSettings(temperature=1.0, max_new_tokens=30)
+SAMPLED = SamplingParams(temperature=1.0, max_new_tokens=30)
 
 
 @dataclass(frozen=True)
@@ -120,4 +120,4 @@ def test_a_beam_that_answers_early_stays_in_the_race(tokenizer: PreTrainedTokeni
 
 def test_sampling_several_greedy_chains_is_refused(llama: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
     with pytest.raises(UserError, match="temperature"):
-        self_consistency(Engine(llama, tokenizer), [[5]], Marks(), SamplingSettings(), n=2)
+        self_consistency(Engine(llama, tokenizer), [[5]], Marks(), SamplingParams(), n=2)

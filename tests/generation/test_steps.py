@@ -14,7 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from loopos.config.diagnostics import UserError
 from loopos.generation.completions import GrowingText, Verdict
 from loopos.generation.engine import Engine
-from loopos.generation.settings import SamplingSettings
+from loopos.generation.settings import SamplingParams
 from loopos.generation.steps import Chain, StepLimits, mean_logprob, reason
 
 
@@ -151,7 +151,7 @@ def test_what_was_taken_back_leaves_no_trace(
     engine = Engine(llama, tokenizer, max_rows=2)
     engine.path = path
     prompts = mixed_prompts(3)
-    settings = SamplingSettings(max_new_tokens=12, stop_at_end=False)
+    settings = SamplingParams(max_new_tokens=12, stop_at_end=False)
     free = engine.generate(prompts, settings)
     written = tokenizer.encode("the box", add_special_tokens=False)
     for prompt, before, got in zip(

@@ -193,14 +193,14 @@ def test_the_libraries_are_silent_and_as_they_were_afterwards(
 def test_a_language_model_is_opened(pico_folder: Path) -> None:
     model = loopos.load(pico_folder, "language", device="cpu")
     assert isinstance(model, Reasoner)
-    settings = loopos.SamplingSettings(max_new_tokens=5)
+    settings = loopos.SamplingParams(max_new_tokens=5)
     first, second = model.generate(["good", "bad parcel"], settings)
     # Greedy: the same alone, in pieces, and by the engine under it.
     assert model.chat("bad parcel", settings) == second
     assert "".join(model.stream([{"role": "user", "content": "bad parcel"}], settings)) == second
     [completion] = model.engine.generate([model.prompt("good")], model.sampling(settings))
     assert completion.text == first
-    assert len(model.generate(["good"], loopos.SamplingSettings(max_new_tokens=2, temperature=1.0), n=3)) == 3
+    assert len(model.generate(["good"], loopos.SamplingParams(max_new_tokens=2, temperature=1.0), n=3)) == 3
     with pytest.raises(UserError, match=r'message 0: got .*; expected a dict with "role" and "content"'):
         model.chat([{"role": "user"}])
 

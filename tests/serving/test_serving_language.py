@@ -19,7 +19,7 @@ from loopos.data.rows import Row
 from loopos.data.supervised_rows import Completion as RawText
 from loopos.evaluation.reasoning import Reasoner
 from loopos.generation.completions import Completion
-from loopos.generation.settings import SamplingSettings
+from loopos.generation.settings import SamplingParams
 from tests.serving.conftest import Server
 
 NEW = 12
@@ -29,7 +29,7 @@ WORDS = "where is the parcel"
 def expected(reasoner: Reasoner, prompt: Any, *, n: int = 1, **settings: Any) -> list[Completion]:
     """The engine's own text for a chat (messages), a text or tokens."""
     ids = prompt if isinstance(prompt, list) and isinstance(prompt[0], int) else reasoner.prompt(prompt)
-    chosen = SamplingSettings(**{"temperature": 1.0, "max_new_tokens": NEW, **settings})
+    chosen = SamplingParams(**{"temperature": 1.0, "max_new_tokens": NEW, **settings})
     return reasoner.engine.generate([ids], reasoner.sampling(chosen), n=n)
 
 
@@ -132,7 +132,7 @@ def test_completions_of_texts_and_of_tokens(server: Server, reasoner: Reasoner) 
     texts = [WORDS, "my card", WORDS]
     answer = client.completions.create(model="pico", prompt=texts, seed=4, n=2, max_tokens=NEW, logprobs=0)
     ids = [reasoner.prompt(RawText(text, "", Row({}, "t", None, 0))) for text in texts]
-    sampling = reasoner.sampling(SamplingSettings(temperature=1.0, max_new_tokens=NEW, seed=4))
+    sampling = reasoner.sampling(SamplingParams(temperature=1.0, max_new_tokens=NEW, seed=4))
     own = reasoner.engine.generate(ids, sampling, n=2)
     assert [choice.text for choice in answer.choices] == [each.text for each in own]
     assert [choice.index for choice in answer.choices] == list(range(6))

@@ -179,7 +179,7 @@ def test_settings_that_may_change_are_reported_one_by_one_and_applied(
         0.005,
     )
     assert json.loads((copied / "config.json").read_text()) == second["settings"]
-    assert read_run(copied).history()["training.learning_rate"] == [(0, 0.003), (2, 0.005)]
+    assert read_run(copied).setting_changes()["training.learning_rate"] == [(0, 0.003), (2, 0.005)]
 
 
 def test_what_was_best_by_another_metric_is_not_compared_with() -> None:

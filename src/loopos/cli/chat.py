@@ -35,7 +35,7 @@ from loopos.config.paths import expanded
 if TYPE_CHECKING:
     from loopos.data.conversations import Message
     from loopos.evaluation.reasoning import Reasoner
-    from loopos.generation.settings import SamplingSettings
+    from loopos.generation.settings import SamplingParams
     from loopos.generation.steps import Chain
 
 HELP = """\
@@ -114,7 +114,7 @@ def lines() -> Iterator[str]:
 class Conversation:
     """`messages`: the whole history; the model no longer sees the first `forgotten` of them."""
 
-    def __init__(self, reasoner: Reasoner, settings: SamplingSettings, system: str | None) -> None:
+    def __init__(self, reasoner: Reasoner, settings: SamplingParams, system: str | None) -> None:
         self.reasoner, self.settings, self.system = reasoner, settings, system
         self.messages: list[Message] = []
         self.forgotten = 0

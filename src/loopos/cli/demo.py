@@ -32,7 +32,7 @@ from loopos.demo.symbolic import TASKS, SymbolicItem, Task, symbolic_items, writ
 from loopos.storage.folder_lock import FolderBusy, only_writer
 
 if TYPE_CHECKING:
-    from loopos.evaluation.run_folder import Run
+    from loopos.evaluation.run_folder import RunFolder
 
 _PACKAGE = "loopos.demo"
 
@@ -100,7 +100,7 @@ def fine_tuning() -> int:
     return 0
 
 
-def show_predictions(run: Run) -> None:
+def show_predictions(run: RunFolder) -> None:
     """Accuracy before and after, and the confusion table."""
     before, after = run.first_metrics["accuracy"], run.last_metrics["accuracy"]
     say(f"accuracy on validation messages: {before:.1%} before, {after:.1%} after {run.step} steps")
@@ -315,7 +315,7 @@ def show_accuracy(run: Path, file: Path) -> None:
     )
 
 
-def show_policy(run: Run) -> None:
+def show_policy(run: RunFolder) -> None:
     """Reward and KL by iteration, and scores of answers to unseen prompts by reward model and judge."""
     rollouts = [event["metrics"] for event in run.events if event["event"] == "rollout"]
     rows = [(each["iteration"] + 1, *(f"{each[name]:.2f}" for name in _SHOWN)) for each in rollouts]

@@ -24,7 +24,7 @@ from loopos.data.supervised_tokens import OVER_LENGTH, encode_supervised
 from loopos.evaluation.answer_check import judge_all, problem_metrics, record
 from loopos.evaluation.checkers import Checker, Verdict, answer_metrics
 from loopos.evaluation.reasoning import Answered, Reasoner
-from loopos.generation.settings import SamplingSettings
+from loopos.generation.settings import SamplingParams
 from loopos.generation.steps import StepLimits
 from loopos.models.language_ensemble import next_token_loss
 from loopos.training.distributed import World
@@ -42,7 +42,7 @@ class Plan:
     strategy: Strategy
     ks: Sequence[int]
     checker: Checker
-    settings: SamplingSettings
+    settings: SamplingParams
     limits: StepLimits
 
 

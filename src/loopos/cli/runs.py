@@ -10,13 +10,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from loopos.cli.answers import confusion_table, say, say_json, shown, table
-from loopos.cli.options import Json, RunFolder, argument, path
+from loopos.cli.options import Json, argument, path
+from loopos.cli.options import RunFolder as RunFolderArgument
 from loopos.cli.outcome import note
 from loopos.config.diagnostics import UserError
 from loopos.config.figures import as_time, once
 
 if TYPE_CHECKING:
-    from loopos.evaluation.run_folder import Run
+    from loopos.evaluation.run_folder import RunFolder
 
 # The metrics for the list, most important first; a run shows the first that it has.
 _HEADLINES = ("accuracy", "micro_f1", "mae", "pair_accuracy", "reward", "loss")
@@ -51,7 +52,7 @@ def list_runs(folder: RunsFolder = Path("outputs"), json: Json = False) -> int:
         say(f"{folder}: no runs")
     else:
         rows = [
-            (run.path, run.method, run.status, _progress(run), _headline(run), as_time(run.seconds), _when(run))
+            (run.folder, run.method, run.status, _progress(run), _headline(run), as_time(run.step_seconds), _when(run))
             for run in found
         ]
         head = ("run", "method", "state", "steps", "validation", "time", "begun")
@@ -59,7 +60,7 @@ def list_runs(folder: RunsFolder = Path("outputs"), json: Json = False) -> int:
     return 0
 
 
-def show(folder: RunFolder, every_setting: EverySetting = False, json: Json = False) -> int:
+def show(folder: RunFolderArgument, every_setting: EverySetting = False, json: Json = False) -> int:
     """Shows one run, with the settings that differ from their defaults or all. Raises `UserError` for a folder without
     a run.
     """
@@ -69,18 +70,18 @@ def show(folder: RunFolder, every_setting: EverySetting = False, json: Json = Fa
 
     run = read_run(folder)
     if json:
-        history = {key: [list(each) for each in values] for key, values in run.history().items()}
+        history = {key: [list(each) for each in values] for key, values in run.setting_changes().items()}
         say_json({**run.summary(), "first_metrics": run.first_metrics, "changed": history, "config": run.config})
         return 0
-    say(f"{run.path}: {run.method}, {_progress(run)} steps in {as_time(run.seconds)}; {run.ended}")
+    say(f"{run.folder}: {run.method}, {_progress(run)} steps in {as_time(run.step_seconds)}; {run.ended}")
     say(f"started {_when(run)}; " + ("model/ exists" if run.has_model else "no model yet"))
     every = {key: value for key, (value, _) in differences(run.config, {}).items() if value is not None}
     settings = every if every_setting else changed_settings(run.config)
     say("settings" if every_setting else f"settings that differ from their defaults ({len(every)} with --all)")
     say(table([(key, _cell(value)) for key, value in settings.items()]))
-    if run.history():
+    if run.setting_changes():
         say("settings changed on resume")
-        say(table([(key, _over_steps(values)) for key, values in run.history().items()]))
+        say(table([(key, _over_steps(values)) for key, values in run.setting_changes().items()]))
     metrics = once(run.exported_metrics)
     if metrics:
         say("validation")
@@ -94,7 +95,7 @@ def show(folder: RunFolder, every_setting: EverySetting = False, json: Json = Fa
     return 0
 
 
-def report(folder: RunFolder, output: ReportFolder = None, json: Json = False) -> int:
+def report(folder: RunFolderArgument, output: ReportFolder = None, json: Json = False) -> int:
     """Writes a run's report as of now. Raises `UserError` for a folder without a run."""
     from loopos.evaluation.report import write_report
     from loopos.evaluation.run_folder import read_run
@@ -116,7 +117,10 @@ def diff(first: FirstRun, second: SecondRun, json: Json = False) -> int:
     one, other = read_run(first), read_run(second)
     settings = differences(one.config, other.config)
     # A setting that changed within a run differs from the other run's, whatever its last value.
-    over = {key: tuple(run.history().get(key) for run in (one, other)) for key in {**one.history(), **other.history()}}
+    over = {
+        key: tuple(run.setting_changes().get(key) for run in (one, other))
+        for key in {**one.setting_changes(), **other.setting_changes()}
+    }
     for key in over:
         settings.setdefault(key, (_value(one.config, key), _value(other.config, key)))
     one_metrics, other_metrics = one.exported_metrics, other.exported_metrics
@@ -140,11 +144,11 @@ def diff(first: FirstRun, second: SecondRun, json: Json = False) -> int:
     return 0
 
 
-def _progress(run: Run) -> str:
+def _progress(run: RunFolder) -> str:
     return f"{run.step}/{run.total_steps}" if run.total_steps is not None else str(run.step)
 
 
-def _headline(run: Run) -> str:
+def _headline(run: RunFolder) -> str:
     metrics = run.exported_metrics
     name = next((name for name in _HEADLINES if name in metrics), None)
     if name is None:
@@ -152,7 +156,7 @@ def _headline(run: Run) -> str:
     return f"{name} {shown(metrics[name])}{', start not beaten' if run.outcome.beat_start is False else ''}"
 
 
-def _when(run: Run) -> str:
+def _when(run: RunFolder) -> str:
     return "" if run.began is None else time.strftime("%Y-%m-%d %H:%M", time.localtime(run.began))
 
 

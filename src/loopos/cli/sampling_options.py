@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from loopos.cli.options import option
-from loopos.generation.settings import SamplingFields, SamplingSettings
+from loopos.generation.settings import SamplingFields, SamplingParams
 
 if TYPE_CHECKING:
     from loopos.config.keys import Strategy
@@ -41,9 +41,9 @@ def changed_fields(options: Any) -> list[str]:
 class SamplingOptions(SamplingFields):
     """The sampling options as they were written; out of range they are messages, not an exception."""
 
-    def settings(self) -> SamplingSettings:
+    def settings(self) -> SamplingParams:
         """The settings. Raises `UserError` with every value out of its range."""
-        return SamplingSettings(**asdict(self))
+        return SamplingParams(**asdict(self))
 
     def changed(self) -> list[str]:
         """Fields that differ from their defaults."""

@@ -8,7 +8,6 @@ what the installed torch was built for is read from its files, because importing
 from __future__ import annotations
 
 import importlib.util
-import os
 import re
 import sys
 from collections.abc import Sequence
@@ -23,13 +22,12 @@ from loopos.cli.options import Config, Json, Overrides, TrustRemoteCode, Verbose
 from loopos.cli.process import prepare_to_compute, settings_in_force
 from loopos.config.diagnostics import SettingError, UserError
 from loopos.config.figures import as_time, once
-from loopos.config.methods import config_classes, method_row, methods_help
+from loopos.config.methods import config_classes, methods_help
 from loopos.data.read_ahead import reuse_in_training
+from loopos.methods.train import RunOptions, active_folder, is_first_process, run_folders, train_config
 
 if TYPE_CHECKING:
-    from loopos.evaluation.own_metrics import OwnMetrics
-    from loopos.evaluation.run_folder import Run
-    from loopos.training.callbacks import Callbacks
+    from loopos.evaluation.run_folder import RunFolder
     from loopos.training.run_state import FitResult
 
 _TORCH_LINE = re.compile(r"^(__version__|cuda|hip|xpu)\b[^=]*= *(.+)$", re.MULTILINE)
@@ -108,7 +106,7 @@ def run(path: Config, options: TrainOptions, overrides: Overrides = ()) -> int:
     with run_ends_at_once():
         result = train(config, options)
     if is_first_process():
-        print_outcome(run_summary(config), result, as_json=options.json)
+        print_outcome(active_folder(config), result, as_json=options.json)
     return exit_code(result.stopped_by)
 
 
@@ -138,48 +136,11 @@ def _launch(path: Path, overrides: Sequence[str], options: TrainOptions) -> int:
     return launch(["train", str(path), *overrides, *options.arguments()], options.num_processes)
 
 
-def train(
-    config: Any, options: TrainOptions, callbacks: Callbacks | None = None, metrics: OwnMetrics | None = None
-) -> FitResult:
-    """Runs the config's method to its end. callbacks, metrics: functions of a Python program."""
-    from loopos.data.row_check import check_rows
-
-    with reuse_in_training():
-        check_rows(config)
-        trainer_class = method_row(config.computation.method).trainer_class
-        from loopos.evaluation.own_metrics import OwnMetrics
-        from loopos.training.callbacks import Callbacks
-        from loopos.training.precision import pick_device, resolve
-        from loopos.training.progress import RunProgress
-
-        callbacks = callbacks or Callbacks()
-        # Before the weights are read.
-        resolve(config.training.precision, pick_device(config.training.device))
-        trainer = trainer_class(
-            config,
-            progress=RunProgress(quiet=options.quiet or not is_first_process()),
-            trust_remote_code=options.trust_remote_code,
-            environment=settings_in_force(),
-            callbacks=callbacks,
-            metrics=metrics or OwnMetrics(),
-        )
-        result: FitResult = trainer.train(resume=options.resume)
-    callbacks.raise_failure("the run is finished")
-    return result
-
-
-def run_folders(config: Any) -> list[Path]:
-    """The folders of the config's runs, the last one first: rlhf trains a reward model before its policy."""
-    first = getattr(config, "reward_model_dir", None)
-    return [Path(config.data.output_dir), *([Path(first)] if first is not None else [])]
-
-
-def run_summary(config: Any) -> Path:
-    """The folder of the run that was active last: the reward model's if rlhf stopped in that phase."""
-    from loopos.evaluation.run_folder import holds_run
-
-    folders = run_folders(config)
-    return next((folder for folder in folders if holds_run(folder)), folders[0])
+def train(config: Any, options: TrainOptions) -> FitResult:
+    """Runs the config's method to its end."""
+    return train_config(
+        config, RunOptions(options.resume, options.quiet, options.trust_remote_code, settings_in_force())
+    )
 
 
 def exit_code(stopped_by: str) -> int:
@@ -190,11 +151,6 @@ def exit_code(stopped_by: str) -> int:
         # A launcher kills all processes once one has failed, so only the first, which has reported by now, may fail.
         return GUARD_EXIT_CODE if is_first_process() else 0
     return EXIT_CODES.get(stopped_by, 0)
-
-
-def is_first_process() -> bool:
-    """Whether this process reports for the run: under torchrun all ranks except 0 are silent."""
-    return os.environ.get("RANK", "0") == "0"
 
 
 def print_outcome(run_dir: Path, result: FitResult, *, as_json: bool) -> None:
@@ -224,7 +180,7 @@ def print_outcome(run_dir: Path, result: FitResult, *, as_json: bool) -> None:
         say(f"  {verdict}")
 
 
-def _as_json(run_dir: Path, result: FitResult, found: Run) -> dict[str, Any]:
+def _as_json(run_dir: Path, result: FitResult, found: RunFolder) -> dict[str, Any]:
     return {
         "run": str(run_dir),
         "step": result.step,

@@ -131,8 +131,16 @@ def register_method(
     reads: tuple[Rows, ...] = (),
     model: Models | None = None,
 ) -> Callable[[Trainer], Trainer]:
-    """Registers the decorated class, a `loopos.Trainer`, as the method `name`. config: the class of its config; reads,
-    model: as in `MethodRow`.
+    """Registers the decorated class, a `loopos.Trainer`, as a method that configs can name.
+
+    Args:
+        name: The method's name.
+        config: The class of its config.
+        summary: What it does, in a line.
+        mode: The stage of training, "posttraining" or "pretraining".
+        reads: The kind of rows that it trains on, by which they are checked before torch is imported; empty where that
+            is left to the method.
+        model: The kind of model that it trains, by which its run is planned.
     """
 
     def registered(trainer: Trainer) -> Trainer:

@@ -60,7 +60,13 @@ class Measured:
 
 @dataclass(frozen=True)
 class EnsembleResult:
-    """The folder, the weights of its members, and the results on the rows of `fit` and of `test`."""
+    """What an ensemble of classifiers or regressors wrote and measured.
+
+    Attributes:
+        folder: The ensemble.
+        weights: Of the members.
+        measured: Results on the rows of `fit` and of `test`.
+    """
 
     folder: Path
     weights: list[float]

@@ -45,8 +45,14 @@ class LanguageEnsembleSettings:
 
 @dataclass(frozen=True)
 class LanguageEnsembleResult:
-    """`weights` sum to 1. `by_member` and `together`: metrics of each member and of the ensemble on the test; `notes`:
-    differences between the members, and rows left out.
+    """What an ensemble of language models wrote and measured.
+
+    Attributes:
+        folder: The ensemble.
+        weights: Of the members; they sum to 1.
+        by_member: Metrics of each member on the test.
+        together: Metrics of the ensemble on the test.
+        notes: Differences between the members, and rows left out.
     """
 
     folder: Path

@@ -20,7 +20,7 @@ from loopos.data.supervised_tokens import prompt_tokens
 from loopos.data.templates import TemplateRefusal
 from loopos.evaluation.checkers import RIGHT, Checker, Verdict, answer_metrics, checker, judge
 from loopos.evaluation.reasoning import Answered, Reasoner
-from loopos.generation.settings import SamplingSettings
+from loopos.generation.settings import SamplingParams
 from loopos.generation.steps import StepLimits
 
 
@@ -202,9 +202,9 @@ class AnswerCheck(SampleAnswers):
         return metrics, [record(found, judged, example) for found, judged, example in merged]
 
 
-def sampling_of(section: SftGenerationSection, *, seed: int) -> SamplingSettings:
+def sampling_of(section: SftGenerationSection, *, seed: int) -> SamplingParams:
     """The sampling settings of a response or chain."""
-    return SamplingSettings(
+    return SamplingParams(
         temperature=section.temperature,
         top_k=section.top_k or 0,
         top_p=section.top_p,

@@ -20,7 +20,7 @@ from loopos.data.step_format import StepFormat
 from loopos.evaluation.answer_check import AnswerCheck
 from loopos.evaluation.checkers import Verdict, judge
 from loopos.evaluation.reasoning import Answered
-from loopos.generation.settings import SamplingSettings
+from loopos.generation.settings import SamplingParams
 
 # Problems sampled together; a killed run restarts with the first incomplete chunk.
 _CHUNK = 64
@@ -124,7 +124,7 @@ def _whole_chunks(file: Path, sizes: Sequence[int]) -> list[bytes]:
 class _Sampler:
     """Samples correct chains for problems, chunk by chunk."""
 
-    def __init__(self, check: AnswerCheck, section: SelfImprovementSection, settings: SamplingSettings) -> None:
+    def __init__(self, check: AnswerCheck, section: SelfImprovementSection, settings: SamplingParams) -> None:
         self._check, self._section, self._settings = check, section, settings
 
     def sample(self, chunk: Sequence[Demonstration]) -> list[dict[str, Any]]:

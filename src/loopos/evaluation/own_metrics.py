@@ -18,7 +18,7 @@ from loopos.data.record import shown
 from loopos.evaluation.metrics import METRIC_DIRECTION, METRIC_MEANING
 from loopos.evaluation.policy_metrics import POLICY_METRIC_DIRECTION
 from loopos.evaluation.preference_metrics import PREFERENCE_METRIC_DIRECTION
-from loopos.evaluation.run_folder import FLAGS
+from loopos.evaluation.run_outcome import FLAGS
 
 Direction: TypeAlias = Literal["min", "max"]
 MetricFunction: TypeAlias = Callable[[Any, Any], SupportsFloat]

@@ -15,7 +15,7 @@ from typing import Any
 from loopos.config.figures import figure
 from loopos.evaluation.blocks import Block, Grid, Heading, Paragraph, Picture, number, spread
 from loopos.evaluation.drawing import curves_svg, drawing, svg_of
-from loopos.evaluation.run_folder import Run
+from loopos.evaluation.run_folder import RunFolder
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,7 +134,7 @@ class _Iteration:
         return statistics.fmean(values) if values else None
 
 
-def policy_blocks(run: Run) -> list[Block]:
+def policy_blocks(run: RunFolder) -> list[Block]:
     """The report of a run with rollouts; nothing for other runs."""
     iterations, validations = _by_iteration(run.events)
     if not iterations:
@@ -220,7 +220,7 @@ def _frontier(
     return parts
 
 
-def _monitor_blocks(run: Run) -> list[Block]:
+def _monitor_blocks(run: RunFolder) -> list[Block]:
     """All monitors with their limits, and when they alerted."""
     section: Mapping[str, Any] = run.config.get("guards") or {}
     alerts = [event for event in run.events if event["event"] == "alert"]

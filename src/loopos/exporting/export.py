@@ -49,8 +49,17 @@ _ONNX_ROUNDING = 1e-3
 
 @dataclass(frozen=True)
 class Exported:
-    """folder: the export. bytes_before, bytes_after: of the weights only. check: None if skipped. warning: what a lossy
-    number format lost, if too much. pushed: the URL it was uploaded to.
+    """What an export wrote, and how it compares with the model.
+
+    Attributes:
+        folder: The export.
+        type: Number format of the weights.
+        bytes_before: Of the model's weights.
+        bytes_after: Of the exported weights.
+        check: The comparison of the reopened export with the model; None if skipped.
+        notes: What a user should know.
+        warning: What a lossy number format lost, if too much; else empty.
+        pushed: The URL that it was uploaded to.
     """
 
     folder: Path

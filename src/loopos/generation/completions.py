@@ -12,7 +12,7 @@ from typing import Literal, Protocol
 
 from transformers import PreTrainedTokenizerBase
 
-from loopos.generation.settings import SamplingSettings
+from loopos.generation.settings import SamplingParams
 
 # Decoders write this for incomplete UTF-8.
 _UNFINISHED = "\ufffd"
@@ -167,9 +167,9 @@ class Running:
         prompt_index: int,
         sample_index: int,
         prompt: list[int],
-        settings: SamplingSettings,
+        settings: SamplingParams,
         *,
-        choice: SamplingSettings,
+        choice: SamplingParams,
         limit: int,
         key: int,
         stop_ids: frozenset[int],

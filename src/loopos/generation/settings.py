@@ -69,17 +69,28 @@ class SamplingFields:
 
 
 @dataclass(frozen=True, kw_only=True)
-class SamplingSettings(SamplingFields):
-    """All defaults leave the distribution unchanged.
+class SamplingParams(SamplingFields):
+    """How tokens are sampled, and when a text ends. All defaults leave the model's distribution unchanged.
 
-    `temperature`: 0 is greedy. `top_k`: the k most likely tokens (0 = all). `top_p`: the fewest tokens whose
-    probability reaches p. `min_p`: tokens at least min_p times as likely as the most likely. `typical_p`: tokens of
-    typical surprisal whose probability reaches p. `repetition_penalty`: divides positive and multiplies negative logits
-    of tokens in the prompt or completion. `presence_penalty`, `frequency_penalty`: subtracted once, or once per
-    occurrence, for tokens of the completion. `no_repeat_ngram`: no repeated n-gram, prompt included (0 = off).
-    `logit_bias`: token id → added to its logit. `max_new_tokens`: maximum tokens of a completion. `stop`: strings that
-    end it; `keep_stop` leaves the string in the text. `stop_token_ids`: tokens that end it, in addition to the model's
-    end tokens if `stop_at_end`. `seed`: fixes every draw, together with the prompt.
+    Raises `UserError` that names every value out of its range.
+
+    Attributes:
+        temperature: Divides the logits; 0 is greedy.
+        top_k: Only the k most likely tokens; 0 is all.
+        top_p: Only the fewest tokens whose probability reaches p.
+        min_p: Only tokens at least `min_p` times as likely as the most likely.
+        typical_p: Only tokens of typical surprisal whose probability reaches p.
+        repetition_penalty: Divides positive and multiplies negative logits of tokens in the prompt or completion.
+        presence_penalty: Subtracted from the logits of tokens that are in the completion.
+        frequency_penalty: Subtracted for each occurrence in the completion.
+        no_repeat_ngram: No n-gram occurs twice, prompt included; 0 is off.
+        logit_bias: Token id → what is added to its logit.
+        max_new_tokens: Most tokens of a completion.
+        stop: Texts that end it.
+        keep_stop: Whether such a text stays in the completion.
+        stop_token_ids: Tokens that end it.
+        stop_at_end: Whether the model's own end tokens end it too.
+        seed: Fixes every draw, together with the prompt.
     """
 
     logit_bias: Mapping[int, float] = field(default_factory=dict, hash=False)
@@ -89,6 +100,9 @@ class SamplingSettings(SamplingFields):
 
     def __post_init__(self) -> None:
         """Raises `UserError` with every setting that is out of range."""
+        # A text alone would stop at each of its characters, and a list has no hash.
+        actual: object = self.stop
+        object.__setattr__(self, "stop", (actual,) if isinstance(actual, str) else tuple(self.stop))
         wrong = [f"{name}: {problem}" for name, problem in self.out_of_range()]
         if any(token < 0 for token in self.logit_bias):
             wrong.append(f"logit_bias: got {self.logit_bias!r}; expected token ids of 0 or more")
@@ -111,7 +125,7 @@ class SamplingSettings(SamplingFields):
         filters = self.top_k > 0 or self.top_p < 1 or self.min_p > 0 or self.typical_p < 1
         return self.needs_history or bool(self.logit_bias) or (filters and not self.greedy)
 
-    def of_choice(self) -> SamplingSettings:
+    def of_choice(self) -> SamplingParams:
         """The settings that one token's choice depends on: equal for rows that may be sampled together."""
         return replace(self, max_new_tokens=1, stop=(), keep_stop=False, stop_token_ids=(), stop_at_end=True, seed=0)
 

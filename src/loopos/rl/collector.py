@@ -32,7 +32,7 @@ from loopos.evaluation.policy_metrics import (
 )
 from loopos.functional.advantages import KlEstimator, kl_terms
 from loopos.generation.completions import decoded
-from loopos.generation.settings import SamplingSettings
+from loopos.generation.settings import SamplingParams
 from loopos.rl.experience import ResponseRows, ReusedForward
 from loopos.rl.rewards import Response, Rewards
 from loopos.rl.roles import Roles
@@ -162,9 +162,9 @@ class Collector:
         return found
 
 
-def sampling_of(section: RolloutSection, *, stop_token_ids: Collection[int], seed: int) -> SamplingSettings:
+def sampling_of(section: RolloutSection, *, stop_token_ids: Collection[int], seed: int) -> SamplingParams:
     """The sampling settings and stop criteria of responses."""
-    return SamplingSettings(
+    return SamplingParams(
         temperature=section.temperature,
         top_k=section.top_k or 0,
         top_p=section.top_p,
@@ -176,12 +176,12 @@ def sampling_of(section: RolloutSection, *, stop_token_ids: Collection[int], see
     )
 
 
-def request_of(prompts: Sequence[Sequence[int]], sampling: SamplingSettings, n: int = 1) -> Request:
+def request_of(prompts: Sequence[Sequence[int]], sampling: SamplingParams, n: int = 1) -> Request:
     """A request for n responses to every prompt. Each position has its own seed, on whichever worker it runs."""
     return Request([list(prompt) for prompt in prompts], [seeded(sampling, index) for index in range(len(prompts))], n)
 
 
-def seeded(sampling: SamplingSettings, number: int) -> SamplingSettings:
+def seeded(sampling: SamplingParams, number: int) -> SamplingParams:
     """The settings with a different seed for each number, such as an iteration."""
     return replace(sampling, seed=(sampling.seed * 1_000_003 + number) % 2**31)
 
@@ -277,7 +277,7 @@ class PolicyCheck:
         self,
         collector: Collector,
         prompts: Sequence[Sequence[int]],
-        sampling: SamplingSettings,
+        sampling: SamplingParams,
         judge: Judge | None,
         *,
         estimator: KlEstimator,

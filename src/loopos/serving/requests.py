@@ -16,7 +16,7 @@ from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, Validatio
 
 from loopos.config.diagnostics import UserError
 from loopos.data.conversations import Message
-from loopos.generation.settings import SamplingFields, SamplingSettings
+from loopos.generation.settings import SamplingFields, SamplingParams
 from loopos.serving.errors import ApiError, unknown_model
 
 # OpenAI's default when a completions request sets no number.
@@ -112,10 +112,10 @@ class Generation(ModelRequest):
     stream: bool = False
     stream_options: StreamOptions | None = None
 
-    def settings(self) -> SamplingSettings:
+    def settings(self) -> SamplingParams:
         """The sampling settings, without the number of new tokens; a random seed if none is set. Raises `ApiError`."""
         try:
-            return SamplingSettings(
+            return SamplingParams(
                 **{name: getattr(self, name) for name in _SAME_FIELDS},
                 logit_bias={int(token): bias for token, bias in self.logit_bias.items()},
                 stop=(self.stop,) if isinstance(self.stop, str) else tuple(self.stop),

@@ -1,4 +1,9 @@
-"""`loopos.train`: trains on a config and rows of a Python program, as `loopos train` does on a file."""
+"""Trains on a config: `train_config` on one that is checked; `train` also on a dict, and on rows of a Python program.
+
+`loopos train` calls the first, `loopos.train` the second.
+
+Checks that need no torch run before torch is imported.
+"""
 
 from __future__ import annotations
 
@@ -7,30 +12,89 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
-from loopos.cli.train import TrainOptions, run_folders
-from loopos.cli.train import train as train_config
 from loopos.config.diagnostics import UserError
 from loopos.config.json_text import ScalarNode, find
 from loopos.config.load import load, method_config_class
-from loopos.config.methods import config_classes
-from loopos.config.own_function import OwnFunction
+from loopos.config.methods import config_classes, method_row
 from loopos.config.sections import MethodConfig, ReadingSection
 from loopos.data.given_rows import InMemoryRows, are_rows, remove_written, written
-from loopos.data.row_check import check_columns
-from loopos.evaluation.own_metrics import MetricFunctions, OwnMetrics, name_of
+from loopos.data.read_ahead import reuse_in_training
+from loopos.data.row_check import check_columns, check_rows
 from loopos.evaluation.run_claim import refuse_started
+from loopos.evaluation.run_folder import holds_run
 from loopos.storage.folder_lock import refuse_busy
 from loopos.storage.whole_folder import remove
-from loopos.training.callbacks import Callbacks
-from loopos.training.run_state import FitResult
+
+if TYPE_CHECKING:
+    from loopos.config.own_function import OwnFunction
+    from loopos.evaluation.own_metrics import MetricFunctions, OwnMetrics
+    from loopos.training.callbacks import Callbacks
+    from loopos.training.run_state import FitResult
 
 ROWS = "rows"
 """Subfolder of the run folder for rows passed in Python."""
 
 Callback: TypeAlias = Callable[[dict[str, Any]], object]
 WrittenConfig: TypeAlias = str | os.PathLike[str] | Mapping[str, object]
+
+
+@dataclass(frozen=True, slots=True)
+class RunOptions:
+    """How a run starts. `resume`: from its newest checkpoint. `quiet`: shows only warnings. `environment`: settings of
+    the process by name, for the log.
+    """
+
+    resume: bool = False
+    quiet: bool = False
+    trust_remote_code: bool = False
+    environment: Mapping[str, str] = field(default_factory=dict)
+
+
+def train_config(
+    config: Any, options: RunOptions, callbacks: Callbacks | None = None, metrics: OwnMetrics | None = None
+) -> FitResult:
+    """Runs the method of a checked config to its end. callbacks, metrics: functions of the user. Raises `UserError`."""
+    with reuse_in_training():
+        check_rows(config)
+        trainer_class = method_row(config.computation.method).trainer_class
+        from loopos.evaluation.own_metrics import OwnMetrics
+        from loopos.training.callbacks import Callbacks
+        from loopos.training.precision import pick_device, resolve
+        from loopos.training.progress import RunProgress
+
+        callbacks = callbacks or Callbacks()
+        # Before the weights are read.
+        resolve(config.training.precision, pick_device(config.training.device))
+        trainer = trainer_class(
+            config,
+            progress=RunProgress(quiet=options.quiet or not is_first_process()),
+            trust_remote_code=options.trust_remote_code,
+            environment=options.environment,
+            callbacks=callbacks,
+            metrics=metrics or OwnMetrics(),
+        )
+        result: FitResult = trainer.train(resume=options.resume)
+    callbacks.raise_failure("the run is finished")
+    return result
+
+
+def is_first_process() -> bool:
+    """Whether this process reports for the run: under torchrun all ranks except 0 are silent."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def run_folders(config: Any) -> list[Path]:
+    """The folders of the config's runs, the last one first: rlhf trains a reward model before its policy."""
+    first = getattr(config, "reward_model_dir", None)
+    return [Path(config.data.output_dir), *([Path(first)] if first is not None else [])]
+
+
+def active_folder(config: Any) -> Path:
+    """The folder of the run that was active last: the reward model's if rlhf stopped in that phase."""
+    folders = run_folders(config)
+    return next((folder for folder in folders if holds_run(folder)), folders[0])
 
 
 def train(
@@ -41,9 +105,12 @@ def train(
     validation_data: InMemoryRows | None,
     callbacks: Sequence[Callback],
     metrics: MetricFunctions,
-    options: TrainOptions,
-) -> FitResult:
-    """As `loopos.train`. Raises `UserError`."""
+    options: RunOptions,
+) -> tuple[Path, FitResult]:
+    """As `loopos.train`; the folder of the run that was active last, and its result. Raises `UserError`."""
+    from loopos.evaluation.own_metrics import OwnMetrics
+    from loopos.training.callbacks import Callbacks
+
     seen_by, own = Callbacks([_named(callback) for callback in callbacks]), OwnMetrics.of(metrics)
     if isinstance(config, MethodConfig):
         if overrides or data is not None or validation_data is not None:
@@ -52,17 +119,19 @@ def train(
             )
         _check_measured(config, own)
         check_columns(config)
-        return train_config(config, options, seen_by, own)
-    actual = _Inputs.of(config, overrides, data, validation_data, tuple(own.functions))
-    checked = actual.load(resume=options.resume)
+        result = train_config(config, options, seen_by, own)
+        return active_folder(config), result
+    inputs = _Inputs.of(config, overrides, data, validation_data, tuple(own.functions))
+    checked = inputs.load(resume=options.resume)
     try:
         _check_measured(checked, own)
         check_columns(checked)
-        return train_config(checked, options, seen_by, own)
+        result = train_config(checked, options, seen_by, own)
     except UserError:
         if options.resume:
-            actual.forget(run_folders(checked))
+            inputs.forget(run_folders(checked))
         raise
+    return active_folder(checked), result
 
 
 @dataclass(frozen=True)
@@ -152,6 +221,9 @@ def _check_measured(config: Any, own: OwnMetrics) -> None:
 
 
 def _named(callback: Callback) -> OwnFunction:
+    from loopos.config.own_function import OwnFunction
+    from loopos.evaluation.own_metrics import name_of
+
     if not callable(callback):
         raise UserError(f"callbacks: got {callback!r:.80}; expected functions of an event")
     return OwnFunction(f"callback {name_of(callback)}", callback)
