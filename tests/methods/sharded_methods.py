@@ -86,7 +86,7 @@ def _reward_model(run: Path, weights: Path, settings: dict[str, Any]) -> Any:
 
 def _ppo(run: Path, weights: Path, settings: dict[str, Any]) -> Any:
     functions = ["preference_runs:early_letters", "preference_runs:length_of"]
-    training = {"learning_rate": 0.05, "max_iterations": 2, **settings}
+    training = {"learning_rate": 0.05, "max_iterations": 2, **settings, "schedule": "linear"}
     return ppo_config(run, weights, functions=functions, training=training)
 
 
