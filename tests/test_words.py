@@ -34,7 +34,6 @@ PARTS = {
     **dict.fromkeys(("placing", "speaking", "measuring", "shipping"), "prefill; generate, evaluate, export"),
     "carried": "training state",
     "joined": "ensemble",
-    "centring": "center",
     "alone": "only",
     **dict.fromkeys(("licence", "colour", "behaviour", "neighbour", "labelled"), "American spelling"),
 }
@@ -49,8 +48,6 @@ ALLOWED = {
     "validation_share": "config key",
     "max_dropped_share": "config key",
     "entropy_share": "config key of `guards`",
-    "end_share_drop": "old config key of `guards`",
-    "centring": "old config key",
     "decay_share": "the schedule's option",
     **dict.fromkeys(
         ("shares_prompts", "share_prompts", "shares_states"), "the verb: models share the states of a prompt"

@@ -304,16 +304,16 @@ def ensemble(
     if unused := [name for name, value in idle.items() if value]:
         raise UserError(f"{', '.join(unused)}: no use for {kind}; leave {'it' if len(unused) == 1 else 'them'} out")
     with _shown("members", quiet=quiet) as bar:
-        place = pick_device(device).type
+        chosen_device = pick_device(device).type
         if is_language:
             from loopos.ensembling.language import LanguageEnsembleSettings, combine_language
 
             chosen = LanguageEnsembleSettings(method=method, weights=tuple(weights), test=paths["test"], copy=copy)
-            return combine_language(members, Path(output), chosen, device=place, on_progress=bar.progress)
+            return combine_language(members, Path(output), chosen, device=chosen_device, on_progress=bar.progress)
         from loopos.ensembling.heads import EnsembleSettings, combine
 
         settings = EnsembleSettings(method=method, **paths, copy=copy, columns=columns)
-        return combine(members, Path(output), settings, device=place, on_progress=bar.progress)
+        return combine(members, Path(output), settings, device=chosen_device, on_progress=bar.progress)
 
 
 class _Shown(Protocol):

@@ -158,7 +158,7 @@ Call = Callable[[Path, Path], object]
         (lambda model, out: loopos.merge([model], method="slerp", output=out), "1 models with slerp"),
         (lambda model, out: loopos.merge([model], method="linear", weights=[1, 2], output=out), "weights: got 2; expected 1"),
         (lambda model, out: loopos.merge(model, method="linear", output=out), "expected a list of models, or a recipe"),
-        (lambda model, out: loopos.export(model, format="gif", output=out), "got gif"),  # type: ignore[arg-type]
+        (lambda model, out: loopos.export(model, format="gif", output=out), 'got the export format "gif"'),  # type: ignore[arg-type]
         (lambda model, out: loopos.prune(out / "no", sparsity=0.5, output=out), "config: model: got"),
     ],
 )  # fmt: skip

@@ -133,7 +133,7 @@ def lay_out(folder: Path, pico_folder: Path) -> None:
     for file in (ROOT / "configs").glob("*.json"):
         config: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
         config["training"] |= {"max_steps": 2, "precision": "fp32", "batch_size": 4}
-        config["model"] = {key: value for key, value in config["model"].items() if key == "num_classes"}
+        config["model"] = {key: value for key, value in config.get("model", {}).items() if key == "num_classes"}
         if "pretrained_weights" in config["data"]:
             config["data"]["pretrained_weights"] = str(pico_folder)
         if "reasoning_examples" in config["data"]:

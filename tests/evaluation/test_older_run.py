@@ -46,7 +46,7 @@ def test_settings_events_and_metrics_have_the_names_of_today(tmp_path: Path) -> 
     assert run.events[0]["metrics"]["settings"]["guards"]["eos_rate_drop"] == 0.0
     assert run.last_metrics["eos_rate"] == 0.0
     assert "end_share" not in run.last_metrics
-    assert run.history() == {}
+    assert run.setting_changes() == {}
 
 
 def test_both_readers_of_a_log_agree() -> None:

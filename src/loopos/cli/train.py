@@ -24,7 +24,6 @@ from loopos.config.diagnostics import SettingError, UserError
 from loopos.config.figures import as_time, once
 from loopos.config.methods import config_classes, methods_help
 from loopos.data.read_ahead import reuse_in_training
-from loopos.methods.train import RunOptions, active_folder, is_first_process, run_folders, train_config
 
 if TYPE_CHECKING:
     from loopos.evaluation.run_folder import RunFolder
@@ -77,6 +76,7 @@ def run(path: Config, options: TrainOptions, overrides: Overrides = ()) -> int:
     # Report a model that is not installed or a folder in use now, not after the slow imports below.
     from loopos.data.row_check import check_columns, check_rows
     from loopos.evaluation.run_claim import refuse_started
+    from loopos.methods.train import active_folder, is_first_process, run_folders
     from loopos.models.resolve import check_tokenizer_source, weights_source
     from loopos.storage.durable import require_writable
     from loopos.storage.folder_lock import refuse_busy
@@ -138,6 +138,8 @@ def _launch(path: Path, overrides: Sequence[str], options: TrainOptions) -> int:
 
 def train(config: Any, options: TrainOptions) -> FitResult:
     """Runs the config's method to its end."""
+    from loopos.methods.train import RunOptions, train_config
+
     return train_config(
         config, RunOptions(options.resume, options.quiet, options.trust_remote_code, settings_in_force())
     )
@@ -149,6 +151,8 @@ def exit_code(stopped_by: str) -> int:
 
     if stopped_by == GUARD:
         # A launcher kills all processes once one has failed, so only the first, which has reported by now, may fail.
+        from loopos.methods.train import is_first_process
+
         return GUARD_EXIT_CODE if is_first_process() else 0
     return EXIT_CODES.get(stopped_by, 0)
 
