@@ -452,6 +452,33 @@ def test_a_loss_of_another_method_or_task_is_refused(
     assert message in result.stderr
 
 
+@pytest.mark.parametrize(
+    ("method", "sections", "field"),
+    [
+        (
+            "ppo",
+            {"training": {"algorithm": "own_variants:nothing"}, "reward": {"functions": [{"name": "exact"}]}},
+            "training.algorithm",
+        ),
+        ("fine_tuning", {"training": {"trackers": ["own_variants:nothing"]}}, "training.trackers.0"),
+        ("reward_model", {"data": {"format": "own_variants:nothing"}}, "data.format"),
+    ],
+)
+def test_a_name_that_cannot_be_imported_is_one_diagnostic(
+    method: str, sections: dict[str, Any], field: str, tmp_path: Path, pico_folder: Path
+) -> None:
+    rows = write_jsonl(tmp_path / "rows.jsonl", class_rows(4))
+    sections["data"] = {"training_data": str(rows), **sections.get("data", {})}
+    file = tmp_path / "run.json"
+    file.write_text(json.dumps(config_of(tmp_path / "run", pico_folder, method, **sections)))
+    result = run("validate", file)
+    assert result.exit_code == 2
+    (line,) = result.stderr.splitlines()
+    got = "got \"own_variants:nothing\" (module 'own_variants' has no attribute 'nothing'); expected "
+    assert f": {field}: {got}" in line
+    assert line.endswith('"module:name" of your own')
+
+
 def test_a_package_that_raises_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     broken = tmp_path / "broken"
     broken.mkdir()

@@ -66,7 +66,7 @@ class PpoConfig(MethodConfig):
 
     @property
     def algorithm(self) -> AlgorithmRow:
-        """What the algorithm needs. Raises `UserError` for one that cannot be imported."""
+        """What the algorithm needs."""
         return ALGORITHMS[self.training.algorithm]
 
     @property
@@ -172,11 +172,9 @@ def _check_answers(config: PpoConfig) -> Iterator[Problem]:
 
 
 def _check_algorithm(config: PpoConfig) -> Iterator[Problem]:
-    """Check that the algorithm is there, and the groups of responses that it needs."""
+    """Check the groups of responses that the algorithm needs."""
     name, number, size = config.training.algorithm, config.generation.responses_per_prompt, config.training.batch_size
-    problems = list(checks.check_variant("training.algorithm", name, ALGORITHMS))
-    yield from problems
-    if not problems and config.algorithm.groups and number == 1:
+    if config.algorithm.groups and number == 1:
         fields = ("generation.responses_per_prompt", "training.algorithm")
         hint = "it compares responses to the same prompt"
         yield Problem(fields, f'1 with algorithm "{name}"', "at least 2", hint)
@@ -196,8 +194,7 @@ def _check_reward(config: PpoConfig) -> Iterator[Problem]:
     elif (model is None or reward.model_weight == 0) and all(each.weight == 0 for each in reward.functions):
         fields = ("reward.functions",) if model is None else ("reward.model_weight", "reward.functions")
         yield Problem(fields, "weights that are all 0", "at least one weight other than 0")
-    is_missing = bool(ALGORITHMS.why_missing(config.training.algorithm))
-    if model is None and reward.functions and not is_missing and config.value_model == "reward":
+    if model is None and reward.functions and config.value_model == "reward":
         fields = ("training.value_model", "data.reward_model", "training.algorithm")
         yield Problem(fields, '"reward" without a reward model', '"policy" or "shared", or data.reward_model')
 
