@@ -165,6 +165,23 @@ def test_with_adapters_and_no_critic_one_adapter_trains(tmp_path: Path, pico_fol
     assert not [name for name in saved if "critic" in name]
 
 
+@pytest.mark.parametrize(
+    "sections",
+    [
+        {"training": {"kl_in": "loss"}},
+        {"training": {"kl_coefficient": 0.1, "kl_target": 1.0}},
+        {"guards": {"kl": 5.0}},
+        {"evaluation": {"kl_limit": 5.0}},
+    ],
+    ids=str,
+)
+def test_what_reads_the_kl_brings_the_reference(sections: dict[str, Any], tmp_path: Path, pico_folder: Path) -> None:
+    config = policy_config(tmp_path / "run", pico_folder, "reinforce", max_iterations=1, **sections.pop("training", {}))
+    loopos.train(config | sections, quiet=True)
+    (rollout,) = events_of(tmp_path / "run", "rollout")
+    assert rollout["kl"] == pytest.approx(0.0, abs=1e-4)
+
+
 def bits_of(folder: Path) -> dict[str, str]:
     last = max((folder / "checkpoints").glob("step-*"))
     files = [folder / "model" / "model.safetensors", *sorted(last.glob("*.safetensors"))]
@@ -477,6 +494,17 @@ def test_a_name_that_cannot_be_imported_is_one_diagnostic(
     got = "got \"own_variants:nothing\" (module 'own_variants' has no attribute 'nothing'); expected "
     assert f": {field}: {got}" in line
     assert line.endswith('"module:name" of your own')
+
+
+def test_a_module_of_ones_own_that_raises_is_one_diagnostic(tmp_path: Path, pico_folder: Path) -> None:
+    (tmp_path / "site" / "raising.py").write_text("1 / 0\n")
+    file = tmp_path / "run.json"
+    file.write_text(json.dumps(policy_config(tmp_path / "run", pico_folder, "raising:thing")))
+    result = run("validate", file)
+    assert result.exit_code == 2
+    assert 'training.algorithm: got "raising:thing" (ZeroDivisionError: division by zero); expected' in result.stderr
+    result = run("export", pico_folder, "-o", tmp_path / "no", "--format", "raising:thing")
+    assert '"raising:thing": ZeroDivisionError: division by zero' in result.stderr
 
 
 def test_a_package_that_raises_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

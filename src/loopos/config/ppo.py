@@ -77,9 +77,9 @@ class PpoConfig(MethodConfig):
     @property
     def needs_reference(self) -> bool:
         """Whether the initial policy is needed: by the algorithm, by a penalty on the KL, or by a limit of it."""
-        limits = (self.training.kl_target, self.guards.kl, self.evaluation.kl_limit)
-        has_limit = any(limit is not None for limit in limits)
-        return self.algorithm.reference or self.training.kl_coefficient > 0 or has_limit
+        training, limits = self.training, (self.training.kl_target, self.guards.kl, self.evaluation.kl_limit)
+        has_penalty = training.kl_coefficient > 0 or training.kl_in == "loss"
+        return self.algorithm.reference or has_penalty or any(limit is not None for limit in limits)
 
     @property
     def old_logprobs(self) -> Literal["forward", "engine"]:
