@@ -24,7 +24,9 @@ from typer.testing import CliRunner
 import loopos
 from loopos.cli.commands import app
 from loopos.config.diagnostics import UserError
+from loopos.config.pretraining import PretrainingDataSection
 from loopos.config.registry import load_plugins
+from loopos.data.corpus import load_corpus
 from loopos.storage.events import fingerprint, read
 
 PACKAGE = Path(__file__).parents[1] / "plugin_package"
@@ -139,14 +141,18 @@ def test_the_dry_run_counts_no_critic(tmp_path: Path, pico_folder: Path) -> None
 
 
 def test_rlhf_takes_an_algorithm_without_a_critic_too(tmp_path: Path, pico_folder: Path) -> None:
-    rows = write_jsonl(tmp_path / "rows.jsonl", comparisons(24))
+    # Both phases read the rows in the format of the package.
+    ordered = [{"question": row["prompt"], "answers": [row["chosen"], row["rejected"]]} for row in comparisons(24)]
+    data = {"preference_data": str(write_jsonl(tmp_path / "rows.jsonl", ordered)), "format": "ordered_answers"}
     training = {"algorithm": "reinforce", "kl_coefficient": 0.1, "value_model": "policy", "batch_size": 8}
-    config = config_of(tmp_path / "run", pico_folder, "rlhf", training=training, data={"preference_data": str(rows)})
+    config = config_of(tmp_path / "run", pico_folder, "rlhf", training=training, data=data)
     file = tmp_path / "run.json"
     file.write_text(json.dumps(config))
     planned = run("train", file, "--dry-run", "--json")
     assert 'training.value_model has no effect: the algorithm "reinforce" has no critic' in planned.stderr
-    roles = json.loads(planned.stdout)["policy"]["model"]["roles"]
+    plan = json.loads(planned.stdout)
+    assert plan["reward_model"]["rows"]["pairs"] == plan["policy"]["prompts"]["train"] > 10
+    roles = plan["policy"]["model"]["roles"]
     # The penalty on the KL needs the reference.
     assert set(roles) == {"policy", "reference", "reward model"}
 
@@ -283,6 +289,25 @@ def test_a_row_that_is_not_in_the_format_is_named(tmp_path: Path, pico_folder: P
         UserError, match=r"format ordered_answers: raised KeyError at .*formats\.py:\d+: 'question'\n.*rows\.jsonl:1"
     ):
         loopos.train(config_of(tmp_path / "run", pico_folder, "reward_model", data=data), quiet=True)
+
+
+def test_pretraining_reads_rows_in_a_format_too(tmp_path: Path) -> None:
+    (tmp_path / "site" / "joined.py").write_text(
+        "def title_and_body(row):\n    return {'text': row['title'] + ' ' + row['body']}\n"
+    )
+    rows = write_jsonl(tmp_path / "rows.jsonl", [{"title": "one", "body": "two"}, {"title": "three", "body": "four"}])
+    (tmp_path / "text.txt").write_text("one two\n\nthree four\n")
+    section = {"output_dir": str(tmp_path / "run"), "output_weights": str(tmp_path / "weights.bin")}
+    named = PretrainingDataSection.model_validate(
+        {**section, "training_data": str(rows), "format": "joined:title_and_body"}
+    )
+    assert load_corpus(named, str(rows)).documents == ("one two", "three four")
+    assert load_corpus(PretrainingDataSection.model_validate(section), str(tmp_path / "text.txt")).documents == (
+        "one two",
+        "three four",
+    )
+    with pytest.raises(UserError, match=r"data\.format: got a format of rows; expected no format"):
+        load_corpus(named, str(tmp_path / "text.txt"))
 
 
 def test_a_merge_method_and_an_exporter_of_the_package_write(tmp_path: Path, pico_folder: Path) -> None:
