@@ -58,7 +58,8 @@ class RlhfDataSection(PreferenceDataSection):
     prompts: Location | None = Field(
         default=None,
         description='file, folder, glob or hub id "org/name" of the prompts to answer; those of the preferences '
-        "when absent; columns, format, encoding, splits, streaming, max_rows and validation_data are only of the preferences",
+        "when absent; columns, format, encoding, splits, streaming, max_rows and validation_data are only of the "
+        "preferences",
     )
     max_prompt_tokens: Count | None = Field(
         default=None, description="longest prompt (tokens); max_length - max_new_tokens when absent"
