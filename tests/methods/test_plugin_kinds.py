@@ -96,6 +96,14 @@ def test_every_kind_lists_what_the_package_adds() -> None:
     assert "own_variants.algorithms" in run("list", "algorithms").stdout
 
 
+def test_the_kinds_are_listed_and_an_unknown_one_is_refused() -> None:
+    assert set(json.loads(run("list", "--json").stdout)) == {"methods", *KINDS}
+    refused = run("list", "tracker")
+    assert refused.exit_code == 2
+    assert 'loopos list: got "tracker"; expected "methods", "losses", ' in refused.stderr
+    assert 'did you mean "trackers"?' in refused.stderr
+
+
 @pytest.mark.parametrize("algorithm", ["reinforce", "own_variants.algorithms:group_reinforce"])
 def test_an_algorithm_without_a_critic_learns(algorithm: str, tmp_path: Path, pico_folder: Path) -> None:
     """Neither critic nor reference is built, trained, saved or planned; the reward rises."""

@@ -14,7 +14,7 @@ from loopos.config.load import LoadedConfig, load, load_recipe
 from loopos.config.merge import MergeConfig, is_merge_recipe
 from loopos.config.methods import METHODS, config_classes
 from loopos.config.other_tools import METHOD_ALIASES
-from loopos.config.registry import Registry, choices
+from loopos.config.registry import Registry, choices, did_you_mean
 from loopos.config.source import read_source
 from loopos.config.variants import ALGORITHMS, EXPORTERS, FORMATS, LOSSES, MERGE_METHODS, REWARDS, TRACKERS
 from loopos.data.row_check import check_columns, check_rows
@@ -76,7 +76,9 @@ def list_variants(kind: str | None, *, as_json: bool) -> int:
             say(table(list(kinds.items()), head=("kind", "what it is")))
         return 0
     if kind not in KINDS:
-        raise UserError(f'loopos list: got "{kind}"; expected {choices(list(KINDS), own="")}')
+        hint = did_you_mean(kind, list(KINDS))
+        expected = choices(list(KINDS), own="")
+        raise UserError(f'loopos list: got "{kind}"; expected {expected}' + (f"; {hint}" if hint else ""))
     found = KINDS[kind][1]()
     if as_json:
         say_json([{"name": name, "summary": summary, "source": source} for name, summary, source in found])
