@@ -24,7 +24,9 @@ from typer.testing import CliRunner
 import loopos
 from loopos.cli.commands import app
 from loopos.config.diagnostics import UserError
+from loopos.config.pretraining import PretrainingDataSection
 from loopos.config.registry import load_plugins
+from loopos.data.corpus import load_corpus
 from loopos.storage.events import fingerprint, read
 
 PACKAGE = Path(__file__).parents[1] / "plugin_package"
@@ -94,6 +96,14 @@ def test_every_kind_lists_what_the_package_adds() -> None:
     assert "own_variants.algorithms" in run("list", "algorithms").stdout
 
 
+def test_the_kinds_are_listed_and_an_unknown_one_is_refused() -> None:
+    assert set(json.loads(run("list", "--json").stdout)) == {"methods", *KINDS}
+    refused = run("list", "tracker")
+    assert refused.exit_code == 2
+    assert 'loopos list: got "tracker"; expected "methods", "losses", ' in refused.stderr
+    assert 'did you mean "trackers"?' in refused.stderr
+
+
 @pytest.mark.parametrize("algorithm", ["reinforce", "own_variants.algorithms:group_reinforce"])
 def test_an_algorithm_without_a_critic_learns(algorithm: str, tmp_path: Path, pico_folder: Path) -> None:
     """Neither critic nor reference is built, trained, saved or planned; the reward rises."""
@@ -139,14 +149,18 @@ def test_the_dry_run_counts_no_critic(tmp_path: Path, pico_folder: Path) -> None
 
 
 def test_rlhf_takes_an_algorithm_without_a_critic_too(tmp_path: Path, pico_folder: Path) -> None:
-    rows = write_jsonl(tmp_path / "rows.jsonl", comparisons(24))
+    # Both phases read the rows in the format of the package.
+    ordered = [{"question": row["prompt"], "answers": [row["chosen"], row["rejected"]]} for row in comparisons(24)]
+    data = {"preference_data": str(write_jsonl(tmp_path / "rows.jsonl", ordered)), "format": "ordered_answers"}
     training = {"algorithm": "reinforce", "kl_coefficient": 0.1, "value_model": "policy", "batch_size": 8}
-    config = config_of(tmp_path / "run", pico_folder, "rlhf", training=training, data={"preference_data": str(rows)})
+    config = config_of(tmp_path / "run", pico_folder, "rlhf", training=training, data=data)
     file = tmp_path / "run.json"
     file.write_text(json.dumps(config))
     planned = run("train", file, "--dry-run", "--json")
     assert 'training.value_model has no effect: the algorithm "reinforce" has no critic' in planned.stderr
-    roles = json.loads(planned.stdout)["policy"]["model"]["roles"]
+    plan = json.loads(planned.stdout)
+    assert plan["reward_model"]["rows"]["pairs"] == plan["policy"]["prompts"]["train"] > 10
+    roles = plan["policy"]["model"]["roles"]
     # The penalty on the KL needs the reference.
     assert set(roles) == {"policy", "reference", "reward model"}
 
@@ -163,6 +177,23 @@ def test_with_adapters_and_no_critic_one_adapter_trains(tmp_path: Path, pico_fol
     saved = {name for file in last.glob("weights*.safetensors") for name in load_file(file)}
     assert {name.split(".lora_")[1].split(".")[1] for name in saved if ".lora_" in name} == {"default"}
     assert not [name for name in saved if "critic" in name]
+
+
+@pytest.mark.parametrize(
+    "sections",
+    [
+        {"training": {"kl_in": "loss"}},
+        {"training": {"kl_coefficient": 0.1, "kl_target": 1.0}},
+        {"guards": {"kl": 5.0}},
+        {"evaluation": {"kl_limit": 5.0}},
+    ],
+    ids=str,
+)
+def test_what_reads_the_kl_brings_the_reference(sections: dict[str, Any], tmp_path: Path, pico_folder: Path) -> None:
+    config = policy_config(tmp_path / "run", pico_folder, "reinforce", max_iterations=1, **sections.pop("training", {}))
+    loopos.train(config | sections, quiet=True)
+    (rollout,) = events_of(tmp_path / "run", "rollout")
+    assert rollout["kl"] == pytest.approx(0.0, abs=1e-4)
 
 
 def bits_of(folder: Path) -> dict[str, str]:
@@ -266,6 +297,25 @@ def test_a_row_that_is_not_in_the_format_is_named(tmp_path: Path, pico_folder: P
         UserError, match=r"format ordered_answers: raised KeyError at .*formats\.py:\d+: 'question'\n.*rows\.jsonl:1"
     ):
         loopos.train(config_of(tmp_path / "run", pico_folder, "reward_model", data=data), quiet=True)
+
+
+def test_pretraining_reads_rows_in_a_format_too(tmp_path: Path) -> None:
+    (tmp_path / "site" / "joined.py").write_text(
+        "def title_and_body(row):\n    return {'text': row['title'] + ' ' + row['body']}\n"
+    )
+    rows = write_jsonl(tmp_path / "rows.jsonl", [{"title": "one", "body": "two"}, {"title": "three", "body": "four"}])
+    (tmp_path / "text.txt").write_text("one two\n\nthree four\n")
+    section = {"output_dir": str(tmp_path / "run"), "output_weights": str(tmp_path / "weights.bin")}
+    named = PretrainingDataSection.model_validate(
+        {**section, "training_data": str(rows), "format": "joined:title_and_body"}
+    )
+    assert load_corpus(named, str(rows)).documents == ("one two", "three four")
+    assert load_corpus(PretrainingDataSection.model_validate(section), str(tmp_path / "text.txt")).documents == (
+        "one two",
+        "three four",
+    )
+    with pytest.raises(UserError, match=r"data\.format: got a format of rows; expected no format"):
+        load_corpus(named, str(tmp_path / "text.txt"))
 
 
 def test_a_merge_method_and_an_exporter_of_the_package_write(tmp_path: Path, pico_folder: Path) -> None:
@@ -450,6 +500,44 @@ def test_a_loss_of_another_method_or_task_is_refused(
     assert result.exit_code == 2
     assert f"{field}.loss: got" in result.stderr
     assert message in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("method", "sections", "field"),
+    [
+        (
+            "ppo",
+            {"training": {"algorithm": "own_variants:nothing"}, "reward": {"functions": [{"name": "exact"}]}},
+            "training.algorithm",
+        ),
+        ("fine_tuning", {"training": {"trackers": ["own_variants:nothing"]}}, "training.trackers.0"),
+        ("reward_model", {"data": {"format": "own_variants:nothing"}}, "data.format"),
+    ],
+)
+def test_a_name_that_cannot_be_imported_is_one_diagnostic(
+    method: str, sections: dict[str, Any], field: str, tmp_path: Path, pico_folder: Path
+) -> None:
+    rows = write_jsonl(tmp_path / "rows.jsonl", class_rows(4))
+    sections["data"] = {"training_data": str(rows), **sections.get("data", {})}
+    file = tmp_path / "run.json"
+    file.write_text(json.dumps(config_of(tmp_path / "run", pico_folder, method, **sections)))
+    result = run("validate", file)
+    assert result.exit_code == 2
+    (line,) = result.stderr.splitlines()
+    got = "got \"own_variants:nothing\" (module 'own_variants' has no attribute 'nothing'); expected "
+    assert f": {field}: {got}" in line
+    assert line.endswith('"module:name" of your own')
+
+
+def test_a_module_of_ones_own_that_raises_is_one_diagnostic(tmp_path: Path, pico_folder: Path) -> None:
+    (tmp_path / "site" / "raising.py").write_text("1 / 0\n")
+    file = tmp_path / "run.json"
+    file.write_text(json.dumps(policy_config(tmp_path / "run", pico_folder, "raising:thing")))
+    result = run("validate", file)
+    assert result.exit_code == 2
+    assert 'training.algorithm: got "raising:thing" (ZeroDivisionError: division by zero); expected' in result.stderr
+    result = run("export", pico_folder, "-o", tmp_path / "no", "--format", "raising:thing")
+    assert '"raising:thing": ZeroDivisionError: division by zero' in result.stderr
 
 
 def test_a_package_that_raises_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

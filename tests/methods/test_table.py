@@ -22,6 +22,9 @@ def test_every_row_names_a_config_and_a_trainer() -> None:
     for mode, name in classes:
         assert classes[mode, name].model_fields["computation"]
         assert callable(METHODS[name].trainer_class)
+        # By these its rows are checked and shown, and its run is planned.
+        assert METHODS[name].reads
+        assert METHODS[name].trains in ("head", "scores", "language", "roles")
 
 
 @pytest.mark.parametrize("registry", REGISTRIES, ids=lambda registry: registry.kind)

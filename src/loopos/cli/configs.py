@@ -14,7 +14,7 @@ from loopos.cli.options import Config, Json, Overrides
 from loopos.cli.outcome import note
 from loopos.config.diagnostics import DiagnosticsError, UserError
 from loopos.config.methods import METHODS, config_classes
-from loopos.config.registry import Registry, choices
+from loopos.config.registry import Registry, choices, did_you_mean
 from loopos.config.variants import ALGORITHMS, EXPORTERS, FORMATS, LOSSES, MERGE_METHODS, REWARDS, TRACKERS
 
 if TYPE_CHECKING:
@@ -95,7 +95,9 @@ def list_variants(kind: str | None, *, as_json: bool) -> int:
             say(table(list(kinds.items()), head=("kind", "what it is")))
         return 0
     if kind not in KINDS:
-        raise UserError(f'loopos list: got "{kind}"; expected {choices(list(KINDS), own="")}')
+        hint = did_you_mean(kind, list(KINDS))
+        expected = choices(list(KINDS), own="")
+        raise UserError(f'loopos list: got "{kind}"; expected {expected}' + (f"; {hint}" if hint else ""))
     found = KINDS[kind][1]()
     if as_json:
         say_json([{"name": name, "summary": summary, "source": source} for name, summary, source in found])

@@ -37,6 +37,7 @@ EXTRAS = {
     "excel": ("openpyxl",),
     "gguf": ("gguf", "xllamacpp"),
     "bench": ("accelerate", "trl"),
+    "docs": ("mkdocs-material", "mkdocstrings", "ruff"),
 }
 
 

@@ -8,13 +8,12 @@ from __future__ import annotations
 import codecs
 import os
 from collections.abc import Iterable, Iterator, Mapping
-from typing import Any, Protocol
+from typing import Protocol
 
 from pydantic import BaseModel
 
 from loopos.config.diagnostics import Problem
 from loopos.config.paths import NEW_WEIGHTS, is_bare_weights
-from loopos.config.registry import Registry, choices
 from loopos.config.sections import TrainingSection
 from loopos.config.variants import LOSSES
 
@@ -104,18 +103,9 @@ def check_trainable(training: TrainingSection, num_layers: int | None) -> Iterat
         yield Problem(fields, str(unfreeze), f"a step before max_steps ({training.max_steps})")
 
 
-def check_variant(field: str, name: str, registry: Registry[Any]) -> Iterator[Problem]:
-    """Check that a variant of the user's own can be imported and, where that is needed, is registered."""
-    why = registry.why_missing(name)
-    if why:
-        yield Problem((field,), f'"{name}" ({why})', choices(list(registry)))
-
-
 def check_loss(field: str, name: str, method: str) -> Iterator[Problem]:
-    """Check that a loss is there, and that it is one of this method."""
-    problems = list(check_variant(field, name, LOSSES))
-    yield from problems
-    if not problems and method not in LOSSES[name].methods:
+    """Check that a loss is one of this method."""
+    if method not in LOSSES[name].methods:
         yield Problem((field,), f'"{name}", a loss of {" and ".join(LOSSES[name].methods)}', f"a loss of {method}")
 
 

@@ -26,6 +26,7 @@ from pydantic import (
     WrapValidator,
 )
 from pydantic.fields import FieldInfo
+from pydantic_core import PydanticCustomError
 from pydantic_core.core_schema import CoreSchema, no_info_after_validator_function
 
 from loopos.config.paths import expanded
@@ -130,17 +131,21 @@ Warmup: TypeAlias = Annotated[
 ]
 
 
+MISSING_VARIANT = "missing_variant"
+"""The type of the error for "module:name" that names nothing; its message is the reason."""
 _OWN_NAME = r"[A-Za-z_][\w.]*:[A-Za-z_]\w*"
 
 
 @dataclass(frozen=True, slots=True)
 class VariantName:
     """An annotation of a text: the name of a variant in `registry`, or "module:name" of one of the user's own. only:
-    whether a variant may be named here; all may when absent.
+    whether a variant may be named here; all may when absent. imports: whether one of the user's own is imported when
+    the config is read, because other keys depend on it or because a run would name it late.
     """
 
     registry: Registry[Any]
     only: Callable[[Any], bool] | None = None
+    imports: bool = True
 
     def names(self) -> list[str]:
         """The names that are allowed, with those of installed packages."""
@@ -150,6 +155,9 @@ class VariantName:
         if ":" in name:
             if re.fullmatch(_OWN_NAME, name) is None:
                 raise ValueError("not module:name")
+            why = self.registry.why_missing(name) if self.imports else ""
+            if why:
+                raise PydanticCustomError(MISSING_VARIANT, "{why}", {"why": why})
         elif name not in self.registry or (self.only is not None and not self.only(self.registry[name])):
             raise ValueError("unknown")
         return name

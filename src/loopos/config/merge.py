@@ -27,7 +27,6 @@ LayerValues: TypeAlias = float | list[float]
 
 def check_recipe(recipe: MergeConfig) -> Iterator[Problem]:
     """All checks of a recipe."""
-    yield from checks.check_variant("method", recipe.method, MERGE_METHODS)
     yield from _check_number(recipe)
     yield from _check_base(recipe)
     yield from _check_layers(recipe)
@@ -38,13 +37,8 @@ def check_recipe(recipe: MergeConfig) -> Iterator[Problem]:
     yield from _check_rest(recipe)
 
 
-def _row(recipe: MergeConfig) -> MergeRow:
-    """The method's row; that of linear where a check reports that there is none."""
-    return MERGE_METHODS["linear"] if MERGE_METHODS.why_missing(recipe.method) else recipe.row
-
-
 def _check_number(recipe: MergeConfig) -> Iterator[Problem]:
-    number, method, row = len(recipe.models), recipe.method, _row(recipe)
+    number, method, row = len(recipe.models), recipe.method, recipe.row
     if row.most is not None and number != row.most:
         expected, hint = str(row.most), "linear and ties take any number"
         yield Problem(("models", "method"), f"{number} models with {method}", expected, hint)
@@ -54,7 +48,7 @@ def _check_number(recipe: MergeConfig) -> Iterator[Problem]:
 
 
 def _check_base(recipe: MergeConfig) -> Iterator[Problem]:
-    if recipe.base is None and _row(recipe).base and recipe.result == "model":
+    if recipe.base is None and recipe.row.base and recipe.result == "model":
         hint = "the base is the model that the others were fine-tuned from; deltas are relative to its weights"
         yield Problem(("base", "method"), f"nothing with {recipe.method}", "a base model", hint)
 
@@ -71,14 +65,14 @@ def _check_layers(recipe: MergeConfig) -> Iterator[Problem]:
 
 def _check_weights(recipe: MergeConfig) -> Iterator[Problem]:
     actual = [number for number, each in enumerate(recipe.models) if each.weight != 1.0]
-    if not _row(recipe).weighs:
+    if not recipe.row.weighs:
         instead = {"slerp": "t sets the position between the two", "passthrough": "layers are copied"}
         for number in actual:
             expected = "no weight: " + instead.get(recipe.method, "the method weighs the models itself")
             yield Problem((f"models.{number}.weight", "method"), f"a weight with {recipe.method}", expected)
     elif recipe.normalizes:
         weights = [each.weight for each in recipe.models]
-        if all(isinstance(weight, float) for weight in weights) and _total(_row(recipe), weights) == 0:
+        if all(isinstance(weight, float) for weight in weights) and _total(recipe.row, weights) == 0:
             yield Problem(("models", "normalize"), "weights that sum to 0", "another sum, or normalize false")
 
 
@@ -89,7 +83,7 @@ def _total(row: MergeRow, weights: list[LayerValues]) -> float:
 
 
 def _check_della(recipe: MergeConfig) -> Iterator[Problem]:
-    if "epsilon" not in _row(recipe).uses or "density" not in _row(recipe).uses:
+    if "epsilon" not in recipe.row.uses or "density" not in recipe.row.uses:
         return
     for prefix, each in _sections(recipe):
         density = each.density if each.density is not None else recipe.density
@@ -108,7 +102,7 @@ def _check_patterns(recipe: MergeConfig) -> Iterator[Problem]:
     if recipe.patterns and recipe.method in ("passthrough", "greedy_soup"):
         yield Problem(("patterns", "method"), f"patterns with {recipe.method}", "no patterns, or another method")
     for number, pattern in enumerate(recipe.patterns):
-        if pattern.weights is not None and not _row(recipe).weighs:
+        if pattern.weights is not None and not recipe.row.weighs:
             fields = (f"patterns.{number}.weights", "method")
             yield Problem(fields, f"weights with {recipe.method}", "no weights: the method has none")
         if pattern.tensors.startswith("re:"):
@@ -123,7 +117,7 @@ def _check_patterns(recipe: MergeConfig) -> Iterator[Problem]:
 
 
 def _check_breadcrumbs(recipe: MergeConfig) -> Iterator[Problem]:
-    if "drop_smallest" not in _row(recipe).uses or "drop_largest" not in _row(recipe).uses:
+    if "drop_smallest" not in recipe.row.uses or "drop_largest" not in recipe.row.uses:
         return
     for prefix, each in _sections(recipe):
         small = max(_values(recipe.drop_smallest if each.drop_smallest is None else each.drop_smallest))
@@ -271,11 +265,11 @@ class MergeConfig(MethodConfig):
     @property
     def normalizes(self) -> bool:
         """Whether weights are divided by their sum."""
-        return _row(self).normalizes if self.normalize is None else self.normalize
+        return self.row.normalizes if self.normalize is None else self.normalize
 
     @property
     def row(self) -> MergeRow:
-        """What the method needs. Raises `UserError` for one that cannot be imported."""
+        """What the method needs."""
         return MERGE_METHODS[self.method]
 
     @property

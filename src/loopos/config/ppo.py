@@ -67,7 +67,7 @@ class PpoConfig(MethodConfig):
 
     @property
     def algorithm(self) -> AlgorithmRow:
-        """What the algorithm needs. Raises `UserError` for one that cannot be imported."""
+        """What the algorithm needs."""
         return ALGORITHMS[self.training.algorithm]
 
     @property
@@ -78,9 +78,9 @@ class PpoConfig(MethodConfig):
     @property
     def needs_reference(self) -> bool:
         """Whether the initial policy is needed: by the algorithm, by a penalty on the KL, or by a limit of it."""
-        limits = (self.training.kl_target, self.guards.kl, self.evaluation.kl_limit)
-        has_limit = any(limit is not None for limit in limits)
-        return self.algorithm.reference or self.training.kl_coefficient > 0 or has_limit
+        training, limits = self.training, (self.training.kl_target, self.guards.kl, self.evaluation.kl_limit)
+        has_penalty = training.kl_coefficient > 0 or training.kl_in == "loss"
+        return self.algorithm.reference or has_penalty or any(limit is not None for limit in limits)
 
     @property
     def old_logprobs(self) -> Literal["forward", "engine"]:
@@ -174,11 +174,9 @@ def _check_answers(config: PpoConfig) -> Iterator[Problem]:
 
 
 def _check_algorithm(config: PpoConfig) -> Iterator[Problem]:
-    """Check that the algorithm is there, and the groups of responses that it needs."""
+    """Check the groups of responses that the algorithm needs."""
     name, number, size = config.training.algorithm, config.generation.responses_per_prompt, config.training.batch_size
-    problems = list(checks.check_variant("training.algorithm", name, ALGORITHMS))
-    yield from problems
-    if not problems and config.algorithm.groups and number == 1:
+    if config.algorithm.groups and number == 1:
         fields = ("generation.responses_per_prompt", "training.algorithm")
         hint = "it compares responses to the same prompt"
         yield Problem(fields, f'1 with algorithm "{name}"', "at least 2", hint)
@@ -198,8 +196,7 @@ def _check_reward(config: PpoConfig) -> Iterator[Problem]:
     elif (model is None or reward.model_weight == 0) and all(each.weight == 0 for each in reward.functions):
         fields = ("reward.functions",) if model is None else ("reward.model_weight", "reward.functions")
         yield Problem(fields, "weights that are all 0", "at least one weight other than 0")
-    is_missing = bool(ALGORITHMS.why_missing(config.training.algorithm))
-    if model is None and reward.functions and not is_missing and config.value_model == "reward":
+    if model is None and reward.functions and config.value_model == "reward":
         fields = ("training.value_model", "data.reward_model", "training.algorithm")
         yield Problem(fields, '"reward" without a reward model', '"policy" or "shared", or data.reward_model')
 

@@ -160,7 +160,7 @@ class Registry(Generic[Value]):
         return value
 
     def _own(self, name: str) -> Value:
-        found = Reference(name).load()
+        found = _imported(name)
         registered = self._name_of(found)
         if registered is not None:
             return self[registered]
@@ -173,9 +173,9 @@ class Registry(Generic[Value]):
         if ":" not in name:
             return ""
         try:
-            found = Reference(name).load()
+            found = _imported(name)
         except UserError as problem:
-            return str(problem.__cause__)
+            return _reason(problem.__cause__ or problem)
         return self._unregistered(found) if self._adopt is None and self._name_of(found) is None else ""
 
     def _name_of(self, found: object) -> str | None:
@@ -190,6 +190,23 @@ class Registry(Generic[Value]):
         return self._sources[name]
 
 
+def _imported(name: str) -> Any:
+    """The user's object "module:name". Raises `UserError`, whatever its module raises."""
+    try:
+        return Reference(name).load()
+    except UserError:
+        raise
+    # The user's module may raise anything.
+    except Exception as problem:
+        raise UserError(f'"{name}": {_reason(problem)}') from problem
+
+
+def _reason(problem: BaseException) -> str:
+    """An error in a line; its kind too, where the message does not say it."""
+    says_it = isinstance(problem, UserError | ImportError | AttributeError)
+    return str(problem) if says_it else f"{type(problem).__name__}: {problem}"
+
+
 @cache
 def load_plugins() -> tuple[str, ...]:
     """Imports the modules that installed packages name in the group `loopos.plugins`, once; their names. Raises
@@ -202,11 +219,9 @@ def load_plugins() -> tuple[str, ...]:
         # The user's package may raise anything.
         except Exception as problem:
             package = entry.dist.name if entry.dist is not None else entry.value
-            what = (
-                str(problem) if isinstance(problem, UserError | ImportError) else f"{type(problem).__name__}: {problem}"
-            )
             raise UserError(
-                f'the plugin "{entry.name}" of the package {package} cannot be imported ({entry.value}): {what}; '
+                f'the plugin "{entry.name}" of the package {package} cannot be imported ({entry.value}): '
+                f"{_reason(problem)}; "
                 "mend or uninstall the package"
             ) from problem
         loaded_names.append(entry.name)

@@ -157,7 +157,7 @@ class RolloutSection(Section):
 class RewardFunctionSection(Section):
     """A function that scores a response."""
 
-    name: Annotated[str, VariantName(REWARDS)] = Field(
+    name: Annotated[str, VariantName(REWARDS, imports=False)] = Field(
         description='a function of `loopos list rewards`, or "module:function"'
     )
     weight: float = Field(default=1.0, description="factor of its score in the sum")

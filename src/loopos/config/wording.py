@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from types import MappingProxyType
 from typing import Any, TypeAlias
 
@@ -16,13 +17,17 @@ from pydantic import ValidationError
 
 from loopos.config.diagnostics import Diagnostic
 from loopos.config.json_text import ListNode, MappingNode, Node, Path, ScalarNode, dotted, find, key_mark, value_mark
+from loopos.config.keys import MISSING_VARIANT
 from loopos.config.other_tools import OTHER_KEYS
 from loopos.config.registry import OF_YOUR_OWN
 from loopos.config.source import COMMAND_LINE, close_matches
 
 Schema: TypeAlias = dict[str, Any]
 
-_BOUND_ERRORS = ("greater_than", "greater_than_equal", "less_than", "less_than_equal", "literal_error", "value_error")
+_BOUND_ERRORS = (
+    *("greater_than", "greater_than_equal", "less_than", "less_than_equal"),
+    *("literal_error", "value_error", MISSING_VARIANT),
+)
 _BOUNDS = (("minimum", ">="), ("exclusiveMinimum", ">"), ("maximum", "<="), ("exclusiveMaximum", "<"))
 
 
@@ -51,6 +56,8 @@ def diagnostics_of(
                 if kind == "extra_forbidden"
                 else _diagnostic(kind, path, at_key, allowed, root, schema, renamed)
             )
+            if kind == MISSING_VARIANT:
+                found[path] = replace(found[path], actual=f"{found[path].actual} ({detail['msg']})")
     inner = {path[:length] for path in found for length in range(len(path))}
     return [(path, diagnostic) for path, diagnostic in found.items() if path not in inner]
 

@@ -177,15 +177,16 @@ def opened(data: SourceKeys, source: str, split: str) -> RowReader:
         rules=text_rules(data),
         lines=Lines(data.plain_lines, _KNOWN_NAMES) if data.plain_lines is not None else None,
     )
-    if data.format is not None:
-        reader.convert = _converter(data.format)
+    reader.convert = converter_of(data.format)
     return reader
 
 
-def _converter(name: str) -> Convert:
-    """The function of a format, by name or "module:name". Raises `UserError` for a format that is found by its
-    columns.
+def converter_of(name: str | None) -> Convert | None:
+    """The function of a format, by name or "module:name"; None without a name. Raises `UserError` for a format that is
+    found by its columns.
     """
+    if name is None:
+        return None
     function = FORMATS[name].function
     if function is None:
         raise UserError(f'data.format: got "{name}", which is found by its columns; leave the key out')

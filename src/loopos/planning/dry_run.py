@@ -84,8 +84,9 @@ def _policy(plan: Mapping[str, Any]) -> dict[str, str]:
     model, prompts, tokens, steps = (plan[name] for name in ("model", "prompts", "tokens", "steps"))
     copies = f"{model['copies']} {'copy' if model['copies'] == 1 else 'copies'} of the weights"
     roles = [f"{name}: {role['is']}, {role['parameters']:,}" for name, role in model["roles"].items()]
+    served = "1 role" if len(roles) == 1 else f"{len(roles)} roles"
     return {
-        "model": f"{model['name']}, {copies} for {len(roles)} roles, {model['parameters']:,} parameters",
+        "model": f"{model['name']}, {copies} for {served}, {model['parameters']:,} parameters",
         "roles": f"\n{'':10}".join(roles),
         "trains": _trains(model),
         "data": "; ".join(plan["data"]["said"]),
