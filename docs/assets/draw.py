@@ -12,6 +12,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -22,7 +23,7 @@ from rich.text import Text
 
 ASSETS = Path(__file__).parent
 DATA = ASSETS.parents[1] / "src" / "loopos" / "demo"
-WIDTH = 104
+WIDTH = 112
 MOST_PAGES = 4
 CONFIG = {
     "computation": {"mode": "posttraining", "method": "fine_tuning"},
@@ -76,7 +77,11 @@ def draw_terminal(session: list[tuple[str, str]]) -> None:
             shown = line if len(line) <= WIDTH else line[: WIDTH - 2] + " …"
             console.print(Text(shown, "bold" if "best validation" in line else ""), no_wrap=True)
         console.print()
-    console.save_svg(str(ASSETS / "terminal.svg"), title="loopos")
+    # Fonts are the reader's own: rich's would come from the network.
+    picture = re.sub(r"\s*@font-face \{.*?\}", "", console.export_svg(title="loopos"), flags=re.DOTALL)
+    (ASSETS / "terminal.svg").write_text(
+        picture.replace("Fira Code", "ui-monospace, Menlo, Consolas"), encoding="utf-8"
+    )
 
 
 def draw_report(page: Path) -> None:
@@ -98,7 +103,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         draw_terminal(recorded(folder))
-        draw_report(folder / "outputs" / "messages" / "report.html")
+        draw_report(folder / "outputs" / "my_run" / "report.html")
 
 
 if __name__ == "__main__":

@@ -40,7 +40,7 @@ ONLY_PARSED = {
 MISTAKES = {"loopos validate run.json training.learning_rat=1e-4": 2}
 # Names of models in the documents → the stand-in: a head, a language model, a reward model, a head under LoRA.
 STAND_INS = {
-    "head": ("messages", "tickets", "my_run", "demo/fine_tuning", "a", "b", "c", "intents"),
+    "head": ("one_epoch", "messages", "tickets", "my_run", "demo/fine_tuning", "a", "b", "c", "intents"),
     "language": (
         "chat",
         "chain_of_thought",
