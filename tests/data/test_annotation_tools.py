@@ -58,7 +58,7 @@ def test_names_of_the_columns(tmp_path: Path, row: dict[str, Any]) -> None:
     [(0, "0 could mean the first response or a tie"), (3, "1 or 2"), (None, "null"), ([], "an empty list"), (True, "1 or 2"),
      ("good", "'good'"), (-1, "1 or 2"), ([1, "x"], "'x'")],
 )  # fmt: skip
-def test_preferences_that_say_nothing(tmp_path: Path, preference: object, piece: str) -> None:
+def test_preferences_that_carry_no_information(tmp_path: Path, preference: object, piece: str) -> None:
     row = {"prompt": "Where?", "response1": "In Ulm.", "response2": "In Bonn.", "preference": 1}
     with pytest.raises(DataError) as caught:
         pairs_of(tmp_path, row, {**row, "preference": preference})
@@ -94,7 +94,7 @@ def test_label_studio_s_comparisons(tmp_path: Path) -> None:
     assert [prompt.prompt[0].content for prompt in prompts] == ["Where?"]  # type: ignore[union-attr]
 
 
-def test_a_task_that_nobody_answered(tmp_path: Path) -> None:
+def test_a_task_without_answers(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="preference"):
         pairs_of(tmp_path, task(TEXTS, {"selected": "left"}), task(TEXTS))
 

@@ -1,4 +1,4 @@
-"""No column vanishes: context stands below the question, and a column that no role reads is named."""
+"""No column is lost: context follows the question, and a column that no role reads is named."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def supervised(folder: Path, row: dict[str, Any], columns: Any = None) -> tuple[
 
 
 def asked(example: Example) -> str:
-    """What stands in the last message of the user."""
+    """The content of the user's last message."""
     if isinstance(example, Demonstration):
         return example.problem
     assert isinstance(example, Conversation)
@@ -67,7 +67,7 @@ def asked(example: Example) -> str:
          f"Which city?\n{HELD}\nA. 1\nB. 2"),
     ],
 )  # fmt: skip
-def test_context_stands_below_what_is_asked(tmp_path: Path, row: dict[str, Any], expected: str) -> None:
+def test_context_follows_the_question(tmp_path: Path, row: dict[str, Any], expected: str) -> None:
     example, told = supervised(tmp_path, row)
     assert asked(example) == expected
     assert told == "2 rows read, 2 used"
@@ -87,7 +87,7 @@ def test_context_stands_below_what_is_asked(tmp_path: Path, row: dict[str, Any],
         (["0", "1"], 1, "1"),
     ],
 )
-def test_an_answer_that_is_a_place_becomes_its_letter(
+def test_an_answer_that_is_an_index_becomes_its_letter(
     tmp_path: Path, choices: object, answer: object, expected: str
 ) -> None:
     row = {"question": "Which city?", "choices": choices, "answer": answer}

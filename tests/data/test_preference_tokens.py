@@ -264,7 +264,7 @@ def test_prompts_over_max_length_are_never_cut() -> None:
         run("error")
 
 
-def test_many_rows_keep_their_places() -> None:
+def test_many_rows_keep_their_positions() -> None:
     examples = [
         messages("hi", "fine", "kind") if number % 3 else texts("hi" * (number % 2) + "how", "fine", " kind")
         for number in range(2100)

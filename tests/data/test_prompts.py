@@ -70,7 +70,7 @@ def test_prompts_of_many_kinds_of_rows(tmp_path: Path, row: dict[str, Any], kind
     assert detect(list(row), {}, prompts=True).kind == kind
 
 
-def test_text_as_it_stands(tmp_path: Path) -> None:
+def test_raw_text(tmp_path: Path) -> None:
     path = write(tmp_path / "rows.jsonl", [{"prompt": "2+2= "}, {"prompt": turns("a")}])
     found, report = read_prompts(read(path), {}, as_text=True)
     assert [shown(prompt.prompt) for prompt in found] == ["2+2= ", ASKED]

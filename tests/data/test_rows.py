@@ -99,7 +99,7 @@ def test_txt_is_read_by_content(content: str, summary: str, tmp_path: Path) -> N
     assert reader.report.summary == [f"{tmp_path}/a.txt: read as {summary}, by its content"]
 
 
-def test_delimiters_and_the_nameless_index_of_pandas_are_summary(tmp_path: Path) -> None:
+def test_delimiters_and_the_unnamed_pandas_index_are_reported(tmp_path: Path) -> None:
     reader = read(_write(tmp_path / "a.csv", ";text;label\n0;a;x\n"))
     assert [row.values for row in reader] == [{"column 1": "0", "text": "a", "label": "x"}]
     assert len(reader.report.summary) == 2
@@ -206,7 +206,7 @@ def test_hub_rows(streaming: bool, monkeypatch: pytest.MonkeyPatch) -> None:
 BAD = "text,label\nbad\ngood,pos\nworse,a,b\nfine,neg\n"
 
 
-def test_skipped_rows_are_counted_and_keep_their_place(tmp_path: Path) -> None:
+def test_skipped_rows_are_counted_and_keep_their_position(tmp_path: Path) -> None:
     reader = read(_write(tmp_path / "a.csv", BAD), on_bad_row="skip")
     assert [(row.values["text"], row.line, row.index) for row in reader] == [("good", 3, 1), ("fine", 5, 3)]
     report = reader.report

@@ -104,7 +104,7 @@ def test_a_name_in_the_config_is_a_class(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("labels", [[*RATINGS, "N/A"], ["3,5", "4,25"]])
-def test_classes_that_are_chosen_are_taken_as_they_stand(tmp_path: Path, labels: list[str]) -> None:
+def test_explicit_classes_are_used_in_their_order(tmp_path: Path, labels: list[str]) -> None:
     assert load(tmp_path, labels, skip=False, task="classification").space.num_outputs == len(set(labels))
 
 

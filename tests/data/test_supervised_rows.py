@@ -64,7 +64,7 @@ def test_columns_of_common_data_sets(columns: str, kind: str, roles: str) -> Non
     assert list(found.columns.values()) == [name for name in roles.split() if name != "-"]
 
 
-def test_the_choice_is_summary_and_can_be_made() -> None:
+def test_the_choice_is_reported_and_can_be_overridden() -> None:
     assert (
         detect(["question", "answer"], {}).summary
         == 'format: demonstrations (problem <- "question", answer <- "answer")'

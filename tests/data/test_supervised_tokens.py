@@ -377,7 +377,7 @@ def test_rows_that_the_template_refuses() -> None:
     assert (report.read, report.used, report.dropped) == (2, 1, {"refused by the chat template": 1})
 
 
-def test_many_rows_keep_their_places() -> None:
+def test_many_rows_keep_their_positions() -> None:
     tokenizer = word_tokenizer(WORD_TEMPLATE)
     examples: list[Example] = [
         PlainText("hi " * (number % 5 + 1) + "hi", ROW) if number % 3 else TALK for number in range(2100)

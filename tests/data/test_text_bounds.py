@@ -1,4 +1,4 @@
-"""Texts that are far too long are cut before they are tokenised, and the tokens that are kept are the same."""
+"""Texts that are far too long are cut before tokenization, and the remaining tokens are the same."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""An ensemble is opened as one model and says what its members say together."""
+"""An ensemble opens as one model and combines the outputs of its members."""
 
 from __future__ import annotations
 
@@ -107,7 +107,7 @@ def test_every_method_is_measured_as_a_single_model_is(members: list[str], tmp_p
         assert "| **ensemble** |" in report
 
 
-def test_a_majority_tells_votes(members: list[str], tmp_path: Path) -> None:
+def test_a_majority_reports_votes(members: list[str], tmp_path: Path) -> None:
     made(members[:2], tmp_path / "two", method="majority")
     single = [loopos.load(member).predict(TEXTS) for member in members[:2]]
     for number, answer in enumerate(loopos.load(tmp_path / "two").predict(TEXTS)):
@@ -163,7 +163,7 @@ def test_copied_members_move_with_the_folder(members: list[str], tmp_path: Path)
     assert told["ensemble"]["members"] == ["members/1", "members/2"]
 
 
-def test_a_member_that_is_gone_is_told(members: list[str], tmp_path: Path) -> None:
+def test_a_missing_member_is_reported(members: list[str], tmp_path: Path) -> None:
     shutil.copytree(members[0], tmp_path / "mine")
     made([members[1], str(tmp_path / "mine")], tmp_path / "all")
     shutil.rmtree(tmp_path / "mine")
@@ -178,7 +178,7 @@ def check_refused(told: str, actual: list[str], out: Path, **settings: Any) -> N
     assert sorted(out.parent.iterdir()) == before
 
 
-def test_what_cannot_be_joined_is_refused(
+def test_what_cannot_form_an_ensemble_is_refused(
     members: list[str], regressors: list[str], tmp_path: Path, labelled: Path, pico_folder: Path
 ) -> None:
     out = tmp_path / "out"

@@ -1,4 +1,4 @@
-"""Labelled rows held against predictions: the figures of each class, and the order of the mistakes."""
+"""Labeled rows compared with predictions: the figures of each class, and the order of the mistakes."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ def test_the_most_confident_mistakes_come_first() -> None:
     assert [row["correct"] for row in rows] == [False, False, True, True]
 
 
-def test_the_surest_wrong_label_decides_the_order() -> None:
+def test_the_most_confident_wrong_label_decides_the_order() -> None:
     # Line 1 misses y at .05: a decision held for .95. Line 2 is right. Line 3 adds y at .7.
     found = judgement([["x", "y"], ["x"], ["x"]], [[0.9, 0.05], [0.8, 0.4], [0.9, 0.7]], task="multi_label").rows()
     assert [(row["line"], row["wrong"]) for row in found] == [(1, ["y"]), (3, ["y"]), (2, [])]

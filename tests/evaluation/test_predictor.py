@@ -13,7 +13,7 @@ import loopos
 from loopos.config.diagnostics import DataError, UserError
 from loopos.evaluation.outputs import NonFiniteOutputs, interpret, measure
 from loopos.evaluation.predictor import Predictor
-from loopos.evaluation.run_folder import FLAGS
+from loopos.evaluation.run_outcome import FLAGS
 
 
 @pytest.fixture(scope="module")

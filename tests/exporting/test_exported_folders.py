@@ -1,4 +1,4 @@
-"""An exported folder opens to the model that it was made from, says what it is, and is whole or not there."""
+"""An exported folder opens as the model that it was made from, describes it, and is complete or absent."""
 
 from __future__ import annotations
 
@@ -121,7 +121,7 @@ def test_another_number_format_is_one_rounding(
     assert 0 < exported.check.largest < 0.05
 
 
-def test_a_model_with_a_head_opens_in_both_houses(head_run: Path, tmp_path: Path) -> None:
+def test_a_model_with_a_head_opens_in_loopos_and_transformers(head_run: Path, tmp_path: Path) -> None:
     as_folder(head_run, tmp_path / "out", "f32")
     texts = ["good film", "where is it", "bad order"]
     expected, found = loopos.load(head_run).predict(texts), loopos.load(tmp_path / "out").predict(texts)
@@ -231,7 +231,7 @@ def code_in(card: str) -> list[str]:
     return [part.split("```")[0] for part in card.split("```python\n")[1:]]
 
 
-def test_the_card_says_what_is_known_and_its_code_runs(
+def test_the_card_lists_what_is_known_and_its_code_runs(
     tmp_path: Path, pico_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run = tmp_path / "run"
@@ -319,7 +319,7 @@ def test_a_push_that_fails_leaves_the_folder_and_says_so(pico_folder: Path, tmp_
     assert (tmp_path / "out" / "model.safetensors").is_file()
 
 
-def test_without_a_push_nothing_speaks(pico_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_a_push_nothing_is_sent(pico_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     hub = FakeHub()
 
     def refuse(*arguments: object) -> None:
@@ -336,14 +336,14 @@ def test_without_a_push_nothing_speaks(pico_folder: Path, tmp_path: Path, monkey
 
 
 def check_refused(told: str, source: Path | str, out: Path, **settings: Any) -> None:
-    """`told` is said, and nothing new lies beside `out`."""
+    """The message is `told`, and nothing new is beside `out`."""
     before = sorted(out.parent.iterdir())
     with pytest.raises(UserError, match=told):
         export(str(source), out, ExportSettings(**settings))
     assert sorted(out.parent.iterdir()) == before
 
 
-def test_a_broken_adapter_is_told(lora_language_run: Path, tmp_path: Path) -> None:
+def test_a_broken_adapter_is_reported(lora_language_run: Path, tmp_path: Path) -> None:
     adapter = tmp_path / "run" / "adapter"
     shutil.copytree(lora_language_run, tmp_path / "run")
     file = adapter / "adapter_model.safetensors"
@@ -353,9 +353,9 @@ def test_a_broken_adapter_is_told(lora_language_run: Path, tmp_path: Path) -> No
     )
 
 
-def test_mistakes_are_told_and_leave_nothing(head_run: Path, pico_folder: Path, tmp_path: Path) -> None:
+def test_mistakes_are_reported_and_leave_nothing(head_run: Path, pico_folder: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    check_refused("--format: got ggml; expected one of huggingface", pico_folder, out, format="ggml")
+    check_refused('--format: got the export format "ggml"; expected "huggingface", ', pico_folder, out, format="ggml")
     check_refused(
         "--type: got q8_0; expected one of f32, f16, bf16", pico_folder, out, format="huggingface", type="q8_0"
     )
@@ -393,7 +393,7 @@ def test_a_killed_export_leaves_no_half_folder(pico_folder: Path, tmp_path: Path
 
 
 def test_the_embedded_base_is_named_by_its_home(tmp_path: Path, pico_folder: Path) -> None:
-    """The licence and the home of the embedded weights are known."""
+    """The license and the source of the embedded weights are known."""
     from loopos.exporting.model_card import model_card
 
     shutil.copytree(pico_folder, tmp_path / "model")

@@ -227,7 +227,7 @@ def test_an_encoder_decoder_is_refused(tmp_path: Path) -> None:
         load_pretrained(str(tmp_path))
 
 
-def test_no_tokenizer_is_summary(parts: Path, tmp_path: Path) -> None:
+def test_a_missing_tokenizer_is_reported(parts: Path, tmp_path: Path) -> None:
     shutil.copy(parts / "with" / "config.json", tmp_path)
     shutil.copy(parts / "with" / "weights.bin", tmp_path)
     with pytest.raises(UserError, match=r"no tokenizer in .*data\.tokenizer"):

@@ -139,7 +139,7 @@ def test_an_adapter_is_checked_too(saved: Path, tmp_path: Path) -> None:
         flip(file, file.stat().st_size - 5)
 
 
-def test_an_export_is_checked_and_ships_no_damage(saved: Path, tmp_path: Path) -> None:
+def test_an_export_is_checked_and_contains_no_damage(saved: Path, tmp_path: Path) -> None:
     export(str(saved), tmp_path / "out", ExportSettings(format="huggingface", check=False))
     check_manifest(tmp_path / "out")
     assert "model.safetensors" in json.loads((tmp_path / "out" / MANIFEST).read_text())["files"]
@@ -190,7 +190,7 @@ def test_files_have_the_mode_of_the_umask(pico_folder: Path, tmp_path: Path) -> 
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="another user is played by the superuser only")
-def test_weights_that_may_not_be_read_are_summary_so(pico_folder: Path) -> None:
+def test_unreadable_weights_are_reported(pico_folder: Path) -> None:
     with tempfile.TemporaryDirectory() as path:
         os.chmod(path, 0o755)
         folder = copied(pico_folder, Path(path) / "model")

@@ -16,8 +16,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 import loopos
 from loopos.compression.prune import Pruner
-from loopos.config.compression import read_pruning_recipe
+from loopos.config.compression import PruningRecipe
 from loopos.config.diagnostics import UserError
+from loopos.config.load import read_recipe
 from loopos.config.merge import MergeConfig
 from loopos.evaluation.predictor import Predictor
 from loopos.evaluation.reasoning import Reasoner
@@ -179,8 +180,8 @@ def test_a_name_is_resolved_once(house: Path, tmp_path: Path) -> None:
         Reasoner.open(name)
         assert looked_up == [name]
         looked_up.clear()
-        overrides = [f'model="{name}"', 'method="magnitude"', "sparsity=0.5"]
-        Pruner(read_pruning_recipe(None, overrides)).prune(tmp_path / "pruned")
+        recipe = read_recipe(PruningRecipe, {"model": name, "method": "magnitude", "sparsity": 0.5})
+        Pruner(recipe).prune(tmp_path / "pruned")
         assert looked_up.count(name) == 1
         assert len(looked_up) == 2
 

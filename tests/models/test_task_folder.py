@@ -59,7 +59,7 @@ def test_it_is_found_from_the_run_and_from_itself(run: Path) -> None:
     assert resolve(run / "model").folder == run / "model"
 
 
-def test_a_folder_without_a_model_is_summary(tmp_path: Path) -> None:
+def test_a_folder_without_a_model_is_reported(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no trained model here"):
         open_task_model(tmp_path)
     (tmp_path / "events.jsonl").touch()

@@ -5,45 +5,65 @@ Prints the metrics of each member and of the ensemble. The work is in `loopos.en
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-from pathlib import Path
+from dataclasses import dataclass, field
+from typing import Annotated
+
+import typer
 
 from loopos.cli.answers import say, say_json, table
-from loopos.cli.bar import Bar
-from loopos.cli.columns import parse_columns
+from loopos.cli.options import Columns, Device, Json, NewFolder, Verbose, argument, parse_columns
 from loopos.cli.outcome import note
-from loopos.cli.process import restart_with_settings
-from loopos.cli.quiet import hush_libraries
+from loopos.cli.process import prepare_to_compute
+from loopos.config.paths import expanded
+
+Members = Annotated[
+    tuple[str, ...],
+    argument("MODEL...", "Runs or model folders of one task, or language models."),
+]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class EnsembleOptions:
     """The options of `loopos ensemble`."""
 
-    output: Path
-    method: str = "mean"
-    weights: tuple[float, ...] = ()
-    fit: str | None = None
-    test: str | None = None
-    copy: bool = False
-    columns: tuple[str, ...] = ()
-    device: str = "auto"
-    json: bool = False
-    verbose: bool = False
+    output: NewFolder
+    method: str = field(
+        default="mean",
+        metadata={"help": "mean, logits, weighted or majority; for language models also vote."},
+    )
+    weight: tuple[float, ...] = field(
+        default=(), metadata={"help": "Weight of each language model, in order; repeatable."}
+    )
+    fit: Annotated[
+        str | None,
+        typer.Option("--fit", metavar="DATA", help="Labeled rows to fit the weights on.", parser=expanded),
+    ] = None
+    test: Annotated[
+        str | None,
+        typer.Option(
+            "--test", metavar="DATA", help="Rows or text to evaluate members and ensemble on.", parser=expanded
+        ),
+    ] = None
+    copy: bool = field(
+        default=False, metadata={"help": "Copy the members into the folder instead of storing their paths."}
+    )
+    columns: Columns = ()
+    device: Device = "auto"
+    json: Json = False
+    verbose: Verbose = False
 
 
-def run(members: Sequence[str], options: EnsembleOptions) -> int:
+def run(members: Members, options: EnsembleOptions) -> int:
     """Combines the models and prints the result. Raises `UserError`."""
     columns = parse_columns(options.columns)
-    restart_with_settings()
-    hush_libraries(verbose=options.verbose)
+    prepare_to_compute(verbose=options.verbose)
+    from loopos.cli.bar import Bar
     from loopos.ensembling.ensemble import EnsembleSettings, combine
     from loopos.training.precision import pick_device
 
     settings = EnsembleSettings(
         method=options.method,
-        weights=options.weights,
+        weights=options.weight,
         fit=options.fit,
         test=options.test,
         copy=options.copy,

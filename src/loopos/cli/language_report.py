@@ -1,5 +1,5 @@
 """A language model measured on rows: answers to problems, and the loss of the tokens that training would learn. Apart
-from `evaluate_language`, which starts without torch.
+from `evaluate`, which starts without torch.
 
 A row too long for one metric is counted with the reason, and still measured by the others.
 """
@@ -24,7 +24,7 @@ from loopos.data.supervised_tokens import OVER_LENGTH, RowPolicy, encode_supervi
 from loopos.evaluation.answer_check import judge_all, problem_metrics, record
 from loopos.evaluation.checkers import Checker, Verdict, answer_metrics
 from loopos.evaluation.reasoning import Answered, Reasoner
-from loopos.generation.settings import SamplingSettings
+from loopos.generation.settings import SamplingParams
 from loopos.generation.steps import StepLimits
 from loopos.models.language_ensemble import next_token_loss
 from loopos.training.distributed import World
@@ -42,7 +42,7 @@ class Plan:
     strategy: Strategy
     ks: Sequence[int]
     checker: Checker
-    settings: SamplingSettings
+    settings: SamplingParams
     limits: StepLimits
 
 
@@ -178,8 +178,8 @@ class Evaluation:
             self.report.dropped[_over(positions, "the row") if reason == OVER_LENGTH else reason] += count
         self.note(f"loss of {found.trained_tokens:,} trained tokens in {found.used:,} rows")
         model = next_token_loss(reasoner.model)
-        kept = [row.encoded() for row in encoded]
-        loss = mean_loss(NextToken(model), kept, device=reasoner.model.device, world=World())
+        usable = [row.encoded() for row in encoded]
+        loss = mean_loss(NextToken(model), usable, device=reasoner.model.device, world=World())
         expected = {"loss": loss, "perplexity": math.exp(min(loss, 700.0))}
         self.report.metrics |= {name: value for name, value in expected.items() if name in self.metrics}
         return {row.index for row in encoded}

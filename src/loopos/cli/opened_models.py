@@ -88,8 +88,7 @@ def use_of(source: str | ModelRef) -> str:
         return f"score with it: loopos score {ref.name} FILE"
     if ref.kind != "language":
         return f"predict with it: loopos predict {ref.name} INPUT"
-    # A PPO policy answers directly; models trained on chains reason in steps.
-    steps = "" if ref.description.get("method") == "ppo" else " --steps"
+    steps = " --steps" if ref.description.get("method") == "chain_of_thought" else ""
     return f'generate with it: loopos generate {ref.name} -p "..."{steps}'
 
 

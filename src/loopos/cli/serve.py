@@ -6,51 +6,63 @@ import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
 
-from loopos.cli.opened_models import open_reasoner
+import typer
+
+from loopos.cli.options import Device, Precision, TrustRemoteCode, Verbose, argument, device_diagnostics, refuse
 from loopos.cli.outcome import note
-from loopos.cli.process import restart_with_settings
-from loopos.cli.quiet import hush_libraries
-from loopos.cli.sampling_options import place_diagnostics, refuse
+from loopos.cli.process import prepare_to_compute
 from loopos.config.diagnostics import MissingRequirement
-from loopos.config.extras import install_command
 from loopos.config.figures import as_bytes
-from loopos.models.resolve import ModelRef, resolve_trained
 from loopos.serving.limits import ServingLimits, address_diagnostics
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+    from loopos.models.resolve import ModelRef
     from loopos.serving.http import Service
     from loopos.serving.language import LanguageService
     from loopos.serving.metrics import ServingMetrics
 
 _PACKAGES = ("starlette", "uvicorn")
 
+ServedModel = Annotated[
+    str,
+    argument(
+        "MODEL", 'Run folder or model folder of any kind; "smollm2-135m", weights file or hub id of a language model.'
+    ),
+]
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ServeOptions:
     """The options of `loopos serve`."""
 
-    host: str = "127.0.0.1"
-    port: int = 8000
-    api_key: str | None = None
-    name: str | None = None
-    limits: ServingLimits = field(default_factory=ServingLimits)
-    device: str = "auto"
-    precision: str = "auto"
-    trust_remote_code: bool = False
-    verbose: bool = False
+    host: str = field(default="127.0.0.1", metadata={"help": "Address to listen on; a public one requires an API key."})
+    port: int = field(default=8000, metadata={"help": "Port to listen on; 0: any free port."})
+    api_key: Annotated[
+        str | None,
+        typer.Option("--api-key", envvar="LOOPOS_API_KEY", help="API key for requests; better set in the environment."),
+    ] = None
+    name: str | None = field(default=None, metadata={"help": "Model name for clients; default: the folder's name."})
+    limits: ServingLimits
+    device: Device = "auto"
+    precision: Precision = "auto"
+    trust_remote_code: TrustRemoteCode = False
+    verbose: Verbose = False
 
 
-def run(source: str, options: ServeOptions) -> int:
+def run(source: ServedModel, options: ServeOptions) -> int:
     """Serves until a signal. Raises `UserError`, if possible before torch is imported."""
+    from loopos.config.extras import install_command
+    from loopos.models.resolve import resolve_trained
+
     refuse(
         [
             *address_diagnostics(options.host, options.port, options.api_key),
             *options.limits.diagnostics(),
-            *place_diagnostics(options.device, options.precision),
+            *device_diagnostics(options.device, options.precision),
         ]
     )
     missing = [package for package in _PACKAGES if importlib.util.find_spec(package) is None]
@@ -58,8 +70,7 @@ def run(source: str, options: ServeOptions) -> int:
         raise MissingRequirement(f"loopos serve needs {' and '.join(missing)}; run\n  {install_command('serve')}")
     model = resolve_trained(source)
     # The model runs in a thread beside the one that serves clients: bound to one core they would wait for each other.
-    restart_with_settings(binds_threads=False)
-    hush_libraries(verbose=options.verbose)
+    prepare_to_compute(verbose=options.verbose, binds_threads=False)
     from loopos.serving.metrics import ServingMetrics
     from loopos.serving.server import address_of, listening, serve
 
@@ -104,6 +115,7 @@ def _service(model: ModelRef, name: str, options: ServeOptions, metrics: Serving
 
 
 def _language(model: ModelRef, name: str, options: ServeOptions, metrics: ServingMetrics) -> LanguageService:
+    from loopos.cli.opened_models import open_reasoner
     from loopos.models.language_ensemble import members_of
     from loopos.serving.language import LanguageService
 

@@ -28,7 +28,7 @@ from loopos.config.paths import RECIPE
 from loopos.evaluation.blocks import cell, table
 from loopos.evaluation.quality import Measured, metrics_of, probe, sizes_of
 from loopos.generation.engine import Engine
-from loopos.generation.settings import SamplingSettings
+from loopos.generation.settings import SamplingParams
 from loopos.models.folders import OpenedModel, open_model
 from loopos.models.load import NUMBER_FORMATS, cast_parameters
 from loopos.models.quantized import exact_activations
@@ -107,7 +107,7 @@ def _writing(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, rows: i
     new = max(1, min(WRITTEN, room - PROMPT))
     ids = _tokens(model, rows * PROMPT).tolist()
     prompts = [ids[first : first + PROMPT] for first in range(0, len(ids), PROMPT)]
-    settings = SamplingSettings(max_new_tokens=new, stop_at_end=False)
+    settings = SamplingParams(max_new_tokens=new, stop_at_end=False)
     return rows * new, lambda: engine.generate(prompts, settings, logprobs=False)
 
 
@@ -158,9 +158,15 @@ class CompressionPipeline(Protocol[DetailsT_co]):
 
 @dataclass(frozen=True)
 class ChangedModel(Generic[DetailsT]):
-    """A changed model as written. `name`: its folder inside the output, "" if it is the output itself. `summary`: what
-    was done; `details`: facts about the weights; `rates`: its speed compared with the model before; `size_ratio`: its
-    bytes divided by those before.
+    """A changed model as written.
+
+    Attributes:
+        name: Its folder inside the output; "" if it is the output itself.
+        summary: What was done, one sentence each.
+        details: Facts about the changed weights.
+        measured: Its size and its metrics.
+        rates: Its speed, compared with the model before.
+        size_ratio: Its bytes divided by those before.
     """
 
     name: str
@@ -183,8 +189,14 @@ class ChangedModel(Generic[DetailsT]):
 
 @dataclass(frozen=True)
 class Changed(Generic[RecipeT, DetailsT]):
-    """The result of a change: `folder`, the model before, each model after in the order of the changes. `notes`: what
-    the reader of the figures must know.
+    """The result of a pruning or quantization.
+
+    Attributes:
+        folder: What was written.
+        recipe: What was done.
+        before: Size and metrics of the model before.
+        after: Each model after, in the order of the changes.
+        notes: What the reader of the figures must know.
     """
 
     folder: Path

@@ -7,7 +7,7 @@ neither torch nor transformers: the rows are checked before them. Left out: toke
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Generic, TypeVar
 
 from loopos.config.preferences import PreferenceTextSection
@@ -44,8 +44,13 @@ def load_comparisons(data: PreferenceTextSection, source: str, *, seed: int) -> 
 
 @reusable
 def load_prompts(data: PreferenceTextSection, source: str, *, seed: int) -> PreferenceData[Prompt]:
-    """`load_comparisons` for the prompts that a policy answers."""
-    return _load(data, source, read_prompts, seed=seed)
+    """`load_comparisons` for the prompts that a policy answers; reward functions may read all columns."""
+
+    def read(reader: RowReader, columns: Overrides, *, as_text: bool) -> tuple[list[Prompt], DataReport]:
+        prompts, report = read_prompts(reader, columns, as_text=as_text)
+        return prompts, replace(report, unread_note="for reward functions only")
+
+    return _load(data, source, read, seed=seed)
 
 
 def _load(data: PreferenceTextSection, source: str, read: _Read[ExampleT], *, seed: int) -> PreferenceData[ExampleT]:

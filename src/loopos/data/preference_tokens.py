@@ -10,8 +10,9 @@ the end token; there are no pads. The report states read = used + dropped.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import NamedTuple
 
 from transformers import PreTrainedTokenizerBase
@@ -177,10 +178,11 @@ def _groups(
 
 
 class Origin(NamedTuple):
-    """The source of a prompt: its `text` in the file, and the file and line."""
+    """The source of a prompt: its `text` in the file, the file and line, and the columns of its row."""
 
     text: str
     location: str
+    row: Mapping[str, object] = MappingProxyType({})
 
 
 class PreferenceEncoder:
@@ -219,5 +221,6 @@ class PreferenceEncoder:
             policy=RowPolicy(data.over_length, data.max_dropped_share, data.on_bad_row),
         )
         for tokens, index in zip(ids, report.indices, strict=True):
-            self.origins[tuple(tokens)] = Origin(prompt_text(examples[index].prompt), examples[index].row.location)
+            example = examples[index]
+            self.origins[tuple(tokens)] = Origin(prompt_text(example.prompt), example.row.location, example.row.values)
         return ids, report

@@ -11,12 +11,16 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Literal, Protocol, TypeVar
 
-from loopos.config.diagnostics import DataError, Diagnostic
+from loopos.config.diagnostics import DataError, Diagnostic, UserError
+from loopos.config.own_function import OwnFunction
+from loopos.config.registry import loaded
+from loopos.config.variants import FORMATS
 from loopos.data import rows
 from loopos.data.columns import named, unread
 from loopos.data.decoding import TextRules
 from loopos.data.preference_formats import NAMES
-from loopos.data.rows import Lines, Row, RowReader
+from loopos.data.record import shown
+from loopos.data.rows import Convert, Lines, Row, RowReader
 
 PAIRWISE = "preference"
 """The column of a pairwise comparison, for any name of its control."""
@@ -99,6 +103,8 @@ class SourceKeys(Protocol):
     plain_lines: ClassVar[str | None]
 
     @property
+    def format(self) -> str | None: ...
+    @property
     def encoding(self) -> str | None: ...
     @property
     def max_line_bytes(self) -> int: ...
@@ -135,7 +141,8 @@ class DataReport:
     counts rows by reason. `summary()` is its text.
 
     Of reading: `notes`: the reader's decisions. `class_names`: names that the data set itself keeps for the whole
-    numbers of its label column, if any. `columns`: role → column; `unread`: the columns that no role reads.
+    numbers of its label column, if any. `columns`: role → column; `unread`: the columns that no role reads, and
+    `unread_note` what becomes of them.
 
     Of tokenizing: `lengths` of the used rows (of preferences, of each prompt with its longest response), None before;
     `indices` of the used rows among the read ones. `tokens` counts each prompt once. `trained_tokens`, and `responses`
@@ -151,6 +158,7 @@ class DataReport:
     class_names: tuple[str, ...] = ()
     columns: Mapping[str, str] = field(default_factory=dict)
     unread: tuple[str, ...] = ()
+    unread_note: str = "not read"
     responses: int | None = None
     pairs: int | None = None
     tokens: int = 0
@@ -211,12 +219,12 @@ def length_spread(lengths: Sequence[int]) -> str:
 
 def left_out(report: DataReport) -> list[str]:
     """A note on the columns that no role reads; empty if all are read."""
-    return [f"not read: {named(report.unread)}"] if report.unread else []
+    return [f"{report.unread_note}: {named(report.unread)}"] if report.unread else []
 
 
 def opened(data: SourceKeys, source: str, split: str) -> RowReader:
     """Open a source with the settings of the config. Raises like `rows.read`."""
-    return rows.read(
+    reader = rows.read(
         source,
         split=split,
         subset=data.subset,
@@ -226,6 +234,33 @@ def opened(data: SourceKeys, source: str, split: str) -> RowReader:
         rules=text_rules(data),
         lines=Lines(data.plain_lines, _KNOWN_NAMES) if data.plain_lines is not None else None,
     )
+    reader.convert = converter_of(data.format)
+    return reader
+
+
+def converter_of(name: str | None) -> Convert | None:
+    """The function of a format, by name or "module:name"; None without a name. Raises `UserError` for a format that is
+    found by its columns.
+    """
+    if name is None:
+        return None
+    function = FORMATS[name].function
+    if function is None:
+        raise UserError(f'data.format: got "{name}", which is found by its columns; leave the key out')
+    own = OwnFunction(f"format {name}", loaded(function))
+
+    def convert(values: Mapping[str, object], location: str) -> Mapping[str, object]:
+        try:
+            found = own(dict(values), about=location)
+        except UserError as problem:
+            if isinstance(problem.__cause__, ValueError):
+                raise problem.__cause__ from None
+            raise
+        if not isinstance(found, Mapping) or not all(isinstance(key, str) for key in found):
+            raise own.error(f"returned {shown(found)}; expected a dict of columns\n    for {location}")
+        return found
+
+    return convert
 
 
 def text_rules(data: SourceKeys) -> TextRules:

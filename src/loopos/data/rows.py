@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import itertools
 import re
-from collections.abc import Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -149,6 +149,10 @@ class Lines:
     unless: frozenset[str]
 
 
+Convert: TypeAlias = Callable[[Mapping[str, object], str], Mapping[str, object]]
+"""The values of a row and its location → its values in other columns; raises ValueError for a row that has none."""
+
+
 class RowReader:
     """An iterable of the rows of one source; each pass reads the source again and fills a new `report`.
 
@@ -173,6 +177,7 @@ class RowReader:
         self.location, self.split, self.subset, self.rules = location, split, subset, rules
         self.streaming, self.max_rows, self.on_bad_row = streaming, max_rows, on_bad_row
         self.lines = lines
+        self.convert: Convert | None = None
         self.report = self._new_report()
 
     def __iter__(self) -> Iterator[Row]:
@@ -188,8 +193,17 @@ class RowReader:
                 if isinstance(record, Diagnostic):
                     numbered = record if record.line is not None else replace(record, source=f"{source} (row {index})")
                     self.reject([numbered])
-                else:
+                elif self.convert is None:
                     yield Row(record.values, source, record.line, index)
+                else:
+                    yield from self._converted(self.convert, Row(record.values, source, record.line, index))
+
+    def _converted(self, convert: Convert, row: Row) -> Iterator[Row]:
+        """The row in other columns, if the format accepts it."""
+        try:
+            yield replace(row, values=dict(convert(row.values, row.location)))
+        except ValueError as problem:
+            self.reject([Diagnostic(row.source_label, row.line, None, "row", str(problem), "")])
 
     def reject(self, diagnostics: Sequence[Diagnostic]) -> None:
         """Count one row of the current pass as bad, with `diagnostics` from the reader or from `formats`.

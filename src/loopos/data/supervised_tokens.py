@@ -19,8 +19,8 @@ from typing import Literal, TypeAlias
 
 from transformers import PreTrainedTokenizerBase
 
-from loopos.config.chain_of_thought import ReasoningDataSection
 from loopos.config.diagnostics import DataError, Diagnostic
+from loopos.config.sft import SftDataSection
 from loopos.data.conversations import ASSISTANT, Conversation, Message, Question
 from loopos.data.demonstrations import Demonstration
 from loopos.data.piece_tokens import SegmentTokenizer
@@ -303,16 +303,15 @@ def check_over(over: Sequence[Diagnostic], read: int, max_length: int | None, po
 
     "error" allows none, "drop" at most the fraction `max_dropped_share` of the rows `read`.
     """
-    share = policy.max_dropped_share
     if over and policy.over_length == "error":
         advice = f'{len(over)} of {read} rows are over max_length {max_length}, and data.over_length is "error": '
         advice += 'raise training.max_length, shorten these rows, or set data.over_length to "drop"'
         raise BadRows(over[:MOST_LONG_SHOWN], len(over), advice)
-    if policy.over_length == "drop" and len(over) > share * read:
+    if policy.over_length == "drop" and len(over) > policy.max_dropped_share * read:
         advice = (
             f"{len(over)} of {read} rows are over max_length {max_length}, more than data.max_dropped_share "
-            f"({share:g}) allows to drop: raise training.max_length, or data.max_dropped_share to at least "
-            f"{math.ceil(len(over) / read * 100) / 100:g}"
+            f"({policy.max_dropped_share:g}) allows to drop: raise training.max_length, or data.max_dropped_share to "
+            f"at least {math.ceil(len(over) / read * 100) / 100:g}"
         )
         raise BadRows(over[:MOST_LONG_SHOWN], len(over), advice)
 
@@ -322,7 +321,7 @@ class SupervisedEncoder:
 
     def __init__(
         self,
-        data: ReasoningDataSection,
+        data: SftDataSection,
         step_format: StepFormat,
         tokenizer: PreTrainedTokenizerBase,
         *,

@@ -88,8 +88,13 @@ class Measured:
 
 @dataclass(frozen=True)
 class EnsembleResult:
-    """The folder, the weights of its members, which sum to 1, the results on the rows of `fit` and of `test`, and notes
-    on differences between the members and on rows left out.
+    """What an ensemble wrote and measured.
+
+    Attributes:
+        folder: The ensemble.
+        weights: Of the members; they sum to 1.
+        measured: Results on `fit` and on `test`.
+        notes: Differences between the members, and rows left out.
     """
 
     folder: Path
@@ -166,10 +171,9 @@ def combine(
         for each in measured:
             by_name = {**dict(zip(members, each.by_member, strict=True)), "the ensemble": each.together}
             notes += dropped_summary(each.source, by_name)
-        given = {
-            name: value for name, value in asdict(settings).items() if name in (*kind.own, "method", "test", "copy")
-        }
-        recipe = {"command": "ensemble", "members": list(members), **given, "weights": weights}
+        own = (*kind.own, "method", "test", "copy")
+        chosen = {name: value for name, value in asdict(settings).items() if name in own}
+        recipe = {"command": "ensemble", "members": list(members), **chosen, "weights": weights}
         save_json(partial / RECIPE, recipe)
         result = EnsembleResult(out, weights, measured, notes)
         (partial / REPORT).write_text(_report(members, settings, result), encoding="utf-8")

@@ -117,7 +117,11 @@ def space_of(description: Mapping[str, Any]) -> LabelSpace:
 
 
 def examples_of(texts: Sequence[str | tuple[str, str]]) -> list[Labeled]:
-    """Texts or text pairs as examples without labels."""
+    """Texts or text pairs as examples without labels. Raises `UserError` for a text alone, whose characters would be
+    predicted one by one.
+    """
+    if isinstance(texts, str):
+        raise UserError(f"texts: got the text {texts!r:.60}; expected a list of texts, such as [{texts!r:.60}]")
     return [
         Labeled(
             text if isinstance(text, str) else text[0],

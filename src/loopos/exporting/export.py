@@ -15,7 +15,10 @@ import torch
 from transformers import AutoConfig
 
 from loopos.config.diagnostics import UserError
+from loopos.config.own_function import OwnFunction
 from loopos.config.paths import RECIPE
+from loopos.config.registry import Target, loaded
+from loopos.config.variants import EXPORTERS, FLOATS
 from loopos.evaluation.blocks import table
 from loopos.evaluation.progress import OnProgress, silent
 from loopos.exporting import checks as reopened
@@ -28,7 +31,7 @@ from loopos.exporting.huggingface import DTYPES, require_adapter, weights_folder
 from loopos.exporting.language_check import check_folder, check_gguf, reference
 from loopos.exporting.model_card import model_card
 from loopos.exporting.modelfile import modelfile
-from loopos.exporting.settings import FLOATS, ExportSettings, HubClient, check_settings, own_client, push
+from loopos.exporting.settings import ExportSettings, HubClient, check_settings, own_client, push
 from loopos.models.folders import HEAD
 from loopos.models.quantized_folder import CODES
 from loopos.models.resolve import ADAPTER_CONFIG, EMBEDDED, ModelRef, resolve_trained
@@ -46,8 +49,17 @@ _ONNX_ROUNDING = 1e-3
 
 @dataclass(frozen=True)
 class Exported:
-    """folder: the export. bytes_before, bytes_after: of the weights only. check: None if skipped. warning: what a lossy
-    number format lost, if too much. pushed: the URL it was uploaded to.
+    """What an export wrote, and how it compares with the model.
+
+    Attributes:
+        folder: The export.
+        type: Number format of the weights.
+        bytes_before: Of the model's weights.
+        bytes_after: Of the exported weights.
+        check: The comparison of the reopened export with the model; None if skipped.
+        notes: What a user should know.
+        warning: What a lossy number format lost, if too much; else empty.
+        pushed: The URL that it was uploaded to.
     """
 
     folder: Path
@@ -171,7 +183,11 @@ def _write(
     dtype = DTYPES.get(type_name, torch.float32 if type_name else None)
     folder, origin = (model.folder, "") if is_adapter else weights_folder(model, dtype, scratch)
     file, notes = "", [origin] if origin else []
-    if is_adapter:
+    own_writer = EXPORTERS[settings.format].function
+    if own_writer is not None:
+        assert folder is not None
+        notes += _written_by(own_writer, settings.format, folder, partial, type_name)
+    elif is_adapter:
         write_adapter(model, partial, dtype)
     elif settings.format == "huggingface":
         assert folder is not None
@@ -192,7 +208,9 @@ def _write(
         notes += _write_gguf(model, folder, partial / file, type_name, settings, on_progress)
     own = "own" if model.codes is None else f"{model.codes} codes"
     type_name = type_name or (_NAMES[dtype] if dtype is not None else own)
-    check = _check(model, folder, partial, file, settings, dtype, type_name, scratch) if settings.check else None
+    check = None
+    if settings.check and own_writer is None:
+        check = _check(model, folder, partial, file, settings, dtype, type_name, scratch)
     warning = judge(check, type_name, model.name) if check is not None else ""
     card = model_card(
         model,
@@ -208,6 +226,15 @@ def _write(
     (partial / CARD).write_text(card, encoding="utf-8")
     before = _bytes_of(model.adapter if is_adapter or folder is None else folder)
     return Exported(partial, type_name, before, _bytes_of(partial), check, tuple(notes), warning, None)
+
+
+def _written_by(writer: Target, name: str, folder: Path, out: Path, type_name: str) -> list[str]:
+    """The notes of a user's exporter, after it has written into `out`. Raises `UserError` for an empty folder."""
+    function = OwnFunction(f"export format {name}", loaded(writer))
+    notes = function(folder, out, type_name, about=f"the model in {folder}")
+    if not any(path.name != ".scratch" for path in out.iterdir()):
+        raise function.error(f"wrote nothing; expected files in the folder {out}")
+    return [*map(str, notes or ()), "not compared with the model: LoopOS does not read this format"]
 
 
 def _write_gguf(

@@ -17,8 +17,9 @@ import yaml
 from huggingface_hub import EvalResult, ModelCardData
 
 from loopos.config.changed_settings import changed_settings
+from loopos.config.variants import EXPORTERS
 from loopos.evaluation.blocks import cell, shown, table
-from loopos.evaluation.run_folder import Run, run_of
+from loopos.evaluation.run_folder import RunFolder, run_of
 from loopos.models.resolve import EMBEDDED, ModelRef
 from loopos.models.task_layout import MODELING, Layout
 
@@ -55,6 +56,8 @@ def usage(model: ModelRef, *, title: str, file: str, output_format: str, layout:
             "print(session.run(None, {name: value for name, value in inputs.items() if name in names}))",
         ]
         return _fenced("python", lines)
+    if EXPORTERS[output_format].function is not None:
+        return f"`{output_format}` is the format of a package, which says how to open it."
     if model.architecture in ("head", "reward"):
         return _head_usage(model, title_json, layout)
     if model.architecture == "classifier":
@@ -253,7 +256,12 @@ def _pipeline(model: ModelRef, output_format: str, layout: Layout | None) -> str
 
 
 def _metadata(
-    model: ModelRef, run: Run | None, title: str, output_format: str, license: str | None, layout: Layout | None
+    model: ModelRef,
+    run: RunFolder | None,
+    title: str,
+    output_format: str,
+    license: str | None,
+    layout: Layout | None,
 ) -> str:
     """The YAML block at the top; metrics in the hub's format."""
     results = [
@@ -284,7 +292,7 @@ def _metadata(
     return f"---\n{data.to_yaml()}\n---"
 
 
-def _opening(model: ModelRef, run: Run | None, output_format: str, type_name: str) -> str:
+def _opening(model: ModelRef, run: RunFolder | None, output_format: str, type_name: str) -> str:
     what = {
         "language": "A causal language model",
         "head": f"A model for {model.description.get('task', 'a task')} over pooled hidden states",
@@ -304,7 +312,7 @@ def _base_on_a_hub(model: ModelRef) -> str | None:
     return name if name is not None and is_hub_name(name) else None
 
 
-def _data(run: Run | None) -> str:
+def _data(run: RunFolder | None) -> str:
     if run is None:
         return ""
     section = run.config.get("data", {})
@@ -313,13 +321,13 @@ def _data(run: Run | None) -> str:
     return "\n".join(lines)
 
 
-def _validation_name(run: Run | None) -> str:
+def _validation_name(run: RunFolder | None) -> str:
     assert run is not None, "metrics come from a run"
     section: Mapping[str, Any] = run.config.get("data", {})
     return os.path.basename(str(section.get("validation_data") or section.get("training_data") or "validation rows"))
 
 
-def _metrics(run: Run | None) -> dict[str, float]:
+def _metrics(run: RunFolder | None) -> dict[str, float]:
     if run is None:
         return {}
     return {
@@ -329,7 +337,7 @@ def _metrics(run: Run | None) -> dict[str, float]:
     }
 
 
-def _settings(run: Run | None) -> list[list[str]]:
+def _settings(run: RunFolder | None) -> list[list[str]]:
     if run is None:
         return []
     changed = changed_settings(run.config)

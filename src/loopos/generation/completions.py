@@ -12,7 +12,7 @@ from typing import Literal, Protocol
 
 from transformers import PreTrainedTokenizerBase
 
-from loopos.generation.settings import SamplingSettings
+from loopos.generation.settings import SamplingParams
 
 # Decoders write this for incomplete UTF-8.
 _UNFINISHED = "\ufffd"
@@ -101,7 +101,7 @@ class GrowingText:
         self._searched = max(self._searched, len(self.text) - self._longest_stop + 1)
 
 
-FinishReason = Literal["stop token", "stop string", "length", "guide", "cancelled", "failed"]
+FinishReason = Literal["stop", "stop string", "length", "guide", "cancelled", "failed"]
 """The last two occur only with a `Scheduler`: the completion was cancelled, or its logits were not finite."""
 
 
@@ -177,9 +177,9 @@ class Running:
         tokenizer: PreTrainedTokenizerBase,
         sample: SampleId,
         prompt: list[int],
-        settings: SamplingSettings,
+        settings: SamplingParams,
         *,
-        choice: SamplingSettings,
+        choice: SamplingParams,
         limit: int,
         stop_ids: frozenset[int],
     ) -> None:
@@ -246,7 +246,7 @@ class Running:
 
     def _final_text(self) -> str:
         if self._text is None:
-            return decoded(self._tokenizer, self.tokens[: -1 if self.finish_reason == "stop token" else None])
+            return decoded(self._tokenizer, self.tokens[: -1 if self.finish_reason == "stop" else None])
         self._text.finish()
         if self._text.stopped_at is None:
             return self._text.text
@@ -272,7 +272,7 @@ class Running:
             if verdict is not None:
                 return self._apply(verdict)
         if ended:
-            self.finish_reason = "stop token"
+            self.finish_reason = "stop"
         elif self._text is not None and self._text.stopped_at is not None:
             self.finish_reason = "stop string"
         elif len(self.tokens) >= self.limit:

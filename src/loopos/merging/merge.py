@@ -154,8 +154,16 @@ def adapter_report(adapters: Sequence[AdapterFolder], factors: Sequence[float], 
 
 @dataclass(frozen=True)
 class MergeResult:
-    """`folder`: the result; `notes`: what a user should know; `measured`: metrics of all models and the result, by data
-    file; `trials`: the steps of a greedy soup.
+    """What a merge wrote and measured.
+
+    Attributes:
+        folder: The merged model, with report.md.
+        num_tensors: Tensors written.
+        num_parameters: Numbers in them.
+        seconds: Time of the whole merge.
+        notes: What a user should know.
+        measured: Metrics of all models and the result, one entry for each file of `evaluate`.
+        trials: The steps of a greedy soup.
     """
 
     folder: Path

@@ -6,21 +6,22 @@ The code is that of the methods themselves, so that counts of rows, tokens and s
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 from loopos.config.chain_of_thought import ChainOfThoughtConfig
 from loopos.config.diagnostics import UserError
 from loopos.config.fine_tuning import FineTuningConfig
+from loopos.config.methods import method_row
 from loopos.config.ppo import PpoConfig
 from loopos.config.pretraining import PretrainingConfig
 from loopos.config.reward_model import RewardModelConfig
-from loopos.config.rlhf import RlhfConfig
 from loopos.config.sections import LoraSection
+from loopos.config.sft import SftConfig
 from loopos.data.labelled import LabeledData, load_labeled
 from loopos.data.preference_data import PreferenceData, load_comparisons, load_prompts
 from loopos.data.preference_tokens import EncodedComparison, PreferenceEncoder
@@ -116,7 +117,7 @@ def open_prompts(config: PpoConfig, *, trust_remote_code: bool) -> PromptInputs:
 
 
 def _opened(
-    config: FineTuningConfig | ChainOfThoughtConfig | RewardModelConfig | PpoConfig, trust_remote_code: bool
+    config: FineTuningConfig | SftConfig | RewardModelConfig | PpoConfig, trust_remote_code: bool
 ) -> tuple[PreTrainedConfig, PreTrainedTokenizerBase, int | None]:
     """Architecture, tokenizer, and the maximum sequence length."""
     section, max_length = config.data, config.training.max_length
@@ -141,9 +142,9 @@ def trained_reward_shapes(config: PpoConfig, tokenizer: PreTrainedTokenizerBase)
     return found
 
 
-def planned_reward_shape(config: RlhfConfig, architecture: PreTrainedConfig) -> RewardShape:
-    """The shape of the reward model that the first phase will train."""
-    training = config.reward_model_config().training
+def planned_reward_shape(config: RewardModelConfig, architecture: PreTrainedConfig) -> RewardShape:
+    """The shape of the reward model that an earlier phase will train."""
+    training = config.training
     lora = training.lora or LoraSection() if training.trainable == "lora" else None
     return RewardShape(architecture, config.reward.heads, lora)
 
@@ -158,7 +159,7 @@ def _adapter(folder: Path) -> LoraSection:
         raise UserError(f"{file}: not a readable adapter: {problem}") from problem
 
 
-AnyConfig: TypeAlias = FineTuningConfig | ChainOfThoughtConfig | PretrainingConfig | RewardModelConfig
+AnyConfig: TypeAlias = FineTuningConfig | SftConfig | PretrainingConfig | RewardModelConfig
 """The configs of methods that train on rows of a data set; PPO, which generates its own, is in `policy`."""
 
 
@@ -184,46 +185,61 @@ class Work:
 
 
 @dataclass(frozen=True)
-class ReasoningInputs:
-    """The examples of chain-of-thought training, their encoder, and the architecture."""
+class SupervisedInputs:
+    """The examples of supervised fine-tuning, their encoder, and the architecture."""
 
     data: SupervisedData
     encoder: SupervisedEncoder
     architecture: PreTrainedConfig
 
 
-def work_of(config: AnyConfig, *, trust_remote_code: bool) -> Work:
-    """Reads and tokenizes the config's data. Raises `UserError`, as training does."""
-    if isinstance(config, FineTuningConfig):
-        inputs = open_inputs(config, trust_remote_code=trust_remote_code)
-        report = inputs.train_report
-        return Work(
-            inputs.architecture,
-            inputs.train,
-            inputs.validation,
-            inputs.data.summary,
-            report.summary(),
-            report.tokens_cut,
-            inputs.data.space.num_outputs,
-        )
-    if isinstance(config, PretrainingConfig):
-        pretrainer = open_pretraining(config, trust_remote_code=trust_remote_code)
-        architecture = new_config(Sizes.of(config.model, max_length=pretrainer.max_length))
-        tokens = sum(len(chunk.ids) for chunk in pretrainer.pieces)
-        summary = f"{len(pretrainer.pieces):,} chunks, {tokens:,} tokens; none cut"
-        return Work(architecture, pretrainer.pieces, pretrainer.validation_pieces, ["text"], summary, 0, None)
-    if isinstance(config, RewardModelConfig):
-        return _reward_work(config, trust_remote_code=trust_remote_code)
-    return _reasoning_work(config, trust_remote_code=trust_remote_code)
+def work_of(config: Any, *, trust_remote_code: bool) -> Work:
+    """Reads and tokenizes the config's data, by the kind of rows that its method reads. Raises `UserError`, as training
+    does, and for a method that does not say what it reads.
+    """
+    readers: Mapping[str, Callable[..., Work]] = {
+        "labeled": _labeled_work,
+        "text": _text_work,
+        "comparisons": _comparison_work,
+        "demonstrations": _supervised_work,
+    }
+    name = config.computation.method
+    reads = method_row(name).reads
+    if not reads or reads[0] not in readers:
+        raise UserError(f'the method "{name}" does not say what it reads, so that its run cannot be planned')
+    return readers[reads[0]](config, trust_remote_code=trust_remote_code)
 
 
-def _reasoning_work(config: ChainOfThoughtConfig, *, trust_remote_code: bool) -> Work:
-    inputs = open_reasoning(config, trust_remote_code=trust_remote_code)
+def _labeled_work(config: FineTuningConfig, *, trust_remote_code: bool) -> Work:
+    inputs = open_inputs(config, trust_remote_code=trust_remote_code)
+    report = inputs.train_report
+    return Work(
+        inputs.architecture,
+        inputs.train,
+        inputs.validation,
+        inputs.data.summary,
+        report.summary(),
+        report.tokens_cut,
+        inputs.data.space.num_outputs,
+    )
+
+
+def _text_work(config: PretrainingConfig, *, trust_remote_code: bool) -> Work:
+    pretrainer = open_pretraining(config, trust_remote_code=trust_remote_code)
+    architecture = new_config(Sizes.of(config.model, max_length=pretrainer.max_length))
+    tokens = sum(len(chunk.ids) for chunk in pretrainer.pieces)
+    summary = f"{len(pretrainer.pieces):,} chunks, {tokens:,} tokens; none cut"
+    return Work(architecture, pretrainer.pieces, pretrainer.validation_pieces, ["text"], summary, 0, None)
+
+
+def _supervised_work(config: SftConfig, *, trust_remote_code: bool) -> Work:
+    inputs = open_supervised(config, trust_remote_code=trust_remote_code)
     train, report = inputs.encoder(inputs.data.train)
     validation: list[Encoded] = []
     if config.validates and inputs.data.validation:
         validation = [row.encoded() for row in inputs.encoder(inputs.data.validation)[0]]
-    rounds = config.self_improvement.rounds if config.self_improvement is not None else 0
+    improvement = config.self_improvement if isinstance(config, ChainOfThoughtConfig) else None
+    rounds = improvement.rounds if improvement is not None else 0
     summary = [*inputs.data.summary, inputs.encoder.template.summary]
     if rounds:
         summary.append(f"{rounds} rounds of self-improvement: each trains anew, on these rows and the chains found")
@@ -239,7 +255,8 @@ def _reasoning_work(config: ChainOfThoughtConfig, *, trust_remote_code: bool) ->
     )
 
 
-def _reward_work(config: RewardModelConfig, *, trust_remote_code: bool) -> Work:
+def _comparison_work(config: Any, *, trust_remote_code: bool) -> Work:
+    """Of a reward model, or of a language model that learns from comparisons."""
     inputs = open_comparisons(config, trust_remote_code=trust_remote_code)
     examples, report = inputs.encoder.comparisons(inputs.data.train)
     validation_pairs: list[EncodedComparison] = []
@@ -247,8 +264,11 @@ def _reward_work(config: RewardModelConfig, *, trust_remote_code: bool) -> Work:
         validation_pairs, _ = inputs.encoder.comparisons(inputs.data.validation)
     on_cpu = pick_device(config.training.device).type == "cpu" and config.model.attention != "padded"
     train, validation = _rows(examples, on_cpu=on_cpu), _rows(validation_pairs, on_cpu=on_cpu)
-    # Before export the training responses are scored for normalization, then the validation responses for the report.
-    normalization_tokens = sum(len(row.ids) for row in train) if config.reward.normalise else 0
+    heads, final_tokens = None, 0
+    if method_row(config.computation.method).trains == "scores":
+        # Before export training responses are scored for normalization, then the validation responses for the report.
+        heads, scored = config.reward.heads, [*(train if config.reward.normalize else []), *validation]
+        final_tokens = sum(len(row.ids) for row in scored)
     return Work(
         inputs.architecture,
         train,
@@ -256,8 +276,8 @@ def _reward_work(config: RewardModelConfig, *, trust_remote_code: bool) -> Work:
         [*inputs.data.summary, inputs.encoder.template.summary],
         report.summary(),
         report.tokens_cut,
-        config.reward.heads,
-        final_tokens=normalization_tokens + sum(len(row.ids) for row in validation),
+        heads,
+        final_tokens=final_tokens,
         row_facts={"responses": report.responses or 0, "pairs": report.pairs or 0},
         longest=max(report.lengths or ()),
     )
@@ -276,13 +296,13 @@ def _rows(examples: Sequence[EncodedComparison], *, on_cpu: bool) -> list[Encode
     return found
 
 
-def open_reasoning(config: ChainOfThoughtConfig, *, trust_remote_code: bool) -> ReasoningInputs:
-    """The examples of a chain-of-thought config, not tokenized yet. Raises `UserError`, as training does."""
+def open_supervised(config: SftConfig, *, trust_remote_code: bool) -> SupervisedInputs:
+    """The examples of a supervised config, not tokenized yet. Raises `UserError`, as training does."""
     section = config.data
     data = load_supervised(section, seed=config.training.seed)
     architecture, tokenizer, max_length = _opened(config, trust_remote_code)
     encoder = SupervisedEncoder(section, data.step_format, tokenizer, max_length=max_length)
-    return ReasoningInputs(data, encoder, architecture)
+    return SupervisedInputs(data, encoder, architecture)
 
 
 def open_pretraining(config: PretrainingConfig, *, trust_remote_code: bool) -> Pretrainer:

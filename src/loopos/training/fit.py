@@ -272,7 +272,7 @@ class Fit(Generic[BatchT]):
                 self.run_dir.mkdir(parents=True, exist_ok=True)
                 self.progress.say(*self.state.clear(found))
                 save_json(self.run_dir / "config.json", self.config)
-            self.log.open(start.written, tensorboard=self.settings.tensorboard, resumed_step=start.step)
+            self.log.open(start.written, trackers=self.settings.all_trackers, resumed_step=start.step)
         if resume:
             self.progress.say(start.sentence())
         facts = {"total_steps": self.total_steps, **start.facts(), **self.facts, "settings": self.config}
