@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 # A worker without work takes from the others' (worksteal), so that a long test met late does not keep one worker alone.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 3 --dist worksteal
 
-.PHONY: demo test test-slow test-cluster check format bench wheel clean
+.PHONY: demo test test-slow test-cluster check format bench docs wheel clean
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; assert sys.version_info >= (3, 11), f"LoopOS needs Python 3.11 or later, this is {sys.version}"'
@@ -32,14 +32,14 @@ test-cluster: $(VENV)/.installed
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m cluster -s
 
 check: $(VENV)/.installed
-	$(BIN)/ruff format --check src tests bench
-	$(BIN)/ruff check src tests bench
+	$(BIN)/ruff format --check src tests bench docs examples
+	$(BIN)/ruff check src tests bench docs examples
 	$(BIN)/mypy
 	$(PYTEST) -m "not slow and not cluster"
 
 format: $(VENV)/.installed
-	$(BIN)/ruff format src tests bench
-	$(BIN)/ruff check --fix src tests bench
+	$(BIN)/ruff format src tests bench docs examples
+	$(BIN)/ruff check --fix src tests bench docs examples
 
 bench: $(VENV)/.installed
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[bench]"
@@ -47,8 +47,13 @@ bench: $(VENV)/.installed
 	$(BIN)/python bench/language_training.py
 	$(BIN)/python bench/generation.py
 
+# site/index.html; a warning is an error. Nothing is loaded from the network, neither here nor in the browser.
+docs: $(VENV)/.installed
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[docs]"
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
 wheel: $(VENV)/.installed
 	$(BIN)/python -m build --wheel
 
 clean:
-	rm -rf build dist outputs
+	rm -rf build dist outputs site

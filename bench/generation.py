@@ -77,14 +77,14 @@ def run(engine: str, case: str, options: argparse.Namespace) -> dict[str, Any]:
 
 def loopos(model: Any, tokenizer: Any, engine: str, sampled: bool) -> Any:
     from loopos.generation.engine import Engine
-    from loopos.generation.settings import SamplingSettings
+    from loopos.generation.settings import SamplingParams
 
     ours = Engine(model, tokenizer, max_rows=64)
     assert ours.path == "cached", ours.reason
 
     def generate(prompts: list[list[int]], expected: list[int]) -> list[list[int]]:
         each = [
-            SamplingSettings(temperature=float(sampled), max_new_tokens=limit, stop_at_end=False) for limit in expected
+            SamplingParams(temperature=float(sampled), max_new_tokens=limit, stop_at_end=False) for limit in expected
         ]
         return [
             completion.token_ids for completion in ours.generate(prompts, each, logprobs=engine.endswith("logprobs"))

@@ -73,7 +73,7 @@ def compared(model: str, types: list[str], texts: list[str], tokens: int) -> dic
     from loopos.exporting.export import export
     from loopos.exporting.settings import ExportSettings
     from loopos.generation.engine import Engine
-    from loopos.generation.settings import SamplingSettings
+    from loopos.generation.settings import SamplingParams
     from loopos.models.folders import open_language_model
 
     opened = open_language_model(model)
@@ -87,7 +87,7 @@ def compared(model: str, types: list[str], texts: list[str], tokens: int) -> dic
         for text in texts
     ]
     engine = Engine(opened.model, opened.tokenizer, max_rows=len(texts))
-    settings = SamplingSettings(temperature=0.0, max_new_tokens=tokens)
+    settings = SamplingParams(temperature=0.0, max_new_tokens=tokens)
     ours = [list(each.token_ids) for each in engine.generate(prompts, settings)]
     found = {}
     for kind in types:

@@ -84,11 +84,10 @@ def rate_of(amounts: Iterable[float], seconds: Iterable[float]) -> float:
 
 def folder_of(model: str) -> str:
     """The model as a folder that transformers opens."""
-    from loopos.models.gguf import converted_folder
-    from loopos.models.resolve import weights_source
+    from loopos.models.resolve import resolve
 
-    source = weights_source(model)
-    return str(converted_folder(source.path) if source.kind == "gguf" and source.path else source.path or model)
+    ref = resolve(model)
+    return str(ref.folder or ref.path or model)
 
 
 def rows_of(file: str) -> list[dict[str, Any]]:

@@ -96,7 +96,7 @@ def write_rows(tmp_path: Path) -> Callable[[str, list[dict[str, Any]]], Path]:
 
 
 def toy_rows(number: int) -> list[dict[str, Any]]:
-    """Sentences with a class (0, 1, 2) that their first word tells, of very uneven length; the same for the same number."""
+    """Sentences of very uneven length whose first word determines the class (0, 1, 2); the same for the same number."""
     openings = ("good", "bad", "where")
     return [
         {
@@ -111,7 +111,7 @@ def toy_rows(number: int) -> list[dict[str, Any]]:
 
 @pytest.fixture
 def fine_tuning_config(tmp_path: Path, pico_folder: Path, write_rows: Any) -> Callable[..., Any]:
-    """Builds a `FineTuningConfig` on the pico model; sections are given as keyword dictionaries over small defaults."""
+    """Builds a `FineTuningConfig` on the pico model; sections are keyword dictionaries that override small defaults."""
     from loopos.config.fine_tuning import FineTuningConfig
 
     def build(*, model: Any = None, training: Any = None, data: Any = None, rows: int = 60) -> FineTuningConfig:
@@ -127,6 +127,8 @@ def fine_tuning_config(tmp_path: Path, pico_folder: Path, write_rows: Any) -> Ca
                 "batch_size": 8,
                 "num_epochs": 1,
                 "precision": "fp32",
+                "schedule": "constant",
+                "warmup": 0,
                 **(training or {}),
             },
             "data": {

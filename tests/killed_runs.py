@@ -42,9 +42,7 @@ def check_kills_leave_no_trace(
     latest: float,
     seed: str,
 ) -> None:
-    """Kills `train`, which resumes `run`, at random moments up to the share `latest` of the `seconds` that it takes in
-    whole; then lets it end, and asserts that `bits_of(run)` are those of a run that nobody killed.
-    """
+    """Kills `train`, which resumes `run`, at random moments up to the fraction `latest` of its full duration `seconds`; then lets it end, and asserts that `bits_of(run)` are those of a run that nobody killed."""
     draw, killed = random.Random(seed), 0
     while killed < kills:
         if in_a_child(train, draw.uniform(0.05, latest) * seconds) is None:

@@ -1,4 +1,4 @@
-"""What the tests of trained runs share: pico models of several architectures, separable toy rows, one-call runs."""
+"""Shared by the tests of trained runs: pico models of several architectures, separable toy rows, one-call runs."""
 
 from __future__ import annotations
 
@@ -101,7 +101,7 @@ def text_of(word: str, number: int) -> str:
 
 
 def class_rows(number: int, labels: Iterable[object] = (0, 1, 2)) -> list[dict[str, Any]]:
-    """The opening word tells the class."""
+    """The opening word determines the class."""
     names = list(labels)
     return [
         {"text": text_of(WORDS[i % len(names)], i // len(names)), "label": names[i % len(names)]} for i in range(number)
@@ -132,6 +132,8 @@ def config_of(
         "num_epochs": 2,
         "precision": "fp32",
         "seed": 5,
+        "schedule": "constant",
+        "warmup": 0,
     }
     return FineTuningConfig.model_validate(
         {
@@ -181,7 +183,7 @@ def hidden_states(model: nn.Module) -> Tensor:
 
 
 def write_weight_files(home: Path, folder: Path) -> Path:
-    """The model in `folder` as single files: beside its config.json (with/), and beside a tokenizer alone (bare/)."""
+    """The model in `folder` as single files: beside its config.json (with/), and beside only a tokenizer (bare/)."""
     tensors = load_file(folder / "model.safetensors")
     for name in ("with", "bare"):
         AutoTokenizer.from_pretrained(folder).save_pretrained(home / name)

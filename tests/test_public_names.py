@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import os
 import re
@@ -16,15 +17,63 @@ import pytest
 import loopos
 from loopos.config.diagnostics import ConfigError, UserError
 
+CLASSES = {
+    *(
+        "ChainOfThought",
+        "FineTuner",
+        "PpoTrainer",
+        "Pretrainer",
+        "ReinforcementTrainer",
+        "RewardModelTrainer",
+        "SftTrainer",
+        "Trainer",
+    ),
+    *(
+        "ChainOfThoughtConfig",
+        "FineTuningConfig",
+        "PpoConfig",
+        "PretrainingConfig",
+        "RewardModelConfig",
+        "RlhfConfig",
+        "SftConfig",
+    ),
+    *("MergeConfig", "PruningRecipe", "QuantizationRecipe"),
+    *("Engine", "FitResult", "Predictor", "Reasoner", "RewardPredictor", "Run", "SamplingParams"),
+    *("ConfigError", "DataError", "UserError"),
+}
+FUNCTIONS = {
+    *("ensemble", "export", "generate", "load", "merge", "prune", "quantize", "read_config"),
+    *(
+        f"register_{kind}"
+        for kind in ("algorithm", "exporter", "format", "loss", "merge_method", "method", "reward", "tracker")
+    ),
+    "train",
+}
+
 
 def test_the_public_names_are_pinned() -> None:
-    trained = ["ChainOfThought", "ChainOfThoughtConfig", "FineTuner", "FineTuningConfig", "PpoConfig", "PpoTrainer"]
-    asked = ["Predictor", "Reasoner"]
-    human = ["ReinforcementTrainer", "RewardModelConfig", "RewardModelTrainer", "RewardPredictor", "RlhfConfig"]
-    classes = [*trained, *asked, *human, "SamplingSettings"]
-    names = ["__version__", "load", "read_config", "register_method", "train"]
-    assert loopos.__all__ == [*classes, "Trainer", *names]
-    assert all(getattr(loopos, name) is not None for name in loopos.__all__)
+    assert set(loopos.__all__) == {"__version__", *CLASSES, *FUNCTIONS}
+    assert loopos.__all__ == ["__version__", *sorted(CLASSES), *sorted(FUNCTIONS)]
+    for name in loopos.__all__:
+        found = getattr(loopos, name)
+        assert isinstance(found, type) == (name in CLASSES), name
+        assert found.__doc__, name
+
+
+def test_an_earlier_name_is_read_with_a_note() -> None:
+    with pytest.warns(DeprecationWarning, match="loopos.SamplingSettings is now loopos.SamplingParams"):
+        assert loopos.SamplingSettings is loopos.SamplingParams
+    assert "SamplingSettings" not in dir(loopos)
+
+
+def test_type_checkers_and_the_running_package_find_the_same_names() -> None:
+    """The imports for type checkers name the modules of the lazy list."""
+    imported = {}
+    for node in ast.walk(ast.parse(Path(loopos.__file__).read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ImportFrom) and node.module is not None and node.module.startswith("loopos."):
+            imported |= {alias.name: node.module for alias in node.names}
+    assert imported == loopos._MODULES
+    assert {*imported, "__version__"} == set(loopos.__all__)
 
 
 def test_the_version_is_the_package_s() -> None:
@@ -97,6 +146,26 @@ def test_a_value_that_no_config_holds_is_named(tmp_path: Path) -> None:
         loopos.read_config(config)
 
 
+CALLS = """
+from typing import assert_type
+
+import loopos
+
+assert_type(loopos.generate("a", "hello"), str)
+assert_type(loopos.generate("a", [{"role": "user", "content": "hello"}], temperature=0.5), str)
+assert_type(loopos.generate("a", "hello", n=2), list[str])
+assert_type(loopos.generate("a", ["hello", "you"], max_new_tokens=3), list[str])
+assert_type(loopos.generate("a", ["hello", "you"], n=2), list[list[str]])
+run = loopos.train("run.json")
+assert_type(run, loopos.Run)
+assert_type((run.step, run.best_metric), tuple[int, float | None])
+assert_type(run.result, loopos.FitResult)
+assert_type(loopos.load(run, "language"), loopos.Reasoner)
+assert_type(loopos.prune(run, sparsity=0.5, output="b").after[0].size_ratio, float)
+assert_type(loopos.merge([run, "c"], method="slerp", output="d", t=0.3).num_tensors, int)
+"""
+
+
 @pytest.mark.slow
 def test_the_snippets_of_the_documents_have_types(tmp_path: Path) -> None:
     assert (Path(loopos.__file__).parent / "py.typed").is_file()
@@ -109,6 +178,7 @@ def test_the_snippets_of_the_documents_have_types(tmp_path: Path) -> None:
         if "import loopos\n" in snippet
     ]
     assert len(found) >= 4
+    found.append(CALLS)
     files = [tmp_path / f"snippet_{number}.py" for number in range(len(found))]
     for file, text in zip(files, found, strict=True):
         file.write_text(text, encoding="utf-8")

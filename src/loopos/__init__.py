@@ -5,178 +5,167 @@ The public names. Each is imported when it is first used, so that `import loopos
 
 from __future__ import annotations
 
-import os
-from collections.abc import Mapping, Sequence
 from importlib import import_module
-from typing import TYPE_CHECKING, Any, Literal, TypeVar, overload
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from loopos.cli.python_run import Callback
+    from loopos.api import generate, load, read_config, train
+    from loopos.changes import ensemble, export, merge, prune, quantize
     from loopos.config.chain_of_thought import ChainOfThoughtConfig
+    from loopos.config.compression import PruningRecipe, QuantizationRecipe
+    from loopos.config.diagnostics import ConfigError, DataError, UserError
     from loopos.config.fine_tuning import FineTuningConfig
+    from loopos.config.merge import MergeConfig
     from loopos.config.methods import register_method
     from loopos.config.ppo import PpoConfig
+    from loopos.config.pretraining import PretrainingConfig
     from loopos.config.reward_model import RewardModelConfig
     from loopos.config.rlhf import RlhfConfig
-    from loopos.config.sections import MethodConfig
-    from loopos.data.given_rows import InMemoryRows
-    from loopos.evaluation.opening import Kind
-    from loopos.evaluation.own_metrics import MetricFunctions
-    from loopos.evaluation.predictor import EnsemblePredictor, Predictor
+    from loopos.config.sft import SftConfig
+    from loopos.config.variants import (
+        register_algorithm,
+        register_exporter,
+        register_format,
+        register_loss,
+        register_merge_method,
+        register_reward,
+        register_tracker,
+    )
+    from loopos.evaluation.predictor import Predictor
     from loopos.evaluation.reasoning import Reasoner
     from loopos.evaluation.reward_predictor import RewardPredictor
-    from loopos.generation.settings import SamplingSettings
+    from loopos.generation.engine import Engine
+    from loopos.generation.settings import SamplingParams
     from loopos.methods.base import Trainer
     from loopos.methods.chain_of_thought import ChainOfThought
     from loopos.methods.fine_tuning import FineTuner
     from loopos.methods.ppo import PpoTrainer
+    from loopos.methods.pretraining import Pretrainer
     from loopos.methods.reward_model import RewardModelTrainer
     from loopos.methods.rlhf import ReinforcementTrainer
+    from loopos.methods.sft import SftTrainer
+    from loopos.run import Run
     from loopos.training.run_state import FitResult
 
-    ConfigType = TypeVar("ConfigType", bound=MethodConfig)
-
 __version__ = "0.1.0"
+
+_MODULES = {
+    # Functions
+    "train": "loopos.api",
+    "load": "loopos.api",
+    "generate": "loopos.api",
+    "merge": "loopos.changes",
+    "prune": "loopos.changes",
+    "quantize": "loopos.changes",
+    "export": "loopos.changes",
+    "ensemble": "loopos.changes",
+    "read_config": "loopos.api",
+    "register_method": "loopos.config.methods",
+    "register_algorithm": "loopos.config.variants",
+    "register_exporter": "loopos.config.variants",
+    "register_format": "loopos.config.variants",
+    "register_loss": "loopos.config.variants",
+    "register_merge_method": "loopos.config.variants",
+    "register_reward": "loopos.config.variants",
+    "register_tracker": "loopos.config.variants",
+    # Runs and models
+    "Run": "loopos.run",
+    "FitResult": "loopos.training.run_state",
+    "Predictor": "loopos.evaluation.predictor",
+    "Reasoner": "loopos.evaluation.reasoning",
+    "RewardPredictor": "loopos.evaluation.reward_predictor",
+    "Engine": "loopos.generation.engine",
+    "SamplingParams": "loopos.generation.settings",
+    # Methods
+    "Trainer": "loopos.methods.base",
+    "FineTuner": "loopos.methods.fine_tuning",
+    "SftTrainer": "loopos.methods.sft",
+    "ChainOfThought": "loopos.methods.chain_of_thought",
+    "RewardModelTrainer": "loopos.methods.reward_model",
+    "PpoTrainer": "loopos.methods.ppo",
+    "ReinforcementTrainer": "loopos.methods.rlhf",
+    "Pretrainer": "loopos.methods.pretraining",
+    # Configs
+    "FineTuningConfig": "loopos.config.fine_tuning",
+    "SftConfig": "loopos.config.sft",
+    "ChainOfThoughtConfig": "loopos.config.chain_of_thought",
+    "RewardModelConfig": "loopos.config.reward_model",
+    "PpoConfig": "loopos.config.ppo",
+    "RlhfConfig": "loopos.config.rlhf",
+    "PretrainingConfig": "loopos.config.pretraining",
+    "MergeConfig": "loopos.config.merge",
+    "PruningRecipe": "loopos.config.compression",
+    "QuantizationRecipe": "loopos.config.compression",
+    # Errors
+    "UserError": "loopos.config.diagnostics",
+    "ConfigError": "loopos.config.diagnostics",
+    "DataError": "loopos.config.diagnostics",
+}
+"""Public name → the module that it is imported from."""
+
+_RENAMED = {"SamplingSettings": "SamplingParams"}
+"""Name of an earlier version → the present one."""
+
 __all__ = [
+    "__version__",
     "ChainOfThought",
     "ChainOfThoughtConfig",
+    "ConfigError",
+    "DataError",
+    "Engine",
     "FineTuner",
     "FineTuningConfig",
+    "FitResult",
+    "MergeConfig",
     "PpoConfig",
     "PpoTrainer",
     "Predictor",
+    "Pretrainer",
+    "PretrainingConfig",
+    "PruningRecipe",
+    "QuantizationRecipe",
     "Reasoner",
     "ReinforcementTrainer",
     "RewardModelConfig",
     "RewardModelTrainer",
     "RewardPredictor",
     "RlhfConfig",
-    "SamplingSettings",
+    "Run",
+    "SamplingParams",
+    "SftConfig",
+    "SftTrainer",
     "Trainer",
-    "__version__",
+    "UserError",
+    "ensemble",
+    "export",
+    "generate",
     "load",
+    "merge",
+    "prune",
+    "quantize",
     "read_config",
+    "register_algorithm",
+    "register_exporter",
+    "register_format",
+    "register_loss",
+    "register_merge_method",
     "register_method",
+    "register_reward",
+    "register_tracker",
     "train",
 ]
 
-_PLACES = {
-    "ChainOfThought": "loopos.methods.chain_of_thought",
-    "ChainOfThoughtConfig": "loopos.config.chain_of_thought",
-    "FineTuner": "loopos.methods.fine_tuning",
-    "FineTuningConfig": "loopos.config.fine_tuning",
-    "PpoConfig": "loopos.config.ppo",
-    "PpoTrainer": "loopos.methods.ppo",
-    "Predictor": "loopos.evaluation.predictor",
-    "Reasoner": "loopos.evaluation.reasoning",
-    "ReinforcementTrainer": "loopos.methods.rlhf",
-    "RewardModelConfig": "loopos.config.reward_model",
-    "RewardModelTrainer": "loopos.methods.reward_model",
-    "RewardPredictor": "loopos.evaluation.reward_predictor",
-    "RlhfConfig": "loopos.config.rlhf",
-    "SamplingSettings": "loopos.generation.settings",
-    "Trainer": "loopos.methods.base",
-    "register_method": "loopos.config.methods",
-}
-
-
-@overload
-def load(run: str | os.PathLike[str], kind: Literal["head"], *, device: str = ...) -> Predictor | EnsemblePredictor: ...
-@overload
-def load(run: str | os.PathLike[str], kind: Literal["language"], *, device: str = ...) -> Reasoner: ...
-@overload
-def load(run: str | os.PathLike[str], kind: Literal["reward"], *, device: str = ...) -> RewardPredictor: ...
-@overload
-def load(run: str | os.PathLike[str], kind: None = ..., *, device: str = ...) -> Any: ...
-def load(run: str | os.PathLike[str], kind: Kind | None = None, *, device: str = "auto") -> Any:
-    """Opens a trained model: `loopos.load("outputs/run").predict(["some text"])`.
-
-    A classifier or regressor, or an ensemble of them, is a `Predictor` with `predict`; a reward model a
-    `RewardPredictor` with `score_texts`; a language model a `Reasoner` with `generate`, `chat`, `stream` and `answer`.
-
-    run: a run's output folder, its folder model/, the folder of an ensemble; of a language model also "smollm2-135m", a
-    weights file or a hub id. kind: "head", "reward" or "language", where only that one will do; it tells type checkers
-    the class. device: auto, cpu, cuda or mps. Raises `loopos.config.diagnostics.UserError`.
-    """
-    from loopos.evaluation.opening import open_model
-    from loopos.models.quiet import quiet_libraries
-    from loopos.training.precision import pick_device
-
-    with quiet_libraries():
-        return open_model(os.fspath(run), kind, device=pick_device(device).type)
-
-
-@overload
-def read_config(
-    config: str | os.PathLike[str] | Mapping[str, object], overrides: Sequence[str] = ..., *, kind: type[ConfigType]
-) -> ConfigType: ...
-@overload
-def read_config(
-    config: str | os.PathLike[str] | Mapping[str, object], overrides: Sequence[str] = ..., *, kind: None = ...
-) -> MethodConfig: ...
-def read_config(
-    config: str | os.PathLike[str] | Mapping[str, object],
-    overrides: Sequence[str] = (),
-    *,
-    kind: type[MethodConfig] | None = None,
-) -> MethodConfig:
-    """The frozen, checked config of a JSON or YAML file, or of a dict with the same keys.
-
-    overrides: "key.path=value" each. kind: the class that it must be, such as `loopos.FineTuningConfig`. Raises
-    `loopos.config.diagnostics.ConfigError` with every fault.
-    """
-    from loopos.config.diagnostics import UserError
-    from loopos.config.load import load as load_config
-    from loopos.config.methods import config_classes
-
-    found = load_config(config, overrides, config_classes()).config
-    if kind is not None and not isinstance(found, kind):
-        raise UserError(f"computation.method: got a {type(found).__name__}; expected a {kind.__name__}")
-    return found
-
-
-def train(
-    config: MethodConfig | str | os.PathLike[str] | Mapping[str, object],
-    overrides: Sequence[str] = (),
-    *,
-    data: InMemoryRows | None = None,
-    validation_data: InMemoryRows | None = None,
-    callbacks: Sequence[Callback] = (),
-    metrics: MetricFunctions | None = None,
-    resume: bool = False,
-    quiet: bool = False,
-    trust_remote_code: bool = False,
-) -> FitResult:
-    """Trains, as `loopos train` does: `loopos.train("run.json")`, `loopos.train({...}, data=rows)`.
-
-    config: a file, a dict with the same keys, or what `read_config` gave. In a dict, rows may stand at every key of
-    `data` that names a file of rows: a list of dicts, a pandas DataFrame or a `datasets.Dataset`; they are written into
-    the run's folder. overrides: "key.path=value" each. data, validation_data: rows that replace those that the config
-    names. callbacks: functions of an event, a dict as `events.jsonl` holds it; one that returns "stop" ends the run.
-    metrics: validation metrics by name, each a function of (predictions, targets), or a pair of it and "min" where less
-    is better. resume: go on from the last checkpoint. docs/post_training.md, "In Python", has the details. Raises
-    `loopos.config.diagnostics.UserError`.
-    """
-    from loopos.cli.python_run import train as train_run
-    from loopos.cli.train import TrainOptions
-    from loopos.models.quiet import quiet_libraries
-
-    with quiet_libraries():
-        return train_run(
-            config,
-            overrides,
-            data=data,
-            validation_data=validation_data,
-            callbacks=callbacks,
-            metrics=metrics or {},
-            options=TrainOptions(resume=resume, quiet=quiet, trust_remote_code=trust_remote_code),
-        )
-
 
 def __getattr__(name: str) -> Any:
-    if name not in _PLACES:
+    if name in _RENAMED:
+        import warnings
+
+        current = _RENAMED[name]
+        warnings.warn(f"loopos.{name} is now loopos.{current}", DeprecationWarning, stacklevel=2)
+        name = current
+    if name not in _MODULES:
         raise AttributeError(f"module 'loopos' has no attribute {name!r}")
-    return getattr(import_module(_PLACES[name]), name)
+    return getattr(import_module(_MODULES[name]), name)
 
 
 def __dir__() -> list[str]:

@@ -12,7 +12,7 @@ import pytest
 from typer.testing import CliRunner
 
 from loopos.cli.commands import app
-from loopos.cli.quiet import SILENCE
+from loopos.cli.process import SILENCE
 
 Invoke = Callable[..., Any]
 OPENINGS = ("good", "bad", "where")
@@ -20,7 +20,7 @@ ENDINGS = ("the parcel came late", "a kind answer", "my card was charged", "the 
 
 
 def rows(number: int) -> list[dict[str, Any]]:
-    """Short texts whose first word tells the class."""
+    """Short texts whose first word determines the class."""
     return [{"text": f"{OPENINGS[i % 3]} {ENDINGS[(i * 7) % 5]} {i}", "label": OPENINGS[i % 3]} for i in range(number)]
 
 
@@ -68,6 +68,8 @@ def project(tmp_path_factory: pytest.TempPathFactory, pico_folder: Path) -> Path
             "num_epochs": 2,
             "precision": "fp32",
             "device": "cpu",
+            "schedule": "constant",
+            "warmup": 0,
         },
         "data": {
             "pretrained_weights": str(pico_folder),
@@ -117,7 +119,7 @@ Reference = Callable[..., str]
 
 @pytest.fixture(scope="session")
 def greedy(language_run: Path) -> Reference:
-    """`greedy(messages, 12)`: what transformers' own greedy search says to messages, or to a text that goes on."""
+    """`greedy(messages, 12)`: the greedy text of transformers for messages, or the continuation of a text."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     model = AutoModelForCausalLM.from_pretrained(language_run / "model")

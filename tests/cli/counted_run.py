@@ -104,7 +104,7 @@ def sharded_step(weights: str, *, reshard: bool) -> dict[str, int]:
 
 
 def count(configs: dict[str, dict[str, Any]], weights: str, answer: Path) -> None:
-    """As one of two processes: trains as the configs say, then a sharded model; the first writes what was sent."""
+    """Runs in one of two processes: trains the configs, then a sharded model; the first process writes the bytes sent."""
     found: dict[str, Any] = {}
     for name, config in configs.items():
         sent: list[SentBytes] = []

@@ -108,7 +108,7 @@ def test_a_broken_adapter_is_one_line_of_every_command(adapter: Path, tmp_path: 
     assert not out.exists()
 
 
-def test_a_lossy_export_that_says_other_things_ends_with_a_code_of_its_own(
+def test_a_lossy_export_with_other_outputs_has_its_own_exit_code(
     pico_folder: Path, tmp_path: Path, invoke: Invoke, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pytest.importorskip("gguf")

@@ -10,7 +10,7 @@ from loopos.cli.answers import confusion_table, say_json, shown, table
 from loopos.config.figures import as_bytes, as_time
 
 
-def test_numbers_stand_to_the_right_and_words_to_the_left() -> None:
+def test_numbers_are_right_aligned_and_text_left_aligned() -> None:
     assert table([("mae", 0.25), ("accuracy", 12)], head=("metric", "value"), indent="") == (
         "metric    value\nmae        0.25\naccuracy     12"
     )

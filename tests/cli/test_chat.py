@@ -112,7 +112,7 @@ def test_saved_conversations_are_read_back_as_training_data(chat: Any, tmp_path:
     assert all(isinstance(example, Conversation) for example in examples)
 
 
-def test_an_overlong_history_loses_its_oldest_turns_and_says_so(chat: Any) -> None:
+def test_an_overlong_history_drops_its_oldest_turns_and_reports_it(chat: Any) -> None:
     """The pico model has 256 positions; each line takes about fifty."""
     line = "never again: cold food and a rude waiter, where is the invoice for march, it broke after two days"
     result = chat(*[line] * 8)
@@ -121,7 +121,7 @@ def test_an_overlong_history_loses_its_oldest_turns_and_says_so(chat: Any) -> No
     assert len(result.stdout.splitlines()) >= 8
 
 
-def test_a_line_without_room_is_refused_and_the_chat_goes_on(chat: Any, greedy: Reference) -> None:
+def test_a_line_that_is_too_long_is_refused_and_the_chat_continues(chat: Any, greedy: Reference) -> None:
     result = chat("q " * 300, "my card")
     assert "say it in fewer words" in result.stderr
     assert result.stdout == greedy([turn("user", "my card")], 8) + "\n"
@@ -150,7 +150,7 @@ def test_ctrl_c_ends_an_answer_and_not_the_chat(
     assert kept != whole
 
 
-def test_a_note_on_an_answer_stands_on_a_line_of_its_own(chat: Any) -> None:
+def test_a_note_on_an_answer_has_its_own_line(chat: Any) -> None:
     """Also where both streams go into one pipe."""
     lines = chat("hello\n").output.splitlines()
     assert [line for line in lines if "cut at" in line] == [line for line in lines if line.startswith("note: cut at")]

@@ -28,7 +28,7 @@ def manifests() -> list[dict[str, Any]]:
 
 
 def launched() -> list[list[str]]:
-    """The words behind `torchrun`, of shell lines and of manifests."""
+    """The arguments of `torchrun` in shell lines and manifests."""
     found = []
     for manifest in manifests():
         for command in re.findall(r"'command': (\[.*?\])", repr(manifest)):
@@ -43,7 +43,7 @@ def launched() -> list[list[str]]:
 
 
 def called() -> list[list[str]]:
-    """The words behind `loopos`, with those that torchrun starts."""
+    """The arguments of `loopos`, including the commands that torchrun starts."""
     lines = [line for block in blocks("") for line in block.splitlines() if line.startswith("loopos ")]
     lines += [manifest["spec"]["entrypoint"] for manifest in manifests() if "entrypoint" in manifest["spec"]]
     behind = [words[words.index("loopos") + 1 :] for words in launched()]
@@ -69,7 +69,7 @@ def test_scripts_are_shell() -> None:
     assert checked.returncode == 0, checked.stderr
 
 
-def test_torchrun_takes_what_it_is_actual() -> None:
+def test_the_torchrun_arguments_of_the_docs_exist() -> None:
     assert len(launched()) >= 5
     for words in launched():
         # Variables of a shell or a pod, as the numbers that they stand for.
@@ -78,7 +78,7 @@ def test_torchrun_takes_what_it_is_actual() -> None:
         assert (parsed.module, parsed.training_script) == (True, "loopos")
 
 
-def test_loopos_takes_what_it_is_actual() -> None:
+def test_the_loopos_arguments_of_the_docs_exist() -> None:
     commands = typer.main.get_command(app).commands  # type: ignore[attr-defined]
     assert len(called()) >= 9
     for name, *words in called():
@@ -88,5 +88,5 @@ def test_loopos_takes_what_it_is_actual() -> None:
 
 
 @pytest.mark.parametrize("key", DistributedSection.model_fields)
-def test_every_key_of_distributed_is_told(key: str) -> None:
+def test_every_key_of_distributed_is_documented(key: str) -> None:
     assert f"`{key}" in DOCS

@@ -201,14 +201,14 @@ def test_layouts_that_cannot_be(asked: RequestedSharding, expected: str) -> None
         plan_of(load(), asked, cluster())
 
 
-def test_auto_shares_weights_that_take_more_than_half_of_a_gpu() -> None:
+def test_auto_shards_weights_that_fill_more_than_half_of_a_gpu() -> None:
     # 4 bytes of each parameter and 12 of each that trains: 16,000; the reference has no part in it.
     both = load(NETWORK, FROZEN)
     assert setting_of(both, AUTO, cluster(memory="32kB")).mode == "replicate"
     assert setting_of(both, AUTO, cluster(memory="31kB")).mode == "shard"
 
 
-def test_optimizers_that_need_whole_matrices_share_nothing() -> None:
+def test_optimizers_that_need_whole_matrices_are_not_sharded() -> None:
     toy = load()
     muon = replace(toy, training=toy.training.model_copy(update={"optimizer": "muon"}))
     assert setting_of(muon, AUTO, cluster(memory="1kB")).mode == "replicate"
@@ -248,7 +248,7 @@ def test_the_smallest_setting_that_fits_costs_no_more_than_it_must(memory: str, 
     assert plan.overrides == words
 
 
-def test_where_nothing_fits_it_says_how_many_gpus_would_do() -> None:
+def test_where_nothing_fits_it_suggests_a_number_of_gpus() -> None:
     # At one row 2,688 + 1,024 + 2,600 stay on each GPU however many there are, and 16,000 over them in host or GPU.
     plan = plan_of(load(), RequestedSharding("auto", None, 1, False, True), cluster(memory="6kB"))
     assert (plan.fits, plan.smallest, plan.gpus) == (False, None, None)

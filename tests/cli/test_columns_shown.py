@@ -1,4 +1,4 @@
-"""What the commands say of a file's columns: context is shown where it is learned, what no role reads is named."""
+"""Columns in the output of commands: learned context is shown, and columns that no role reads are named."""
 
 from __future__ import annotations
 
@@ -101,7 +101,7 @@ def test_check_and_run_name_what_is_left_out(pico_folder: Path, tmp_path: Path, 
         {"question": ASKED, "context": HELD},
     ],
 )
-def test_generation_asks_what_training_learned(pico_folder: Path, tmp_path: Path, row: dict[str, Any]) -> None:
+def test_generation_uses_the_prompt_of_training(pico_folder: Path, tmp_path: Path, row: dict[str, Any]) -> None:
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(pico_folder)
@@ -117,7 +117,7 @@ def test_generation_asks_what_training_learned(pico_folder: Path, tmp_path: Path
     assert encoded.mask[len(prompt)]
 
 
-def test_generation_is_actual_the_row_s_tools(tmp_path: Path) -> None:
+def test_generation_gets_the_row_s_tools(tmp_path: Path) -> None:
     tools = [{"type": "function", "function": {"name": "find", "parameters": {"type": "object"}}}]
     talk = [{"role": "user", "content": ASKED}, {"role": "assistant", "content": SAID}]
     file = str(write_jsonl(tmp_path / "rows.jsonl", [{"messages": talk, "tools": tools}]))

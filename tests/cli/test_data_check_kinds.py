@@ -1,4 +1,4 @@
-"""`loopos data check` knows what kind of data a file holds, and says what trains on it."""
+"""`loopos data check` detects the kind of data in a file and names the methods that train on it."""
 
 from __future__ import annotations
 
@@ -20,17 +20,29 @@ KINDS: dict[str, tuple[list[dict[str, Any]], str, str]] = {
     ),
     "implicit pairs": ([{"chosen": "a b", "rejected": "a c"}], "implicit pairs", "trains reward_model"),
     "groups": ([{"prompt": "a?", "responses": ["b", "c"], "scores": [1, 2]}], "groups", "trains reward_model"),
-    "chats": ([{"messages": CHAT}], "conversations", "trains chain_of_thought"),
+    "chats": ([{"messages": CHAT}], "conversations", "trains sft and chain_of_thought"),
     "ShareGPT": (
         [{"conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]}],
         "conversations",
-        "trains chain_of_thought",
+        "trains sft and chain_of_thought",
     ),
-    "chats with a category": ([{"messages": CHAT, "category": "x"}], "conversations", "trains chain_of_thought"),
-    "instructions": ([{"instruction": "a", "input": "b", "output": "c", "topic": "x"}], "instructions", "trains chain"),
-    "completions": ([{"prompt": "a", "completion": "b"}], "completions", "trains chain_of_thought"),
-    "worked problems": ([{"problem": "a", "reasoning": ["b"], "answer": "c"}], "demonstrations", "trains chain"),
-    "GSM8K": ([{"question": "a?", "answer": "b\n#### 3"}], "demonstrations", "trains chain_of_thought"),
+    "chats with a category": (
+        [{"messages": CHAT, "category": "x"}],
+        "conversations",
+        "trains sft and chain_of_thought",
+    ),
+    "instructions": (
+        [{"instruction": "a", "input": "b", "output": "c", "topic": "x"}],
+        "instructions",
+        "trains sft and chain",
+    ),
+    "completions": ([{"prompt": "a", "completion": "b"}], "completions", "trains sft and chain_of_thought"),
+    "worked problems": (
+        [{"problem": "a", "reasoning": ["b"], "answer": "c"}],
+        "demonstrations",
+        "trains sft and chain",
+    ),
+    "GSM8K": ([{"question": "a?", "answer": "b\n#### 3"}], "demonstrations", "trains sft and chain_of_thought"),
     "labelled": ([{"text": "a", "label": "x"}, {"text": "b", "label": "y"}], "labelled", "trains fine_tuning"),
     "a pair of texts with a label": (
         [{"question": "a", "answer": "b", "label": 0}, {"question": "c", "answer": "d", "label": 1}],

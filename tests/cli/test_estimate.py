@@ -125,7 +125,7 @@ def test_a_validated_token_costs_its_forward_pass() -> None:
     assert seconds(validation_tokens=10) == pytest.approx(1400)
 
 
-def test_frozen_lower_layers_save_their_share_of_the_backward_pass() -> None:
+def test_frozen_lower_layers_save_their_part_of_the_backward_pass() -> None:
     assert seconds(tokens=1) - seconds(tokens=1, backward_fraction=0.25) == pytest.approx(0.75 * 140)
 
 

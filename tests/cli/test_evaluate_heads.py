@@ -87,7 +87,7 @@ def test_the_report_is_one_page(run_folder: Path, mixed: Path, tmp_path: Path, i
     assert (refused.exit_code, "expected a file that ends in .html" in refused.stderr) == (2, True)
 
 
-def test_a_prediction_stands_beside_all_columns(run_folder: Path, tmp_path: Path, invoke: Invoke) -> None:
+def test_a_prediction_is_added_beside_all_columns(run_folder: Path, tmp_path: Path, invoke: Invoke) -> None:
     source, output = tmp_path / "tickets.csv", tmp_path / "answers.csv"
     source.write_text('id,text,label,Note\n007,good film,bad,"a, b"\nx8,bad film,good,\n', encoding="utf-8")
     result = invoke("predict", run_folder, source, "-o", output)
@@ -107,7 +107,7 @@ def test_a_prediction_stands_beside_all_columns(run_folder: Path, tmp_path: Path
 
 @pytest.fixture(scope="module")
 def named(project: Path, trained: Any, tmp_path_factory: pytest.TempPathFactory, invoke: Invoke) -> Path:
-    """A run whose columns no one would guess; "text" is there and is another one."""
+    """A run with unusual column names, where the column "text" is not the input."""
     folder = tmp_path_factory.mktemp("named")
     told = [{"What happened": row["text"], "Kind": row["label"], "text": f"no. {i}"} for i, row in enumerate(rows(24))]
     write_jsonl(folder / "train.jsonl", told)

@@ -77,7 +77,7 @@ def test_problems_are_answered_and_checked(
     assert all(record["is_right"] for record in records)
 
 
-def test_only_what_is_asked_for_is_measured(language_run: Path, problems: Path, invoke: Invoke) -> None:
+def test_only_requested_metrics_are_measured(language_run: Path, problems: Path, invoke: Invoke) -> None:
     found = told(invoke("evaluate", language_run, problems, "--metric", "perplexity", "--limit", 2, *CPU))
     assert (set(found["metrics"]), found["rows"], found["tokens_generated"]) == ({"perplexity"}, 2, 0)
 
@@ -110,7 +110,7 @@ def test_bad_rows_are_an_error_or_counted(language_run: Path, tmp_path: Path, in
     assert (found["rows"], found["dropped"]) == (1, {"problem is blank": 1})
 
 
-def test_in_words(language_run: Path, problems: Path, invoke: Invoke) -> None:
+def test_as_text(language_run: Path, problems: Path, invoke: Invoke) -> None:
     result = invoke("evaluate", language_run, problems, "--max-new-tokens", 4, "--device", "cpu")
     assert result.exit_code == 0
     assert result.stdout.splitlines()[0] == f"{language_run} on {problems}: 5 rows"

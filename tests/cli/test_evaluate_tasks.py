@@ -1,4 +1,4 @@
-"""`loopos evaluate --tasks` where lm-eval is not installed, and options that go with tasks alone."""
+"""`loopos evaluate --tasks` without lm-eval, and options that only apply to tasks."""
 
 from __future__ import annotations
 

@@ -47,13 +47,13 @@ def test_export_prints_what_it_found(language_run: Path, tmp_path: Path, invoke:
     AutoModelForCausalLM.from_pretrained(told["folder"])
 
 
-def test_export_says_it_to_people(language_run: Path, tmp_path: Path, invoke: Invoke) -> None:
+def test_export_reports_it_as_text(language_run: Path, tmp_path: Path, invoke: Invoke) -> None:
     result = invoke("export", language_run, "--format", "huggingface", "-o", tmp_path / "out")
     assert result.exit_code == 0, result.stderr
     assert "verified: outputs differ by at most 0 " in result.stdout
 
 
-def test_onnx_says_what_torch_says(trained: Any, project: Path, tmp_path: Path, invoke: Invoke) -> None:
+def test_onnx_equals_torch(trained: Any, project: Path, tmp_path: Path, invoke: Invoke) -> None:
     """The graph's logits of padded texts beside those of the model that LoopOS opens."""
     for name in ("onnx", "onnxscript", "onnxruntime"):
         pytest.importorskip(name)

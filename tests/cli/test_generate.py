@@ -1,4 +1,4 @@
-"""`loopos generate` on a pico model: the text is transformers' own, and contradictions are told before torch comes."""
+"""`loopos generate` on a pico model: the text equals that of transformers, and contradictions are reported before torch is imported."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def test_greedy_text_is_transformers(language_run: Path, invoke: Invoke, greedy:
     assert result.stdout == greedy(ASKED, 12) + "\n"
 
 
-def test_a_raw_prompt_is_continued_as_it_stands(language_run: Path, invoke: Invoke, greedy: Reference) -> None:
+def test_a_raw_prompt_is_continued_unchanged(language_run: Path, invoke: Invoke, greedy: Reference) -> None:
     (line,) = lines(invoke("generate", language_run, "-p", PROMPT, "--raw", "--json", *CPU))
     assert line["text"] == greedy(PROMPT, 12)
     assert line["text"] != greedy(ASKED, 12)
@@ -205,7 +205,7 @@ def test_diagnostics_come_without_torch(tmp_path: Path) -> None:
     assert summary[3].startswith("--metric: got speed; expected one of accuracy, loss, perplexity")
 
 
-def test_a_model_with_a_head_says_no_text(trained: Any, project: Path, invoke: Invoke) -> None:
+def test_a_model_with_a_head_generates_no_text(trained: Any, project: Path, invoke: Invoke) -> None:
     for command in (("generate", "-p", "x"), ("chat",)):
         result = invoke(command[0], project / "outputs" / "first", *command[1:], text="")
         assert result.exit_code == 2
@@ -219,7 +219,7 @@ def test_predict_sends_language_models_to_generate(language_run: Path, invoke: I
     assert result.stdout == ""
 
 
-def test_filters_without_effect_are_summary(language_run: Path, invoke: Invoke) -> None:
+def test_filters_without_effect_are_reported(language_run: Path, invoke: Invoke) -> None:
     result = invoke("generate", language_run, "-p", PROMPT, "--top-p", 0.5, *CPU)
     assert result.exit_code == 0
     assert "--top-p has no effect" in result.stderr

@@ -27,7 +27,7 @@ COMMANDS: dict[str, Callable[[Path, Path], Words]] = {
 
 
 def content(folder: Path) -> dict[str, str]:
-    """Names of all files; of the weights the content too, since reports tell times."""
+    """Names of all files, and the content of the weights (reports contain times)."""
     return {
         str(file.relative_to(folder)): digest(file) if file.suffix in (".safetensors", ".gguf") else ""
         for file in sorted(folder.rglob("*"))

@@ -1,4 +1,4 @@
-"""Language models joined by `loopos ensemble`, and what opens the folder as one model."""
+"""Ensembles of language models made by `loopos ensemble`, and the commands that open the folder as one model."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def joined(language_run: Path, other_run: Path, tmp_path_factory: pytest.TempPat
     words = ("-o", folder / "mean", "--weight", 1, "--weight", 3, "--test", folder / "held_out.txt", "--device", "cpu")
     result = invoke("ensemble", language_run, other_run, *words)
     assert result.exit_code == 0, result.stderr
-    assert "2 language models combined by mean" in result.stdout
+    assert "2 members combined by mean" in result.stdout
     return folder / "mean"
 
 
@@ -96,7 +96,7 @@ def test_perplexity_is_that_of_the_mean(joined: Path, language_run: Path, other_
     assert of_rows == pytest.approx(total / (len(ids) - 1), rel=1e-4)
 
 
-def test_generate_and_chat_speak_by_the_mean(joined: Path, language_run: Path, other_run: Path, invoke: Invoke) -> None:
+def test_generate_and_chat_use_the_mean(joined: Path, language_run: Path, other_run: Path, invoke: Invoke) -> None:
     words = ("--device", "cpu", "--temperature", 0, "--max-new-tokens", 8)
     result = invoke("generate", joined, "-p", "the film", "--json", *words)
     assert result.exit_code == 0, result.stderr
@@ -137,9 +137,9 @@ def test_answers_are_voted_on(
 ) -> None:
     from loopos.config.keys import Strategy
     from loopos.evaluation.checkers import majority
-    from loopos.generation.settings import SamplingSettings
+    from loopos.generation.settings import SamplingParams
 
-    settings = SamplingSettings(temperature=1.0, max_new_tokens=12, seed=2)
+    settings = SamplingParams(temperature=1.0, max_new_tokens=12, seed=2)
     problems = ["where is it", "what is 2 + 2", "the box"]
     together = Reasoner.open(str(voting)).answer(problems, settings, strategy=Strategy("self_consistency", 3))
     alone = [
@@ -172,7 +172,7 @@ def test_answers_are_voted_on(
         (("export", "--format", "huggingface", "-o", "out"), ""),
     ],
 )
-def test_what_a_vote_cannot_say(
+def test_what_a_vote_cannot_provide(
     voting: Path, words: tuple[Any, ...], summary: str, tmp_path: Path, invoke: Invoke
 ) -> None:
     name, *rest = words
@@ -221,7 +221,7 @@ def test_mistakes_of_joining(
     assert "1 that" in invoke("ensemble", language_run, grown, "-o", out).stderr
 
 
-def test_a_member_that_is_gone(language_run: Path, other_run: Path, tmp_path: Path, invoke: Invoke) -> None:
+def test_a_missing_member(language_run: Path, other_run: Path, tmp_path: Path, invoke: Invoke) -> None:
     import shutil
 
     moved = tmp_path / "moved"
@@ -230,4 +230,4 @@ def test_a_member_that_is_gone(language_run: Path, other_run: Path, tmp_path: Pa
     shutil.rmtree(moved)
     result = invoke("generate", tmp_path / "out", "-p", "x", "--device", "cpu")
     assert result.exit_code == 2
-    assert "is gone" in result.stderr
+    assert "is missing; restore it" in result.stderr

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from loopos.cli.language_preview import CONTEXT, CUT, LEARNED, fates
+from loopos.cli.data_preview import CONTEXT, CUT, LEARNED, fates
 from loopos.planning import dry_run
 from loopos.planning.estimate import Architecture, cache_bytes, logit_bytes, training_seconds
 from tests.cli.conftest import Invoke, write_jsonl
@@ -81,11 +81,11 @@ def test_preview_marks_what_is_learned(reasoning: Path, invoke: Invoke) -> None:
     assert context.replace("|", "").endswith("###·Assistant:\\n")
     assert learned.replace("|", "") == "<think>\\ntwice·0\\ndone\\n</think>\\n0<eos>]"
     assert lines[2] == f"{lines[1].count('|') + 2} tokens, {learned.count('|') + 1} learned"
-    assert "train: 9 examples, 9 used" in result.stdout
-    assert "validation: 3 examples, 3 used" in result.stdout
+    assert "train: 9 rows read, 9 used" in result.stdout
+    assert "validation: 3 rows read, 3 used" in result.stdout
 
 
-def test_preview_of_the_answer_alone(reasoning: Path, invoke: Invoke) -> None:
+def test_preview_of_only_the_answer(reasoning: Path, invoke: Invoke) -> None:
     result = invoke("data", "preview", reasoning / "config.json", "--rows", 1, "data.train_on=answer")
     assert result.stdout.splitlines()[1].endswith("[0|<eos>]")
 
@@ -102,7 +102,7 @@ def test_preview_shows_what_is_cut_and_what_is_dropped(reasoning: Path, invoke: 
     assert "9 dropped (over max_length)" in dropped.stderr
 
 
-def test_preview_tells_weights(reasoning: Path, tmp_path: Path, invoke: Invoke) -> None:
+def test_preview_shows_weights(reasoning: Path, tmp_path: Path, invoke: Invoke) -> None:
     summary = [{"role": "user", "content": "hello"}, {"role": "assistant", "content": "ab", "weight": 0.5}]
     file = write_jsonl(tmp_path / "said.jsonl", [{"messages": summary}] * 2)
     words = (f"data.reasoning_examples={file}", "data.validation_data=null", "data.validation_share=0")

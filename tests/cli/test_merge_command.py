@@ -1,4 +1,4 @@
-"""`loopos merge`, by recipe and by words; `loopos validate` and `loopos schema` know recipes too."""
+"""`loopos merge` by recipe and by options; `loopos validate` and `loopos schema` read recipes too."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def moved(language_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_two_runs_by_words(language_run: Path, moved: Path, invoke: Invoke, tmp_path: Path) -> None:
+def test_two_runs_by_name(language_run: Path, moved: Path, invoke: Invoke, tmp_path: Path) -> None:
     out = tmp_path / "out"
     told = invoke(
         "merge",
@@ -116,7 +116,7 @@ def test_diagnostics_come_at_once_and_without_a_traceback(language_run: Path, in
     assert not (tmp_path / "out").exists()
 
 
-def test_a_full_disk_is_summary(
+def test_a_full_disk_is_reported(
     language_run: Path, invoke: Invoke, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from loopos.merging import merge
@@ -131,7 +131,7 @@ def test_a_full_disk_is_summary(
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_faulty_recipe_is_told_by_validate(invoke: Invoke, tmp_path: Path) -> None:
+def test_validate_reports_a_faulty_recipe(invoke: Invoke, tmp_path: Path) -> None:
     file = tmp_path / "recipe.yaml"
     file.write_text("method: ties\nmodels: [smollm2-135m]\noutput_dir: out\ndensity: 0\n")
     told = invoke("validate", file, "--json")

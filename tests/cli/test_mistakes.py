@@ -1,4 +1,4 @@
-"""The mistakes that people make first: what each says, in how many lines, with which code, and before torch is there.
+"""Common mistakes of users: the message, its length, the exit code, and no import of torch.
 
 The quick ones run one after another in a process of their own, which must not have imported torch at the end.
 """
@@ -195,7 +195,10 @@ QUICK: list[tuple[str, list[str], int, tuple[str, ...]]] = [
     ("method rm", ["validate", "run.json", "computation.method=rm"], 2, ('it is "reward_model" here',)),
     ("method pt", ["validate", "run.json", "computation.method=pt"], 2, ('"autoregressive"', '"mode": "pretraining"')),
     ("method lora", ["validate", "run.json", "computation.method=lora"], 2, ('"trainable": "lora"',)),
-    ("sft", ["validate", "chats.json"], 0, ("valid (posttraining, chain_of_thought)",)),
+    ("sft", ["validate", "chats.json"], 0, ("valid (posttraining, sft)",)),
+    ("steps under sft", ["validate", "chats.json", "data.step_format=hashes", "self_improvement.rounds=1"], 2,
+     ('the unknown key "step_format"', 'it belongs to the method "chain_of_thought"')),
+    ("SFT", ["validate", "chats.json", "computation.method=SFTTrainer"], 2, ('write "sft"',)),
     ("cuda on a CPU", ["train", "text.json", "training.device=cuda"], 2, ("training.device: got cuda",)),
     ("fp16 on a CPU", ["train", "text.json", "training.precision=fp16"], 2, ("training.precision: got fp16",)),
     ("data as config", ["train", "tickets.csv"], 2,
@@ -219,7 +222,7 @@ QUICK: list[tuple[str, list[str], int, tuple[str, ...]]] = [
     ("4 samples at 0", ["generate", "smollm2-135m", "-p", "a", "-n", "4"], 2, ("temperature",)),
     ("an open address", ["serve", "trained", "--host", "0.0.0.0"], 2, ("--host", "API key")),
     ("a rate that destroys", ["validate", "text.json", "training.learning_rate=1e6"], 0,
-     ("note: training.learning_rate 1e+06 is far above the usual range of sgd",)),
+     ("note: training.learning_rate 1e+06 is far above the usual range for full training of a model with adamw",)),
     ("label of no class", ["train", "stray.json"], 2, STRAY_SAID),
     ("label of no class, dry run", ["train", "stray.json", "--dry-run"], 2, STRAY_SAID),
     ("label of no class, validate", ["validate", "stray.json"], 2, STRAY_SAID),
@@ -240,7 +243,7 @@ QUICK: list[tuple[str, list[str], int, tuple[str, ...]]] = [
     ("a text of no words", ["validate", "new.json", "data.input_file=blank.txt"], 2, ("blank.txt", "text")),
     ("a text of no words to validate on", ["train", "new.json", "data.validation_data=blank.txt"], 2, ("blank.txt",)),
     ("a text to train on", ["validate", "new.json"], 0, ("valid (pretraining, autoregressive)",)),
-    ("the methods", ["train", "--help"], 0, ("chain_of_thought  supervised fine-tuning (sft)",)),
+    ("the methods", ["train", "--help"], 0, ("sft               supervised fine-tuning on chats",)),
 ]  # fmt: skip
 
 IN_ONE_PROCESS = """
@@ -329,7 +332,7 @@ def quick(desk: Path) -> dict[str, tuple[int, str, str | None, list[str]]]:
 
 
 @pytest.mark.parametrize(("name", "words", "code", "summary"), QUICK, ids=[row[0] for row in QUICK])
-def test_a_mistake_is_told_at_once(
+def test_a_mistake_is_reported_at_once(
     quick: dict[str, tuple[int, str, str | None, list[str]]],
     name: str,
     words: list[str],

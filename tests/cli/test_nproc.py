@@ -75,7 +75,7 @@ def test_it_trains_in_two_processes(tmp_path: Path, pico_folder: Path) -> None:
 
 
 @pytest.mark.slow
-def test_an_error_of_all_processes_is_told_once(tmp_path: Path, pico_folder: Path) -> None:
+def test_an_error_of_all_processes_is_reported_once(tmp_path: Path, pico_folder: Path) -> None:
     config = config_of(tmp_path, pico_folder, num_epochs=1)
     (tmp_path / "rows.jsonl").write_text('{"text": "lamp"}\n', encoding="utf-8")
     done = subprocess.run(command(config), capture_output=True, text=True, timeout=240)
@@ -88,7 +88,7 @@ def test_an_error_of_all_processes_is_told_once(tmp_path: Path, pico_folder: Pat
 @pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="finds the processes in /proc")
 @pytest.mark.parametrize("sent", [signal.SIGKILL, signal.SIGSTOP])
-def test_when_one_process_is_lost_all_end_and_the_run_goes_on(
+def test_when_one_process_is_lost_all_end_and_the_run_can_be_resumed(
     sent: signal.Signals, tmp_path: Path, pico_folder: Path
 ) -> None:
     config = config_of(tmp_path, pico_folder, num_epochs=4000, save_every=5)

@@ -1,4 +1,4 @@
-"""Every way in which a command can end has its exit code and its words."""
+"""Every way in which a command can end has its own exit code and message."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def ending_in(error: BaseException) -> Any:
     return CliRunner().invoke(app, ["fails"])
 
 
-def test_a_diagnostic_is_shown_with_its_place_and_code_2() -> None:
+def test_a_diagnostic_is_shown_with_its_location_and_code_2() -> None:
     result = ending_in(ConfigError([Diagnostic("run.json", 3, 7, "training.seed", '"x"', "a whole number")]))
     assert result.exit_code == 2
     assert result.stderr == 'run.json:3:7: training.seed: got "x"; expected a whole number\n'

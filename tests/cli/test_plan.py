@@ -11,7 +11,7 @@ import pytest
 from tests.cli.conftest import Invoke
 
 CLUSTER = ("--gpus", "16", "--memory", "80GiB")
-METHODS = ("fine_tuning", "chain_of_thought", "reward_model", "ppo", "rlhf", "autoregressive")
+METHODS = ("fine_tuning", "sft", "chain_of_thought", "reward_model", "ppo", "rlhf", "autoregressive")
 
 
 def config_of(folder: Path, weights: Path | str, method: str, **training: Any) -> Path:
@@ -100,7 +100,7 @@ def test_tensor_parallelism_goes_by_the_plan_of_transformers(tmp_path: Path, pic
     assert "has 4 attention heads; expected a divisor" in refused.stderr
 
 
-def test_what_does_not_fit_is_told_with_what_would(tmp_path: Path, pico_folder: Path, invoke: Invoke) -> None:
+def test_what_does_not_fit_is_reported_with_what_would(tmp_path: Path, pico_folder: Path, invoke: Invoke) -> None:
     config = config_of(tmp_path, pico_folder, "chain_of_thought", batch_size=64)
     small = ("--gpus", "16", "--memory", "12MB", "--mode", "replicate")
     result = invoke("plan", config, *small)
@@ -112,7 +112,7 @@ def test_what_does_not_fit_is_told_with_what_would(tmp_path: Path, pico_folder: 
     assert planned(invoke, config, *words, *small)["fits"]
 
 
-def test_tokens_may_be_told(tmp_path: Path, pico_folder: Path, invoke: Invoke) -> None:
+def test_tokens_can_be_set(tmp_path: Path, pico_folder: Path, invoke: Invoke) -> None:
     config = config_of(tmp_path, pico_folder, "fine_tuning")
     full, told = (planned(invoke, config, *CLUSTER, *words)["phases"][0] for words in ((), ("--tokens", "128")))
     assert (full["forward"]["tokens"], told["forward"]["tokens"]) == (8 * 64, 128)
@@ -142,7 +142,7 @@ def test_people_read_the_same(tmp_path: Path, pico_folder: Path, invoke: Invoke)
         ((*CLUSTER, "--interconnect", "fast"), "--interconnect: got 'fast'"),
     ],
 )
-def test_mistakes_say_what_is_expected(
+def test_mistakes_name_what_is_expected(
     words: tuple[str, ...], summary: str, tmp_path: Path, pico_folder: Path, invoke: Invoke
 ) -> None:
     refused = invoke("plan", config_of(tmp_path, pico_folder, "fine_tuning"), *words)
@@ -155,7 +155,7 @@ def test_mistakes_say_what_is_expected(
     ("weights", "summary"),
     [("./gone.safetensors", "does not exist"), ("nobody/nothing", "neither a file or folder here nor reachable")],
 )
-def test_a_model_that_is_not_at_hand_is_summary(weights: str, summary: str, tmp_path: Path, invoke: Invoke) -> None:
+def test_a_model_that_is_not_available_is_reported(weights: str, summary: str, tmp_path: Path, invoke: Invoke) -> None:
     refused = invoke("plan", config_of(tmp_path, weights, "fine_tuning"), *CLUSTER)
     assert refused.exit_code == 2
     assert summary in refused.stderr

@@ -68,7 +68,7 @@ def bytes_of(file: Path) -> int:
     ],
     ids=lambda training: "-".join(map(str, training.values())),
 )
-def test_what_training_holds_is_told_to_the_byte(training: dict[str, Any], tmp_path: Path, pico_folder: Path) -> None:
+def test_the_estimated_memory_of_training_is_exact(training: dict[str, Any], tmp_path: Path, pico_folder: Path) -> None:
     config = config_of(tmp_path, pico_folder, "fine_tuning", **training)
     train(config)
     saved = max((tmp_path / "run" / "checkpoints").glob("step-*"))
@@ -77,7 +77,7 @@ def test_what_training_holds_is_told_to_the_byte(training: dict[str, Any], tmp_p
     assert held["optimizer"] == bytes_of(saved / "optimizer.safetensors")
 
 
-def test_what_every_role_of_ppo_holds_is_told_to_the_byte(
+def test_the_estimated_memory_of_every_ppo_role_is_exact(
     tmp_path: Path, pico_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.syspath_prepend(str(TESTS / "methods"))
@@ -113,7 +113,7 @@ def medium_folder(tmp_path_factory: pytest.TempPathFactory, pico_tokenizer: Path
 
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("rows", [8, 24])
-def test_the_most_that_a_run_holds_is_told_within_a_tenth(
+def test_the_estimated_peak_memory_is_within_a_tenth(
     rows: int, checkpointing: bool, tmp_path: Path, medium_folder: Path
 ) -> None:
     config = config_of(
@@ -157,7 +157,7 @@ def sent(tmp_path_factory: pytest.TempPathFactory, pico_folder: Path) -> dict[st
 
 
 @pytest.mark.parametrize("run", ["fine_tuning", "lora", "ppo"])
-def test_replicated_processes_send_what_is_told(run: str, sent: dict[str, Any]) -> None:
+def test_replicated_processes_send_the_estimated_bytes(run: str, sent: dict[str, Any]) -> None:
     told = step_transfers(load_of(sent["configs"][run]), REPLICATE, TWO)
     assert {each.collective for each in told} == {ALL_REDUCE}
     assert len(sent[run]) == 2
@@ -166,7 +166,7 @@ def test_replicated_processes_send_what_is_told(run: str, sent: dict[str, Any]) 
 
 
 @pytest.mark.parametrize("reshard", [True, False])
-def test_sharded_processes_send_what_is_told(reshard: bool, sent: dict[str, Any], pico_folder: Path) -> None:
+def test_sharded_processes_send_the_estimated_bytes(reshard: bool, sent: dict[str, Any], pico_folder: Path) -> None:
     """FSDP2 itself, on a language model with one pass a step."""
     config = {
         "computation": {"mode": "posttraining", "method": "chain_of_thought"},

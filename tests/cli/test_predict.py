@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from loopos.cli.row_files import rendered
+from loopos.cli.answers import rendered
 from tests.cli.conftest import ENDINGS, Invoke, rows, write_jsonl
 
 CLASSES = {"good", "bad", "where"}
@@ -121,10 +121,11 @@ def test_input_that_is_not_utf8_is_named_by_line(run_folder: Path, monkeypatch: 
 
     from loopos.cli.predict import read_texts
     from loopos.config.diagnostics import DataError
+    from loopos.data.decoding import TextRules
 
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"good\nb\xe4d\n")))
     with pytest.raises(DataError, match=r"standard input:2: encoding: got the byte 0xe4"):
-        read_texts("-", {})
+        read_texts("-", {}, TextRules())
 
 
 def test_a_folder_without_a_run(tmp_path: Path, invoke: Invoke) -> None:
@@ -144,7 +145,7 @@ def test_evaluate_prints_one_object(run_folder: Path, project: Path, invoke: Inv
     assert metrics["accuracy"] == pytest.approx(json.loads(trained.stdout)["best_metric"])
 
 
-def test_evaluate_in_words(run_folder: Path, tmp_path: Path, invoke: Invoke) -> None:
+def test_evaluate_as_text(run_folder: Path, tmp_path: Path, invoke: Invoke) -> None:
     file = write_jsonl(tmp_path / "rows.jsonl", [*rows(6), {"text": " ", "label": "bad"}])
     refused = invoke("evaluate", run_folder, file)
     assert refused.exit_code == 2

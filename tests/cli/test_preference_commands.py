@@ -12,8 +12,8 @@ from unittest.mock import patch
 import pytest
 import torch
 
+from loopos.cli.data_preview import preferences_of, response_fates
 from loopos.cli.opened_models import use_of
-from loopos.cli.preference_preview import fates, preferences_of
 from loopos.config.methods import BUILTIN
 from loopos.config.ppo import PpoConfig
 from loopos.data.preference_tokens import EncodedComparison
@@ -113,7 +113,7 @@ def aligned(config: Write, invoke: Invoke) -> Any:
         ({"kl": 1e-12}, 0, "max_iterations", "stopped at max_iterations 2"),
     ],
 )
-def test_what_ended_a_policy_is_named_and_a_guard_has_its_own_exit_code(
+def test_the_end_of_a_policy_is_named_and_a_monitor_has_its_own_exit_code(
     guards: dict[str, Any],
     exit_code: int,
     stopped_by: str,
@@ -134,7 +134,7 @@ def test_what_ended_a_policy_is_named_and_a_guard_has_its_own_exit_code(
     assert found["ended"].startswith(ended)
     # A guard's run is over: its weights are there.
     assert (home / run / "model" / "model.safetensors").is_file()
-    assert "alarm: KL " in result.stderr
+    assert "alert: KL " in result.stderr
 
 
 @pytest.mark.usefixtures("known_rates")
@@ -297,13 +297,13 @@ def test_preview_of_many_responses(home: Path, config: Write, invoke: Invoke) ->
 
 def test_what_becomes_of_comparisons_that_are_too_long() -> None:
     whole = EncodedComparison([1, 2, 3], [[4, 5, 6], [4, 7]], (Pair(0, 1),), 0)
-    assert fates(whole, None, "drop") == ([3, 2], "")
-    assert fates(whole, 6, "drop") == ([3, 2], "")
-    assert fates(whole, 5, "drop") == ([0, 0], " · dropped: over max_length 5")
-    assert fates(whole, 5, "error")[1] == " · an error: over max_length 5"
-    assert fates(whole, 5, "cut") == ([2, 2], " · cut at 5")
-    assert fates(whole, 4, "cut") == ([0, 0], " · dropped: two responses of the same tokens, cut at 4")
-    assert fates(whole, 3, "cut") == ([0, 0], " · dropped: prompt over max_length")
+    assert response_fates(whole, None, "drop") == ([3, 2], "")
+    assert response_fates(whole, 6, "drop") == ([3, 2], "")
+    assert response_fates(whole, 5, "drop") == ([0, 0], " · dropped: over max_length 5")
+    assert response_fates(whole, 5, "error")[1] == " · an error: over max_length 5"
+    assert response_fates(whole, 5, "cut") == ([2, 2], " · cut at 5")
+    assert response_fates(whole, 4, "cut") == ([0, 0], " · dropped: two responses of the same tokens, cut at 4")
+    assert response_fates(whole, 3, "cut") == ([0, 0], " · dropped: prompt over max_length")
 
 
 def test_the_second_response_may_be_the_chosen_one() -> None:
@@ -361,7 +361,7 @@ def test_scores_as_json_lines(home: Path, reward_run: Path, tmp_path: Path, invo
     assert "12 rows" in written.stderr
 
 
-def test_a_broken_row_is_told_with_file_and_line(tmp_path: Path, reward_run: Path, invoke: Invoke) -> None:
+def test_a_broken_row_is_reported_with_file_and_line(tmp_path: Path, reward_run: Path, invoke: Invoke) -> None:
     broken = [COMPARISONS[0], {**COMPARISONS[1], "chosen": None}, {**COMPARISONS[2], "rejected": "thank you, it comes"}]
     file = write_jsonl(tmp_path / "broken.jsonl", broken)
     result = invoke("score", reward_run, file)
@@ -373,7 +373,7 @@ def test_a_broken_row_is_told_with_file_and_line(tmp_path: Path, reward_run: Pat
     assert [json.loads(line)["line"] for line in skipped.stdout.splitlines()] == [1]
 
 
-def test_a_reward_model_predicts_no_labels_and_says_no_text(home: Path, reward_run: Path, invoke: Invoke) -> None:
+def test_a_reward_model_predicts_no_labels_and_generates_no_text(home: Path, reward_run: Path, invoke: Invoke) -> None:
     rows = home / "comparisons.jsonl"
     for words in (("predict", reward_run, rows), ("evaluate", reward_run, rows), ("generate", reward_run, "-p", "hi"),
                   ("predict", reward_run / "model", rows), ("chat", reward_run)):  # fmt: skip
@@ -444,7 +444,3 @@ def test_schema_of_every_method(method: str, invoke: Invoke) -> None:
     assert result.exit_code == 0
     described = json.loads(result.stdout)
     assert {"computation", "training", "data"} <= set(described["properties"])
-
-
-def test_there_are_six_methods() -> None:
-    assert len(BUILTIN) == 6

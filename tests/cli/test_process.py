@@ -24,7 +24,7 @@ def test_all_settings_are_expected_in_an_empty_environment() -> None:
     }
 
 
-def test_what_the_user_set_is_left_alone() -> None:
+def test_user_settings_are_unchanged() -> None:
     expected = process_settings({"MALLOC_TOP_PAD_": "0", "OMP_PROC_BIND": "false"})
     assert set(expected) == {"MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_"}
 
@@ -57,7 +57,7 @@ def test_a_test_runner_is_not_the_command_line() -> None:
     assert not process.is_own_process()
 
 
-def test_settings_in_force_tell_values_and_who_set_them(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_settings_in_force_show_values_and_their_source(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in process.REPORTED:
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("MALLOC_TOP_PAD_", "7")

@@ -80,7 +80,7 @@ def test_blank_lines_between_prompts_are_counted_by_ppo(tmp_path: Path) -> None:
     assert sorted(each.row.line for each in [*found.train, *found.validation]) == [2, 5]
 
 
-def test_what_generate_writes_is_asked_again_as_it_was(invoke: Invoke, language_run: Path, tmp_path: Path) -> None:
+def test_the_output_of_generate_is_accepted_as_prompts(invoke: Invoke, language_run: Path, tmp_path: Path) -> None:
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("where is it?\nhow late is it?\n")
     options = ("-n", 2, "--temperature", 1, "--max-new-tokens", 3, "--device", "cpu")

@@ -20,7 +20,7 @@ def text(tmp_path: Path) -> Path:
     return file
 
 
-def test_prunes_and_tells(invoke: Invoke, language_run: Path, text: Path, tmp_path: Path) -> None:
+def test_prune_writes_a_model_and_a_report(invoke: Invoke, language_run: Path, text: Path, tmp_path: Path) -> None:
     options = (
         "--calibration",
         text,

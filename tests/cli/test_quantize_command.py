@@ -13,7 +13,9 @@ from tests.conftest import SENTENCES
 pytestmark = pytest.mark.usefixtures("few_goes")
 
 
-def test_quantizes_tells_and_every_command_opens_it(invoke: Invoke, language_run: Path, tmp_path: Path) -> None:
+def test_quantize_writes_a_report_and_every_command_opens_the_model(
+    invoke: Invoke, language_run: Path, tmp_path: Path
+) -> None:
     text = tmp_path / "text.txt"
     text.write_text("\n".join(f"{each}. {other}!" for each in SENTENCES for other in SENTENCES), encoding="utf-8")
     read = ("--calibration", "awq", "--calibration-text", text, "--calibration-rows", 4, "--calibration-tokens", 16)

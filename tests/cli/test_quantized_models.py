@@ -1,4 +1,4 @@
-"""A quantized folder through every command that opens a model, and what the commands that cannot take it say."""
+"""A quantized folder in every command that opens a model, and the messages of commands that cannot use it."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def home(tmp_path_factory: pytest.TempPathFactory, pico_folder: Path, language_r
     return made
 
 
-def test_a_language_model_speaks_and_is_measured(home: Home, tmp_path: Path, invoke: Invoke) -> None:
+def test_a_language_model_generates_and_is_evaluated(home: Home, tmp_path: Path, invoke: Invoke) -> None:
     greedy = ("--max-new-tokens", 6, "--temperature", 0, *DEVICE)
     summary = invoke("generate", home["language"], "-p", "the film", "--raw", *greedy)
     assert summary.exit_code == 0, summary.stderr
@@ -135,7 +135,7 @@ def test_the_folder_is_exported_as_it_is(kind: str, home: Home, tmp_path: Path, 
         (("--format", "huggingface", "--type", "bf16"), "--type: got bf16 for"),
     ],
 )
-def test_codes_are_written_out_nowhere(
+def test_exit_codes_are_never_written_as_numbers(
     words: tuple[str, ...], told: str, home: Home, language_run: Path, tmp_path: Path, invoke: Invoke
 ) -> None:
     result = invoke("export", home["language"], *words, "-o", tmp_path / "out")

@@ -20,11 +20,12 @@ from tests.cli.conftest import Invoke, rows, write_jsonl
 CHAT = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "hello"}]
 ROWS: dict[str, list[dict[str, Any]]] = {
     "fine_tuning": rows(12),
+    "sft": [{"messages": CHAT} for _ in range(6)],
     "chain_of_thought": [{"messages": CHAT} for _ in range(6)],
     "reward_model": [{"prompt": f"p {number}", "chosen": "a", "rejected": "b"} for number in range(6)],
     "rlhf": [{"prompt": f"p {number}", "chosen": "a", "rejected": "b"} for number in range(6)],
 }
-PASSES = {"fine_tuning": 1, "chain_of_thought": 1, "reward_model": 1, "rlhf": 2}
+PASSES = {"fine_tuning": 1, "sft": 1, "chain_of_thought": 1, "reward_model": 1, "rlhf": 2}
 """Both phases of rlhf read the file, each something else of its rows."""
 
 

@@ -68,7 +68,13 @@ def test_show_keeps_to_what_is_not_at_its_default(trained: Any, project: Path, i
             "training.batch_size",
             "training.device",
         ),
-        *("training.learning_rate", "training.num_epochs", "training.optimizer", "training.precision"),
+        *(
+            "training.learning_rate",
+            "training.num_epochs",
+            "training.precision",
+            "training.schedule",
+            "training.warmup",
+        ),
     }
     # The validation stands on a screen of 24 lines; nothing is there twice.
     assert [line for line in lines[:24] if line.split()[:1] == ["accuracy"]]

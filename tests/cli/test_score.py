@@ -45,7 +45,7 @@ def lines(result: Any) -> list[dict[str, Any]]:
 FORMS: dict[str, Any] = {
     "a prompt and a response": lambda prompt, response: {"prompt": prompt, "response": response},
     "what generate writes": lambda prompt, response: {
-        "prompt": prompt, "text": response, "logprob": -3.5, "finish_reason": "stop token", "tokens": 7, "sample": 0,
+        "prompt": prompt, "text": response, "logprob": -3.5, "finish_reason": "stop", "tokens": 7, "sample": 0,
     },
     "what generate writes of steps": lambda prompt, response: {
         "prompt": prompt, "text": response, "steps": [], "answer": "7", "logprob": -3.5,

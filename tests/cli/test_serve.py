@@ -1,4 +1,4 @@
-"""`loopos serve`: faults before torch, kinds of models, and the orderly end."""
+"""`loopos serve`: mistakes found before torch is imported, kinds of models, and the orderly shutdown."""
 
 from __future__ import annotations
 
@@ -112,7 +112,7 @@ def test_the_orderly_end(language_run: Path) -> None:
     assert told["usage"]["completion_tokens"] == 8 * 240
 
 
-def test_what_outlasts_the_time_of_grace_is_told(language_run: Path) -> None:
+def test_requests_that_outlast_the_grace_period_are_reported(language_run: Path) -> None:
     answers: list[tuple[int, dict[str, Any]]] = []
     with command(language_run, "--grace-seconds", 0) as (server, process):
         body = {"model": server.name, "prompt": "where", "max_tokens": 240, "n": 100, "logit_bias": {"2": -100}}

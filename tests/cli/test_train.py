@@ -1,4 +1,4 @@
-"""`loopos train` on the pico model: its answer, its exit codes, its refusals, and what a dry run says."""
+"""`loopos train` on the pico model: its output, exit codes, refusals, and dry run."""
 
 from __future__ import annotations
 
@@ -34,11 +34,11 @@ def test_the_answer_is_one_json_object(trained: Any, project: Path) -> None:
     assert answer["tokens"] > 0
 
 
-def test_quiet_says_nothing_else(trained: Any) -> None:
+def test_quiet_prints_nothing_else(trained: Any) -> None:
     assert trained.stderr == ""
 
 
-def test_the_settings_of_the_process_are_kept_in_the_run(trained: Any, project: Path) -> None:
+def test_the_settings_of_the_process_are_recorded_in_the_run(trained: Any, project: Path) -> None:
     session = (project / "outputs" / "first" / "events.jsonl").read_text(encoding="utf-8").splitlines()[0]
     kept = json.loads(session)["metrics"]["environment"]
     assert kept["set_by_loopos"] == ""
@@ -100,7 +100,7 @@ def test_a_run_that_did_not_beat_its_start_says_so_in_its_last_line(
 
 
 def test_diagnostics_show_without_torch_in_a_few_lines(tmp_path: Path, guide_config: Path) -> None:
-    """The guide's config as given, in a folder where its files are not."""
+    """The guide's config, unchanged, in a folder without its files."""
     program = (
         "import sys, typer\n"
         "from loopos.cli.commands import app\n"
@@ -201,7 +201,7 @@ def test_a_dry_run_counts_what_trains(
     assert json.loads(result.stdout)["model"]["trained"] == trained_parameters
 
 
-def test_a_dry_run_in_words(project: Path, invoke: Invoke) -> None:
+def test_a_dry_run_as_text(project: Path, invoke: Invoke) -> None:
     result = invoke("train", project / "run.json", "--dry-run")
     names = [line.split()[0] for line in result.stdout.splitlines() if not line.startswith(" ")]
     assert names == ["model", "trains", "data", "rows", "tokens", "steps", "memory", "disk", "time", "verdict"]

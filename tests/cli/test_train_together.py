@@ -1,4 +1,4 @@
-"""Runs that meet in one folder, runs that are watched, and a run whose terminal is closed: real processes, forked."""
+"""Two runs in one folder, `runs` commands on a live run, and a run whose terminal is closed, with real forked processes."""
 
 from __future__ import annotations
 
@@ -102,7 +102,7 @@ def test_of_two_runs_into_one_folder_one_trains_and_the_other_names_it(
     assert not (folder / "run.lock").exists()
 
 
-def test_runs_list_tells_running_interrupted_killed_and_finished_apart(
+def test_runs_list_distinguishes_running_interrupted_killed_and_finished(
     trained: Any, project: Path, tmp_path: Path, invoke: Invoke
 ) -> None:
     def listed() -> dict[str, Any]:

@@ -78,7 +78,7 @@ def test_a_model_against_itself_ties_with_the_same_seed(
     assert found["both_orders"]["contradictions"] == 0
 
 
-def test_a_reward_model_judges_and_what_is_left_out_is_counted(
+def test_a_reward_model_judges_and_skipped_pairs_are_counted(
     language_run: Path, other_run: Path, tmp_path: Path, pico_folder: Path, invoke: Invoke
 ) -> None:
     rows = [{"prompt": f"the lamp {i}", "chosen": "thank you", "rejected": "never again"} for i in range(8)]
@@ -118,7 +118,7 @@ def test_a_reward_model_judges_and_what_is_left_out_is_counted(
     ]
 
 
-def test_in_words(language_run: Path, other_run: Path, prompts: Path, longer: str, invoke: Invoke) -> None:
+def test_as_text(language_run: Path, other_run: Path, prompts: Path, longer: str, invoke: Invoke) -> None:
     result = invoke("winrate", language_run, other_run, prompts, "--judge", longer, "--limit", 2, *WORDS[:-1])
     assert result.exit_code == 0
     assert f"{prompts}: 2 prompts, 2 pairs" in result.stdout

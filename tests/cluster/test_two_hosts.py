@@ -1,5 +1,5 @@
-"""A run over two hosts, whole, and cut in two by a pulled cable: both hosts end, say why, and the resumed run is the
-whole one.
+"""A run over two hosts, undisturbed and with a pulled cable: both hosts end with a reason, and the resumed run equals the
+uninterrupted one.
 """
 
 from __future__ import annotations
@@ -120,7 +120,7 @@ def of_two_hosts(
 @pytest.mark.parametrize(
     ("method", "cut_at", "rendezvous"), [(fine_tuning, 200, "static"), (ppo, 30, "static"), (fine_tuning, 200, "c10d")]
 )
-def test_a_pulled_cable_ends_both_hosts_and_the_resumed_run_is_the_whole_one(
+def test_a_pulled_cable_ends_both_hosts_and_the_resumed_run_equals_the_uninterrupted_one(
     method: Any,
     cut_at: int,
     rendezvous: str,

@@ -38,7 +38,7 @@ def missing() -> str | None:
 
 
 def command_of(process: int) -> bytes:
-    """The words that a process was started with; of one that is gone, those of a launcher."""
+    """The arguments of a process; for a process that has ended, those of a launcher."""
     try:
         return Path(f"/proc/{process}/cmdline").read_bytes()
     except (FileNotFoundError, ProcessLookupError):
@@ -58,7 +58,7 @@ class Host:
         subprocess.run(["ip", "-n", self.name, *words], check=True, capture_output=True)
 
     def start(self, command: Sequence[str], log: Path) -> subprocess.Popen[bytes]:
-        """Starts a command on this host; all that it says goes to `log`."""
+        """Starts a command on this host; its output goes to `log`."""
         inside = ["unshare", "--uts", "sh", "-c", f'hostname {self.name} && exec "$@"', "sh", *command]
         environment = {**os.environ, "GLOO_SOCKET_IFNAME": self.cable, "OMP_NUM_THREADS": "1"}
         with log.open("ab") as summary:

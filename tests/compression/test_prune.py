@@ -1,4 +1,4 @@
-"""Pruning of folders: exact counts, Wanda beside a plain loop, what is written and said, and what is refused."""
+"""Pruning of folders: exact counts, Wanda beside a plain loop, output files and messages, and what is refused."""
 
 from __future__ import annotations
 
@@ -17,10 +17,11 @@ import loopos
 from loopos.compression.blocks import linears_of
 from loopos.compression.calibration import read_calibration
 from loopos.compression.prune import Pruner, prune_model, zeros_of
-from loopos.config.compression import PruningRecipe, read_pruning_recipe
+from loopos.config.compression import PruningRecipe
 from loopos.config.diagnostics import ConfigError, UserError
+from loopos.config.load import read_recipe
 from loopos.models.adapters import layer_list
-from loopos.models.opened import open_model
+from loopos.models.folders import open_model
 
 pytestmark = pytest.mark.usefixtures("few_goes")
 
@@ -51,7 +52,7 @@ UNSTRUCTURED: list[tuple[str, dict[str, Any]]] = [
 
 
 @pytest.mark.parametrize(("method", "keys"), UNSTRUCTURED, ids=lambda value: str(value))
-def test_counts_are_exact_and_the_rest_is_left_alone(
+def test_counts_are_exact_and_the_rest_is_unchanged(
     method: str, keys: dict[str, Any], pico_folder: Path, text: Path, tmp_path: Path
 ) -> None:
     recipe = recipe_of(pico_folder, method, text if method != "magnitude" else None, **keys)
@@ -174,7 +175,7 @@ def test_report_recipe_and_curve(pico_folder: Path, text: Path, tmp_path: Path) 
     assert "zeros by themselves make a dense product no faster" in report
     assert "`self_attn.q_proj` | 2,048 | 1,024 | 50.00%" in report
     assert (tmp_path / "out" / "perplexity.svg").read_text(encoding="utf-8").startswith("<?xml")
-    assert read_pruning_recipe(str(tmp_path / "out" / "recipe.json"), []) == recipe
+    assert read_recipe(PruningRecipe, str(tmp_path / "out" / "recipe.json")) == recipe
 
 
 def test_the_same_recipe_gives_the_same_weights(pico_folder: Path, text: Path, tmp_path: Path) -> None:
@@ -234,7 +235,7 @@ def test_diagnostics_of_a_recipe(
     file = tmp_path / "recipe.json"
     file.write_text(json.dumps(values, indent=1), encoding="utf-8")
     with pytest.raises(ConfigError, match=told) as raised:
-        read_pruning_recipe(str(file), [])
+        read_recipe(PruningRecipe, str(file))
     assert str(file) in str(raised.value)
 
 

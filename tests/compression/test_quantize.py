@@ -1,4 +1,4 @@
-"""Quantization of folders: what is written, what opens it, what it says, what is refused."""
+"""Quantization of folders: output files, programs that open them, reports, and what is refused."""
 
 from __future__ import annotations
 
@@ -18,13 +18,14 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 import loopos
 from loopos.compression.pipeline import Rate
 from loopos.compression.quantize import Quantizer
-from loopos.config.compression import QuantizationRecipe, read_quantization_recipe
+from loopos.config.compression import QuantizationRecipe
 from loopos.config.diagnostics import ConfigError, UserError
+from loopos.config.load import read_recipe
 from loopos.evaluation.reasoning import Reasoner
 from loopos.generation.decoders import probed
-from loopos.generation.settings import SamplingSettings
+from loopos.generation.settings import SamplingParams
+from loopos.models.folders import open_model
 from loopos.models.load import load_pretrained
-from loopos.models.opened import open_model
 from loopos.models.quantized import quantized_layers
 
 pytestmark = pytest.mark.usefixtures("few_goes")
@@ -79,7 +80,7 @@ CASES: list[tuple[str, str]] = [
 
 
 @pytest.mark.parametrize(("method", "calibration"), CASES, ids=" ".join)
-def test_the_folder_says_what_the_weights_written_out_say(
+def test_the_folder_gives_the_outputs_of_its_dequantized_weights(
     method: str, calibration: str, pico_folder: Path, text: Path, tmp_path: Path
 ) -> None:
     read = None if calibration == "none" else text
@@ -106,14 +107,14 @@ def test_the_folder_says_what_the_weights_written_out_say(
 
 
 def test_every_door_opens_it(pico_folder: Path, text: Path, tmp_path: Path) -> None:
-    """Rows decode together over our cache, one alone and many, which take other kernels; perplexity is measured."""
+    """One row and many rows decode with our cache, which use different kernels; perplexity is measured."""
     recipe = recipe_of(pico_folder, "int8", evaluate=str(text), window=64)
     result = Quantizer(recipe).quantize(tmp_path / "out")
     was, became = result.before.metrics["perplexity"], result.after[0].measured.metrics["perplexity"]
     assert became == pytest.approx(was, rel=0.02)
     reasoner = Reasoner.open(str(tmp_path / "out"))
     assert reasoner.model.dtype == torch.bfloat16
-    settings = SamplingSettings(max_new_tokens=3, stop_at_end=False)
+    settings = SamplingParams(max_new_tokens=3, stop_at_end=False)
     for number in (1, 6):
         written = reasoner.engine.generate([[5, 6, 7 + index] for index in range(number)], settings, logprobs=False)
         assert [len(each.token_ids) for each in written] == [3] * number
@@ -211,7 +212,7 @@ def test_a_slower_model_is_no_success(pico_folder: Path, tmp_path: Path) -> None
     assert f"**{after.verdict}**" in report
     assert f"{after.measured.weight_bytes / 1e6:,.1f}" in report
     assert "only size and speed were measured" in report
-    assert read_quantization_recipe(str(tmp_path / "out" / "recipe.json"), []) == recipe_of(pico_folder, "int8")
+    assert read_recipe(QuantizationRecipe, str(tmp_path / "out" / "recipe.json")) == recipe_of(pico_folder, "int8")
 
 
 @pytest.mark.parametrize(
@@ -234,5 +235,5 @@ def test_diagnostics_of_a_recipe(
     file = tmp_path / "recipe.json"
     file.write_text(json.dumps(values, indent=1), encoding="utf-8")
     with pytest.raises(ConfigError, match=told) as raised:
-        read_quantization_recipe(str(file), [])
+        read_recipe(QuantizationRecipe, str(file))
     assert str(file) in str(raised.value)

@@ -1,4 +1,4 @@
-"""A valid config in a folder of its own, and `diagnostics_in`, which loads a text there and gives its faults."""
+"""A valid config in a folder of its own, and `diagnostics_in`, which loads a text there and returns its diagnostics."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def load_text(folder: Path) -> Callable[..., LoadedConfig]:
 
 @pytest.fixture
 def diagnostics_in(load_text: Callable[..., LoadedConfig]) -> Callable[..., tuple[Diagnostic, ...]]:
-    """`diagnostics_in(text, overrides, name)`: the faults of a file with that text, none if it is valid."""
+    """`diagnostics_in(text, overrides, name)`: the diagnostics of a file with that text, none if it is valid."""
 
     def diagnostics(text: str, overrides: Sequence[str] = (), name: str = "run.json") -> tuple[Diagnostic, ...]:
         try:

@@ -1,4 +1,4 @@
-"""A table of broken configs: each has one fault, and it names the line, the field, and what was expected."""
+"""A table of broken configs: each has one diagnostic, which names the line, the field, and what was expected."""
 
 from __future__ import annotations
 
@@ -201,7 +201,6 @@ ADDED_TO_TRAINING: list[tuple[str, str, str]] = [
     ('"trainable": "lora", "lora": {"target_modules": [3]}', "lora.target_modules.0", "text that is not empty"),
     ('"trainable": "lora", "lora": 8', "lora", "a section"),
     ('"shuffle": "true"', "shuffle", "true or false"),
-    ('"num_workers": -1', "num_workers", "a whole number >= 0"),
     ('"max_length": 0', "max_length", "a whole number >= 1 or null"),
     ('"max_seq_length": 128', "max_seq_length", "a key of training"),
     ('"on_nonfinite": "ignore"', "on_nonfinite", '"stop" or "skip"'),
@@ -249,7 +248,6 @@ ADDED_TO_DATA: list[tuple[str, str, str]] = [
     ('"subset": []', "subset", "text that is not empty or null"),
     ('"shuffle": 1', "shuffle", "true or false"),
     ('"max_length": "long"', "max_length", "a whole number >= 1 or null"),
-    ('"num_workers": 1.5', "num_workers", "a whole number >= 0"),
     ('"batch_size": 8', "batch_size", "a key of data"),
     ('"train_file": "rows.jsonl"', "train_file", "a key of data"),
 ]

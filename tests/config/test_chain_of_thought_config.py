@@ -187,7 +187,7 @@ def test_each_contradiction_is_one_diagnostic(
         ["generation.strategy=self_consistency:8", "generation.temperature=0.7"],
         ["generation.min_thinking_tokens=10", "generation.max_thinking_tokens=100"],
         ["evaluation.checker=my.checks:right", "training.metric=accuracy"],
-        ["self_improvement.rounds=2", "self_improvement.rationalise=true"],
+        ["self_improvement.rounds=2", "self_improvement.rationalize=true"],
         ['data.columns={"problem": "q", "reasoning": "r", "answer": "a"}'],
         ["data.max_length=512"],
         ["training.trainable=lora"],

@@ -29,7 +29,7 @@ def clone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path / "clone"
 
 
-def test_a_clone_that_is_imported_where_it_lies(clone: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_clone_that_is_imported_in_place(clone: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(extras, "_PACKAGE", clone / "src" / "loopos")
     assert extras.install_command("eval") == f'pip install -e "{clone}[eval]"'
     monkeypatch.chdir(clone)

@@ -59,7 +59,12 @@ def test_bounds_defaults_and_choices_are_there() -> None:
     assert {"type": "null"} in section("model")["properties"]["num_classes"]["anyOf"]
 
 
-def test_keys_that_may_stand_under_data_are_in_its_schema() -> None:
+def test_keys_allowed_under_data_are_in_its_schema() -> None:
     data, training = section("data")["properties"], section("training")["properties"]
-    for key in ("shuffle", "num_workers", "prefetch_batches", "max_length"):
+    for key in ("shuffle", "max_length"):
         assert data[key] == training[key]
+
+
+def test_keys_without_effect_are_not_in_the_schema() -> None:
+    for name in ("training", "data"):
+        assert not {"num_workers", "prefetch_batches"} & set(section(name)["properties"])

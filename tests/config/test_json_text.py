@@ -1,4 +1,4 @@
-"""JSON: places of keys and values, values equal to those of the standard library, and a table of broken texts."""
+"""JSON: positions of keys and values, values equal to those of the standard library, and a table of broken texts."""
 
 from __future__ import annotations
 
@@ -90,7 +90,7 @@ def test_the_table_has_its_size() -> None:
     BROKEN,
     ids=[str(index) for index in range(len(BROKEN))],
 )
-def test_each_broken_text_has_one_diagnostic_at_its_place(
+def test_each_broken_text_has_one_diagnostic_at_its_position(
     text: str, line: int, column: int, actual_piece: str, expected: str, hint: str
 ) -> None:
     with pytest.raises(ConfigError) as caught:
@@ -102,7 +102,7 @@ def test_each_broken_text_has_one_diagnostic_at_its_place(
     assert hint in diagnostic.hint
 
 
-def test_every_repeated_key_is_told() -> None:
+def test_every_repeated_key_is_reported() -> None:
     with pytest.raises(ConfigError) as caught:
         parse_json('{"a": 1,\n"a": 2,\n"b": {"c": 1,\n"c": 2},\n"a": 3}', "a.json")
     assert [(diagnostic.line, diagnostic.field) for diagnostic in caught.value.diagnostics] == [
@@ -112,7 +112,7 @@ def test_every_repeated_key_is_told() -> None:
     ]
 
 
-def test_places_of_keys_and_values() -> None:
+def test_positions_of_keys_and_values() -> None:
     root = parse_json('{\r\n  "é": [1,\n   {"b": null}]\r}', "a.json")
     assert value_mark(root, ()) == Mark("a.json", 1, 1)
     assert key_mark(root, ("é",)) == Mark("a.json", 2, 3)

@@ -1,4 +1,4 @@
-"""Recipes of merges: every fault at once, with its place."""
+"""Merge recipes: every diagnostic at once, with its position."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def models(tmp_path: Path) -> list[str]:
 
 @pytest.fixture
 def diagnostics(tmp_path: Path, models: list[str]) -> Faults:
-    """The faults of a recipe by field: `diagnostics(method="ties", density=2)`."""
+    """The diagnostics of a recipe by field: `diagnostics(method="ties", density=2)`."""
 
     def told(**keys: Any) -> dict[str, str]:
         values = {"method": "linear", "models": models, "output_dir": str(tmp_path / "out"), **keys}
@@ -82,7 +82,7 @@ def test_diagnostics_come_at_once(diagnostics: Faults) -> None:
         ({"models": ["/nowhere/at/all", "smollm2-135m"]}, "models.0.model", "no folder"),
     ],
 )  # fmt: skip
-def test_contradictions_are_told(diagnostics: Faults, keys: dict[str, Any], field: str, words: str) -> None:
+def test_contradictions_are_reported(diagnostics: Faults, keys: dict[str, Any], field: str, words: str) -> None:
     found = diagnostics(**keys)
     assert list(found) == [field]
     assert words in found[field]
@@ -120,7 +120,7 @@ def test_only_the_folder_of_an_earlier_merge_is_replaced(
     assert not refused or "that no merge wrote" in found["output_dir"]
 
 
-def test_keys_without_effect_are_summary(tmp_path: Path, models: list[str]) -> None:
+def test_keys_without_effect_are_reported(tmp_path: Path, models: list[str]) -> None:
     file = tmp_path / "recipe.json"
     file.write_text(
         json.dumps(

@@ -219,7 +219,7 @@ WRONG: list[tuple[str, list[str], str, str]] = [
         "data.output_dir",
         "another",
     ),
-    ("reward_model", ["reward.centring=-1"], "reward.centring", "a number >= 0"),
+    ("reward_model", ["reward.center_rewards=-1"], "reward.center_rewards", "a number >= 0"),
     ("reward_model", ["reward.heads=0"], "reward.heads", "a whole number >= 1"),
     ("reward_model", ["training.clip_epsilon=0.2"], "training.clip_epsilon", "a key of training"),
     ("ppo", ["data.prompts=null"], "data.prompts", "the rows to train on"),
@@ -238,8 +238,8 @@ WRONG: list[tuple[str, list[str], str, str]] = [
         "training.value_model",
         '"policy" or "shared"',
     ),
-    ("ppo", ['reward.functions=[{"name": "lengths"}]'], "reward.functions.0.name", '"module:function"'),
-    ("ppo", ['reward.functions=[{"weight": 1}]'], "reward.functions.0.name", '"module:function"'),
+    ("ppo", ['reward.functions=[{"name": "lengths"}]'], "reward.functions.0.name", '"module:name"'),
+    ("ppo", ['reward.functions=[{"weight": 1}]'], "reward.functions.0.name", '"module:name"'),
     ("ppo", ["training.trainable=head"], "training.trainable", '"all" or "lora"'),
     ("ppo", ["training.kl_in=loss", "training.kl_estimator=k1"], "training.kl_estimator", '"k2", or nothing'),
     ("ppo", ["training.kl_in=loss", "training.kl_estimator=k3"], "training.kl_estimator", '"k2", or nothing'),
@@ -356,7 +356,7 @@ def test_each_mistake_is_one_diagnostic(
         ("rows.jsonl", "which contains no trained model", ""),
     ],
 )
-def test_what_is_no_reward_model_is_summary(preference_diagnostics: Faults, name: str, actual: str, hint: str) -> None:
+def test_what_is_no_reward_model_is_reported(preference_diagnostics: Faults, name: str, actual: str, hint: str) -> None:
     (diagnostic,) = preference_diagnostics("ppo", [f"data.reward_model={name}"])
     assert actual in diagnostic.actual
     assert hint in diagnostic.hint
@@ -365,7 +365,9 @@ def test_what_is_no_reward_model_is_summary(preference_diagnostics: Faults, name
 @pytest.mark.parametrize(
     ("method", "key", "meant"),
     [
-        ("reward_model", "reward.centering", '"centring"'),
+        ("reward_model", "reward.centering", '"center_rewards"'),
+        ("reward_model", "reward.center_rewards_coefficient", '"center_rewards"'),
+        ("reward_model", "training.clip_epsilon", 'it belongs to the methods "ppo" and "rlhf"'),
         ("ppo", "training.clip_epsilom", '"clip_epsilon"'),
         ("ppo", "training.kl_coef", '"kl_coefficient"'),
         ("ppo", "guards.repetitions", '"repetition"'),
@@ -373,7 +375,7 @@ def test_what_is_no_reward_model_is_summary(preference_diagnostics: Faults, name
         ("rlhf", "training.max_new_tokens", 'belongs under "generation"'),
     ],
 )
-def test_an_unknown_key_is_told_what_was_meant(
+def test_an_unknown_key_suggests_the_intended_one(
     preference_diagnostics: Faults, method: str, key: str, meant: str
 ) -> None:
     (diagnostic,) = preference_diagnostics(method, [f"{key}=1"])
@@ -387,7 +389,7 @@ def test_an_unknown_key_is_told_what_was_meant(
         ("reward_model", ["data.preference_data=null", "data.training_data=rows.jsonl"]),
         ("reward_model", ["training.trainable=head"]),
         ("reward_model", ["training.trainable=lora", "training.metric=pair_accuracy"]),
-        ("reward_model", ["data.chat_template=none", "reward.heads=4", "reward.centring=0.01"]),
+        ("reward_model", ["data.chat_template=none", "reward.heads=4", "reward.center_rewards=0.01"]),
         ("ppo", ["data.reward_model=run"]),
         ("ppo", ["data.reward_model=run/model"]),
         ("ppo", ["data.reward_model=null", "training.value_model=shared", 'reward.functions=[{"name": "a.b:c"}]']),
@@ -410,7 +412,7 @@ def test_what_is_no_mistake_loads(preference_diagnostics: Faults, method: str, o
     ("method", "overrides", "noted"),
     [
         ("reward_model", [], []),
-        ("reward_model", ["training.head_learning_rate=0.1"], []),
+        ("reward_model", ["training.head_learning_rate=0.01"], []),
         ("reward_model", ['data.columns={"margin": "m"}'], ["data.columns.margin"]),
         ("reward_model", ['data.columns={"margin": "m"}', "reward.margins=true"], []),
         ("reward_model", ['data.columns={"p_human": "p"}'], []),
@@ -454,7 +456,7 @@ def test_what_is_no_mistake_loads(preference_diagnostics: Faults, method: str, o
         ("rlhf", ["data.validation_data=scorer", "data.validation_share=0.2", "data.prompts=rows.jsonl"], []),
         ("rlhf", ["data.max_dropped_share=0.5", "data.over_length=cut"], []),
         ("rlhf", ["data.max_dropped_share=0.5", "data.over_length=error"], ["data.max_dropped_share"]),
-        ("rlhf", ['reward_training={"learning_rate": 0.1, "num_cycles": 2}'], ["reward_training.num_cycles"]),
+        ("rlhf", ['reward_training={"learning_rate": 1e-5, "num_cycles": 2}'], ["reward_training.num_cycles"]),
         ("rlhf", ["training.num_cycles=2"], ["training.num_cycles"]),
     ],
 )

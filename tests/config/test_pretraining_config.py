@@ -41,7 +41,7 @@ def shipped_diagnostics(load_shipped: Loads) -> Faults:
     return diagnostics
 
 
-def test_the_shipped_config(load_shipped: Loads) -> None:
+def test_the_config_in_the_repository(load_shipped: Loads) -> None:
     loaded = load_shipped()
     config = loaded.config
     assert isinstance(config, PretrainingConfig)

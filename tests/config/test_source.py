@@ -131,7 +131,7 @@ def test_overrides_that_lead_nowhere(override: str, field: str, expected: str) -
     assert expected in diagnostic.expected
 
 
-def test_all_broken_overrides_are_told_and_good_ones_have_no_line() -> None:
+def test_all_broken_overrides_are_reported_and_good_ones_have_no_line() -> None:
     root = parse_json('{"a": 1}', "a.json")
     assert isinstance(root, MappingNode)
     with pytest.raises(ConfigError) as caught:

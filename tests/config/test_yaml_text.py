@@ -1,4 +1,4 @@
-"""YAML 1.2 scalars, places, and a table of broken texts."""
+"""YAML 1.2 scalars, positions, and a table of broken texts."""
 
 from __future__ import annotations
 
@@ -97,7 +97,7 @@ def test_not_a_number_is_a_float() -> None:
 
 
 @pytest.mark.parametrize(("text", "line", "column", "actual_piece", "hint"), BROKEN)
-def test_each_broken_text_has_one_diagnostic_at_its_place(
+def test_each_broken_text_has_one_diagnostic_at_its_position(
     text: str, line: int, column: int, actual_piece: str, hint: str
 ) -> None:
     with pytest.raises(ConfigError) as caught:
@@ -115,7 +115,7 @@ def test_aliases_of_aliases_stop_at_a_bound() -> None:
         parse_yaml("\n".join(lines), "a.yaml")
 
 
-def test_an_anchor_is_taken_where_its_alias_stands() -> None:
+def test_an_anchor_is_used_at_its_alias() -> None:
     node = parse_yaml("a: &it [1, 2]\nb: *it\n", "a.yaml")
     assert node is not None
     assert plain(node) == {"a": [1, 2], "b": [1, 2]}
@@ -126,7 +126,7 @@ def test_a_text_without_a_value_is_none(text: str) -> None:
     assert parse_yaml(text, "a.yaml") is None
 
 
-def test_places_of_keys_and_values() -> None:
+def test_positions_of_keys_and_values() -> None:
     root = parse_yaml("# first\na:\n  - 1\n  - b: two # here\n", "a.yaml")
     assert root is not None
     assert key_mark(root, ("a",)) == Mark("a.yaml", 2, 1)

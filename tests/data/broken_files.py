@@ -1,4 +1,4 @@
-"""A broken data file, and the demand that it ends in a clear fault. Enters: a `Case`. Leaves: a failed test, if any."""
+"""A broken data file that must end in a clear diagnostic. Enters: a `Case`. Leaves: a failed test, if any."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from loopos.data.rows import read
 
 @dataclass(frozen=True)
 class Case:
-    """`content` in a file named `file` must give a first fault at `line` about `about`, with `piece` in the message."""
+    """`content` in a file named `file` must give a first diagnostic at `line` about `about`, with `piece` in the message."""
 
     name: str
     file: str
@@ -38,7 +38,7 @@ def _label_space(path: Path, case: Case) -> LabelSpace:
 
 
 def demand_diagnostic(case: Case, folder: Path) -> None:
-    """Reads the file as fine-tuning does, rows to label space, and checks the fault it ends in."""
+    """Reads the file as fine-tuning does, rows to label space, and checks the resulting diagnostic."""
     path = folder / case.file
     path.write_bytes(case.content.encode() if isinstance(case.content, str) else case.content)
     with pytest.raises(DataError) as caught:

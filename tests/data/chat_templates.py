@@ -65,7 +65,7 @@ WORD_TEMPLATE = (
 
 
 def word_tokenizer(chat_template: str | None = None) -> PreTrainedTokenizerFast:
-    """Words, blanks and line ends, each one token; the id of a token is its place in `WORDS`."""
+    """Words, blanks and line ends, each one token; the id of a token is its index in `WORDS`."""
     tokenizer = Tokenizer(models.WordLevel({word: index for index, word in enumerate(WORDS)}, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"\n| |[^\s]+"), "isolated")
     opened = PreTrainedTokenizerFast(

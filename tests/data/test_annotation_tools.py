@@ -12,7 +12,6 @@ from loopos.config.diagnostics import DataError
 from loopos.data.formats import read_labeled
 from loopos.data.preferences import Pair, read_comparisons
 from loopos.data.prompts import read_prompts
-from loopos.data.reading import account
 from loopos.data.rows import read
 
 FIRST, SECOND, TIE = Pair(0, 1), Pair(1, 0), Pair(0, 1, 0.5)
@@ -59,7 +58,7 @@ def test_names_of_the_columns(tmp_path: Path, row: dict[str, Any]) -> None:
     [(0, "0 could mean the first response or a tie"), (3, "1 or 2"), (None, "null"), ([], "an empty list"), (True, "1 or 2"),
      ("good", "'good'"), (-1, "1 or 2"), ([1, "x"], "'x'")],
 )  # fmt: skip
-def test_preferences_that_say_nothing(tmp_path: Path, preference: object, piece: str) -> None:
+def test_preferences_that_carry_no_information(tmp_path: Path, preference: object, piece: str) -> None:
     row = {"prompt": "Where?", "response1": "In Ulm.", "response2": "In Bonn.", "preference": 1}
     with pytest.raises(DataError) as caught:
         pairs_of(tmp_path, row, {**row, "preference": preference})
@@ -95,7 +94,7 @@ def test_label_studio_s_comparisons(tmp_path: Path) -> None:
     assert [prompt.prompt[0].content for prompt in prompts] == ["Where?"]  # type: ignore[union-attr]
 
 
-def test_a_task_that_nobody_answered(tmp_path: Path) -> None:
+def test_a_task_without_answers(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="preference"):
         pairs_of(tmp_path, task(TEXTS, {"selected": "left"}), task(TEXTS))
 
@@ -107,7 +106,7 @@ def test_label_studio_s_classes_and_ratings(tmp_path: Path) -> None:
     file.write_text(json.dumps([good, bad]))
     examples, report = read_labeled(read(str(file)), {})
     assert [(each.text, each.label) for each in examples] == [("a", "good"), ("b", "bad")]
-    assert account(report) == "2 rows read, 2 used; not read: source"
+    assert report.summary() == "2 rows read, 2 used; not read: source"
     file.write_text(json.dumps([task({"text": "a"}, {"rating": 4}, kind="rating", name="stars")]))
     examples, _ = read_labeled(read(str(file)), {})
     assert [each.label for each in examples] == [4]

@@ -1,4 +1,4 @@
-"""Broken CSV, TSV and text files, broken encodings and compression: each fault names file, line and field."""
+"""Broken CSV, TSV and text files, broken encodings and compression: each diagnostic names file, line and field."""
 
 from __future__ import annotations
 
@@ -143,7 +143,7 @@ CASES = [
 
 
 @pytest.mark.parametrize("case", CASES, ids=[case.name for case in CASES])
-def test_a_broken_file_ends_in_a_diagnostic_with_its_place(case: Case, tmp_path: Path) -> None:
+def test_a_broken_file_ends_in_a_diagnostic_with_its_position(case: Case, tmp_path: Path) -> None:
     demand_diagnostic(case, tmp_path)
 
 

@@ -1,4 +1,4 @@
-"""Broken JSON and JSON Lines, bad texts and labels: each fault names file, line and field."""
+"""Broken JSON and JSON Lines, bad texts and labels: each diagnostic names file, line and field."""
 
 from __future__ import annotations
 
@@ -177,7 +177,7 @@ CASES = [*SYNTAX, *TEXTS, *LABELS, *COLUMNS]
 
 
 @pytest.mark.parametrize("case", CASES, ids=[case.name for case in CASES])
-def test_a_broken_file_ends_in_a_diagnostic_with_its_place(case: Case, tmp_path: Path) -> None:
+def test_a_broken_file_ends_in_a_diagnostic_with_its_position(case: Case, tmp_path: Path) -> None:
     demand_diagnostic(case, tmp_path)
 
 

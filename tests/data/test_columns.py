@@ -49,7 +49,7 @@ def test_a_remedy_in_a_config() -> None:
     assert Wording().remedy(Remedy("set", (("data.on_bad_row", "skip"),))) == 'set: data.on_bad_row: "skip"'
 
 
-def test_hint_and_remedy_stand_behind_each_other() -> None:
+def test_hint_and_remedy_follow_each_other() -> None:
     diagnostic = Diagnostic(
         "a.csv", None, None, "data.columns.text", "no column 'x'", "", "did you mean y?", Remedy("set", ())
     )

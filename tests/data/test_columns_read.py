@@ -1,4 +1,4 @@
-"""No column vanishes: context stands below the question, and a column that no role reads is named."""
+"""No column is lost: context follows the question, and a column that no role reads is named."""
 
 from __future__ import annotations
 
@@ -14,7 +14,6 @@ from loopos.data.demonstrations import Demonstration
 from loopos.data.formats import read_labeled
 from loopos.data.preferences import read_comparisons
 from loopos.data.prompts import PromptContent, read_prompts
-from loopos.data.reading import account
 from loopos.data.rows import read
 from loopos.data.step_format import NAMED_FORMATS
 from loopos.data.supervised_rows import Example, read_supervised
@@ -34,11 +33,11 @@ def write(path: Path, *rows: dict[str, Any]) -> str:
 def supervised(folder: Path, row: dict[str, Any], columns: Any = None) -> tuple[Example, str]:
     """The example of a file of two such rows, and the account of the file."""
     examples, report = read_supervised(read(write(folder / "a.jsonl", row, row)), columns or {}, step_format=THINK)
-    return examples[0], account(report)
+    return examples[0], report.summary()
 
 
 def asked(example: Example) -> str:
-    """What stands in the last message of the user."""
+    """The content of the user's last message."""
     if isinstance(example, Demonstration):
         return example.problem
     assert isinstance(example, Conversation)
@@ -68,7 +67,7 @@ def asked(example: Example) -> str:
          f"Which city?\n{HELD}\nA. 1\nB. 2"),
     ],
 )  # fmt: skip
-def test_context_stands_below_what_is_asked(tmp_path: Path, row: dict[str, Any], expected: str) -> None:
+def test_context_follows_the_question(tmp_path: Path, row: dict[str, Any], expected: str) -> None:
     example, told = supervised(tmp_path, row)
     assert asked(example) == expected
     assert told == "2 rows read, 2 used"
@@ -88,7 +87,7 @@ def test_context_stands_below_what_is_asked(tmp_path: Path, row: dict[str, Any],
         (["0", "1"], 1, "1"),
     ],
 )
-def test_an_answer_that_is_a_place_becomes_its_letter(
+def test_an_answer_that_is_an_index_becomes_its_letter(
     tmp_path: Path, choices: object, answer: object, expected: str
 ) -> None:
     row = {"question": "Which city?", "choices": choices, "answer": answer}
@@ -158,7 +157,9 @@ def test_images_beside_messages_are_refused(tmp_path: Path, images: object) -> N
         write(tmp_path / "b.jsonl", pair | {"image": images}),
     )
     if not images:
-        assert account(read_supervised(read(file), {}, step_format=THINK)[1]) == "1 rows read, 1 used; not read: images"
+        assert (
+            read_supervised(read(file), {}, step_format=THINK)[1].summary() == "1 rows read, 1 used; not read: images"
+        )
         return
     for reading, field in (
         (lambda: read_supervised(read(file), {}, step_format=THINK), "images"),
@@ -173,7 +174,7 @@ def test_images_beside_messages_are_refused(tmp_path: Path, images: object) -> N
 def test_a_column_that_only_some_rows_have_is_named(tmp_path: Path) -> None:
     rows = [{"text": "a", "label": 1}, {"text": "b", "label": 0, "source": "x"}]
     _, report = read_labeled(read(write(tmp_path / "a.jsonl", *rows)), {})
-    assert account(report) == "2 rows read, 2 used; not read: source"
+    assert report.summary() == "2 rows read, 2 used; not read: source"
     assert report.columns == {"text": "text", "label": "label"}
 
 
@@ -193,10 +194,10 @@ def test_preferences_and_prompts_hold_their_context(tmp_path: Path, row: Any, ex
     file = write(tmp_path / "a.jsonl", row | {"id": 3})
     pairs, report = read_comparisons(read(file), {})
     assert run_summary(pairs[0].prompt) == expected
-    assert account(report) == "1 rows read, 1 used; not read: id"
+    assert report.summary() == "1 rows read, 1 used; not read: id"
     prompts, report = read_prompts(read(file), {})
     assert run_summary(prompts[0].prompt) == expected
-    assert account(report) == "1 rows read, 1 used; not read: id"
+    assert report.summary() == "1 rows read, 1 used; not read: id"
 
 
 def test_context_beside_messages_is_refused(tmp_path: Path) -> None:

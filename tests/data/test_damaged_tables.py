@@ -1,4 +1,4 @@
-"""Arrow and parquet files with flipped bytes end in a fault or in rows, and never end the process."""
+"""Arrow and parquet files with flipped bytes give a diagnostic or rows, and never crash the process."""
 
 from __future__ import annotations
 

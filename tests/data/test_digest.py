@@ -45,7 +45,7 @@ def test_of_rows_each_id_each_border_each_weight_and_the_order_count() -> None:
     )
 
 
-def test_of_comparisons_prompt_responses_and_who_won_by_how_much_count() -> None:
+def test_comparisons_are_identified_by_prompt_responses_winner_and_margin() -> None:
     one, two = PAIRS
     assert comparisons_digest([replace(one, index=4), two]) == comparisons_digest(PAIRS)
     assert all_differ(

@@ -42,7 +42,7 @@ def test_columns_of_common_data_sets(columns: str, text: str, pair: str | None, 
     assert (found.text, found.text_pair, found.label) == (text, pair, label)
 
 
-def test_the_choice_is_summary() -> None:
+def test_the_choice_is_reported() -> None:
     assert detect(["sentence", "intent"], {}).summary == 'format: labelled (text <- "sentence", label <- "intent")'
     pair = detect(["premise", "hypothesis", "label"], {}).summary
     assert pair == 'format: labelled (text <- "premise", text_pair <- "hypothesis", label <- "label")'

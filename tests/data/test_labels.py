@@ -91,13 +91,13 @@ def test_bars_are_read_where_the_task_is_multi_label() -> None:
     assert infer(["a|b", "b"]).class_names == ("a|b", "b")
 
 
-def test_a_task_that_is_actual_wins() -> None:
+def test_an_explicit_task_wins() -> None:
     assert infer([1, 2, 5], task="regression").encode(5, ROW) == 5.0
     assert infer([1, 2, 5], num_classes=1).task == "regression"
     assert infer(["1.5", "2.0"], task="classification").class_names == ("1.5", "2.0")
 
 
-def test_num_classes_wider_than_the_labels_is_summary() -> None:
+def test_more_num_classes_than_labels_is_reported() -> None:
     space = infer([0, 3, 3], num_classes=5)
     assert space.class_names == ("0", "1", "2", "3", "4")
     assert space.summary == (

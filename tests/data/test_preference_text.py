@@ -49,6 +49,6 @@ def test_diagnostics_name_line_and_field(text: str, line: int, field: str, expec
     assert expected in diagnostic.expected
 
 
-def test_a_text_with_other_words_is_no_comparison(tmp_path: Path) -> None:
+def test_a_text_with_other_fields_is_no_comparison(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="comparisons"):
         comparisons_of(tmp_path / "a.txt", "Prompt: a\nAnswer: b\n")

@@ -15,16 +15,16 @@ from loopos.config.diagnostics import DataError
 from loopos.data.conversations import Conversation, Message
 from loopos.data.preference_tokens import (
     EncodedComparison,
-    PreferenceReport,
     encode_comparisons,
     encode_prompts,
 )
 from loopos.data.preferences import Comparison, Pair
 from loopos.data.prompts import Prompt, PromptContent
+from loopos.data.reading import DataReport
 from loopos.data.rows import Row
 from loopos.data.step_format import NAMED_FORMATS
 from loopos.data.supervised_rows import Completion
-from loopos.data.supervised_tokens import OverLength, encode_supervised, prompt_tokens
+from loopos.data.supervised_tokens import OverLength, RowPolicy, encode_supervised, prompt_tokens
 from loopos.data.templates import ChatTemplate
 
 HASHES = NAMED_FORMATS["hashes"]
@@ -149,16 +149,13 @@ def test_the_tokenizer_s_own_template_is_the_default(pico: PreTrainedTokenizerBa
 LENGTHS = [texts("hi", "hi", " hi"), texts("hi", "hi", "hi hi hi", line=4), texts("hi", "hi hi", "hi hi kind", line=5)]
 
 
-def cut_at(
-    max_length: int, over_length: OverLength, share: float = 0.01
-) -> tuple[list[EncodedComparison], PreferenceReport]:
+def cut_at(max_length: int, over_length: OverLength, share: float = 0.01) -> tuple[list[EncodedComparison], DataReport]:
     return encode_comparisons(
         word_tokenizer(),
         LENGTHS,
         template=None,
         max_length=max_length,
-        over_length=over_length,
-        max_dropped_share=share,
+        policy=RowPolicy(over_length, share),
     )
 
 
@@ -208,7 +205,7 @@ def test_what_cutting_makes_the_same_is_dropped() -> None:
 
 def test_a_prompt_that_leaves_no_room_is_dropped() -> None:
     examples = [texts("hi", "hi", " hi"), texts("hi hi", "hi", "kind", line=4)]
-    rows, report = encode_comparisons(word_tokenizer(), examples, template=None, max_length=3, over_length="cut")
+    rows, report = encode_comparisons(word_tokenizer(), examples, template=None, max_length=3, policy=RowPolicy("cut"))
     assert [row.index for row in rows] == [0]
     assert (report.read, report.used, report.dropped) == (2, 1, {"prompt over max_length": 1})
     assert rows[0].responses == [[21, 3], [8, 21]]
@@ -232,13 +229,17 @@ def test_rows_that_the_template_refuses() -> None:
     examples = [refused, messages("how", "fine", "kind")]
     with pytest.raises(DataError, match=r"rows.jsonl:3: messages: got the chat template refuses messages of system"):
         encode_comparisons(tokenizer, examples, template=None, max_length=None)
-    rows, report = encode_comparisons(tokenizer, examples, template=None, max_length=None, on_bad_row="skip")
+    rows, report = encode_comparisons(
+        tokenizer, examples, template=None, max_length=None, policy=RowPolicy(on_bad_row="skip")
+    )
     assert [row.index for row in rows] == [1]
     assert report.dropped == {"refused by the chat template": 1}
     prompts = [Prompt(example.prompt, ROW) for example in examples]
     with pytest.raises(DataError, match="no system"):
         encode_prompts(tokenizer, prompts, template=None, max_length=None)
-    asked, counted = encode_prompts(tokenizer, prompts, template=None, max_length=None, on_bad_row="skip")
+    asked, counted = encode_prompts(
+        tokenizer, prompts, template=None, max_length=None, policy=RowPolicy(on_bad_row="skip")
+    )
     assert asked == [[4, 23, 6, 7, 5]]
     assert (counted.read, counted.used, counted.dropped) == (2, 1, {"refused by the chat template": 1})
 
@@ -246,9 +247,9 @@ def test_rows_that_the_template_refuses() -> None:
 def test_prompts_over_max_length_are_never_cut() -> None:
     prompts = [Prompt("hi hi", ROW), Prompt("hi hi hi", Row({}, "rows.jsonl", 9, 8)), Prompt("hi", ROW)]
 
-    def run(over_length: OverLength, share: float = 0.01) -> tuple[list[list[int]], PreferenceReport]:
+    def run(over_length: OverLength, share: float = 0.01) -> tuple[list[list[int]], DataReport]:
         return encode_prompts(
-            word_tokenizer(), prompts, template=None, max_length=3, over_length=over_length, max_dropped_share=share
+            word_tokenizer(), prompts, template=None, max_length=3, policy=RowPolicy(over_length, share)
         )
 
     for rows, report in (run("cut"), run("drop", 0.5)):
@@ -263,7 +264,7 @@ def test_prompts_over_max_length_are_never_cut() -> None:
         run("error")
 
 
-def test_many_rows_keep_their_places() -> None:
+def test_many_rows_keep_their_positions() -> None:
     examples = [
         messages("hi", "fine", "kind") if number % 3 else texts("hi" * (number % 2) + "how", "fine", " kind")
         for number in range(2100)

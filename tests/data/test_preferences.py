@@ -67,7 +67,7 @@ def test_columns_of_common_data_sets(columns: str, kind: str, roles: str) -> Non
     assert list(found.columns.values()) == roles.split()
 
 
-def test_the_choice_is_summary_and_can_be_made() -> None:
+def test_the_choice_is_reported_and_can_be_overridden() -> None:
     assert (
         detect(["question", "chosen", "rejected"], {}).summary
         == 'format: pairs (prompt <- "question", chosen <- "chosen", rejected <- "rejected")'
@@ -209,7 +209,7 @@ def test_rows_of_each_format(
     assert found.row.line == 1
 
 
-def test_text_as_it_stands(tmp_path: Path) -> None:
+def test_raw_text(tmp_path: Path) -> None:
     rows = [
         {"prompt": "2+2=", "chosen": " 4\n", "rejected": " 5"},
         {"prompt": "2+3=", "chosen": [assistant("5")], "rejected": "6"},
@@ -219,8 +219,9 @@ def test_text_as_it_stands(tmp_path: Path) -> None:
     assert (text.prompt, text.responses) == ("2+2=", (" 4\n", " 5"))
     assert shown(messages.prompt) == [("user", "2+3=")]
     assert shown(messages.responses[1]) == [("assistant", "6")]
-    assert report.summary[-1] == "text without a chat template: 1 of 2"
-    assert not any("as it stands" in sentence for sentence in read_comparisons(read(path), {})[1].summary)
+    assert report.notes[-1] == "text without a chat template: 1 of 2"
+    untouched = read_comparisons(read(path), {})[1].notes
+    assert not any("without a chat template" in sentence for sentence in untouched)
     group = {"instruction": "a", "input": "x", "responses": ["b", "c"], "ranking": [1, 0]}
     (found,) = comparisons_of(tmp_path, group, as_text=True)
     assert (found.prompt, found.responses, found.pairs) == ("a\nx", ("b", "c"), (Pair(1, 0),))
@@ -244,7 +245,7 @@ def test_text_as_it_stands(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "row", [{"prompt": "a", "chosen": "b", "rejected": "c"}, {"chosen": "a: b", "rejected": "a: c"}]
 )
-def test_how_sure_a_pair_is(tmp_path: Path, row: dict[str, Any], more: dict[str, Any], pair: Pair) -> None:
+def test_confidence_of_a_pair(tmp_path: Path, row: dict[str, Any], more: dict[str, Any], pair: Pair) -> None:
     (found,) = comparisons_of(tmp_path, row | more)
     assert found.pairs == (pair,)
 
@@ -341,12 +342,12 @@ def test_broken_rows_name_line_and_field(
     assert piece in str(diagnostic)
 
 
-def test_the_broken_rows_are_broken_by_their_change_alone(tmp_path: Path) -> None:
+def test_the_broken_rows_are_broken_only_by_their_change(tmp_path: Path) -> None:
     assert len(BROKEN) == 56
     assert [len(comparisons_of(tmp_path, good)) for good in (PAIR, GROUP, RANKED, IMPLIED, CHAT)] == [1] * 5
 
 
-def test_a_system_text_has_no_place_beside_text_as_it_stands(tmp_path: Path) -> None:
+def test_a_system_prompt_is_refused_with_raw_prompts(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"rows.jsonl:1: system: got 's'; expected no system prompt with text"):
         comparisons_of(tmp_path, {**PAIR, "system": "s"}, as_text=True)
 

@@ -70,11 +70,11 @@ def test_prompts_of_many_kinds_of_rows(tmp_path: Path, row: dict[str, Any], kind
     assert detect(list(row), {}, prompts=True).kind == kind
 
 
-def test_text_as_it_stands(tmp_path: Path) -> None:
+def test_raw_text(tmp_path: Path) -> None:
     path = write(tmp_path / "rows.jsonl", [{"prompt": "2+2= "}, {"prompt": turns("a")}])
     found, report = read_prompts(read(path), {}, as_text=True)
     assert [shown(prompt.prompt) for prompt in found] == ["2+2= ", ASKED]
-    assert report.summary[-1] == "text without a chat template: 1 of 2"
+    assert report.notes[-1] == "text without a chat template: 1 of 2"
     assert shown(prompts_of(tmp_path, {"instruction": "a", "input": "x"}, as_text=True)[0].prompt) == "a\nx"
 
 

@@ -122,13 +122,13 @@ def test_a_byte_order_mark_wins_over_the_key(tmp_path: Path) -> None:
         assert _rows(tmp_path / "a.csv", TextRules(encoding="cp1252")) == [(2, {"text": "naïve", "label": "neg"})]
 
 
-def test_a_byte_that_the_named_encoding_lacks_has_a_place(tmp_path: Path) -> None:
+def test_a_byte_that_the_named_encoding_lacks_has_a_position(tmp_path: Path) -> None:
     (tmp_path / "a.csv").write_bytes(b"text,label\ngood,pos\nab\x81c,neg\n")
     refused = _refused(tmp_path / "a.csv", TextRules(encoding="cp1252"))
     assert "a.csv:3:3: encoding: got byte 0x81 at byte offset 22, which is not cp1252" in refused
 
 
-def test_ascii_alone_is_no_guess() -> None:
+def test_pure_ascii_is_not_guessed() -> None:
     assert guessed_encoding(b"\x81\x8d\x8f\x90\x9d") is None
 
 
@@ -144,7 +144,7 @@ def test_a_line_over_the_bound_is_one_sentence(tmp_path: Path) -> None:
     assert [line for line, _ in _rows(tmp_path / "a.jsonl", rules)] == [1, 2]
 
 
-def test_the_bound_of_a_line_leaves_documents_and_corpora_alone(tmp_path: Path) -> None:
+def test_the_bound_of_a_line_does_not_apply_to_documents_and_corpora(tmp_path: Path) -> None:
     """A .json array and a corpus such as text8 are one line of any length."""
     rules = TextRules(max_line_bytes=100)
     (tmp_path / "a.json").write_text(json.dumps([{"text": "x" * 50, "label": 1}] * 9))

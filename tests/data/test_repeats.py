@@ -1,4 +1,4 @@
-"""Rows that training and validation share are counted and said by every method, and prompts stay on one side."""
+"""Rows that occur in training and validation are counted and reported by every method, and a prompt stays on one side."""
 
 from __future__ import annotations
 
@@ -94,7 +94,7 @@ def test_rows_of_one_prompt_stay_together(name: str, write_rows: Callable[[str, 
 
 @pytest.mark.parametrize("name", CASES)
 def test_validation_rows_that_training_has_are_counted(name: str, write_rows: Callable[[str, Rows], Path]) -> None:
-    """Of five rows two are in training too, one asks the same and says something else, two are new."""
+    """Of five rows two are in training too, one has the same prompt with another response, two are new."""
     load, row, _ = CASES[name]
     train = [row(number, number) for number in range(10)]
     other = [row(3, 3), row(4, 4), row(5, 6), row(30, 31), row(32, 31)]
@@ -129,7 +129,7 @@ def test_pretraining_counts_documents(tmp_path: Path) -> None:
     assert any(each.startswith("validation: of 2 documents 1 are in the training data too") for each in summary)
 
 
-def test_an_older_run_goes_on_with_its_own_split(fine_tuning_config: Any, tmp_path: Path, write_rows: Any) -> None:
+def test_an_older_run_resumes_with_its_own_split(fine_tuning_config: Any, tmp_path: Path, write_rows: Any) -> None:
     """A run of before `data.split_by` has no such key in its config.json: it validated row by row, and still does."""
     write_rows("train.jsonl", [{"text": f"film {number % 15}", "label": number % 2} for number in range(60)])
     sections = {"training": {"max_steps": 1}, "data": {"split_by": "row", "validation_share": 0.2}}
@@ -149,7 +149,7 @@ def test_an_older_run_goes_on_with_its_own_split(fine_tuning_config: Any, tmp_pa
     assert [each.row.line for each in again.data.validation] == [each.row.line for each in before.data.validation]
 
 
-def test_a_new_run_and_a_named_key_are_left_as_they_are(fine_tuning_config: Any, tmp_path: Path) -> None:
+def test_a_new_run_and_a_named_key_are_unchanged(fine_tuning_config: Any, tmp_path: Path) -> None:
     config = fine_tuning_config()
     assert resumed_config(config, tmp_path / "nowhere").data.split_by == "prompt"
     (tmp_path / "config.json").write_text(json.dumps({"data": {"split_by": "row"}}))

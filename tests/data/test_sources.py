@@ -40,7 +40,7 @@ def test_a_folder_is_read_in_the_order_of_its_names(tmp_path: Path) -> None:
         ("test", ["Test.csv"]),
     ],
 )
-def test_file_names_that_state_a_split_are_read_for_it_alone(split: str, names: list[str], tmp_path: Path) -> None:
+def test_file_names_that_state_a_split_are_read_only_for_it(split: str, names: list[str], tmp_path: Path) -> None:
     source = _folder(tmp_path / "rows", "train-00.csv", "train-01.csv", "Test.csv", "my_dev.csv", "other.csv")
     assert _texts(source, split) == names
     assert read(source, split=split).report.summary == [f"{source}: for the split {split}: {', '.join(names)}"]
@@ -101,7 +101,7 @@ def test_a_folder_of_subfolders_names_the_globs_that_read_them(tmp_path: Path) -
 
 
 @pytest.mark.parametrize("between", [",", ", ", " ", ";"])
-def test_a_list_of_files_in_one_text_is_told_the_glob(between: str, tmp_path: Path) -> None:
+def test_a_list_of_files_in_one_string_suggests_the_glob(between: str, tmp_path: Path) -> None:
     folder = _folder(tmp_path / "rows", "a.csv", "b.csv")
     with pytest.raises(DataError) as caught:
         read(f"{folder}/a.csv{between}{folder}/b.csv")

@@ -94,14 +94,14 @@ def test_every_row_once_and_every_class_where_there_is_room(labels: list[int], s
 
 @settings(max_examples=60, deadline=None)
 @given(labels=st.lists(st.floats(-5, 5), min_size=2, max_size=40), share=st.floats(0.01, 0.99))
-def test_regression_gets_its_share(labels: list[float], share: float) -> None:
+def test_regression_gets_its_validation_fraction(labels: list[float], share: float) -> None:
     training, validation = stratified_split(labels, share, 3)
     assert sorted([*training, *validation]) == list(range(len(labels)))
     assert len(validation) == min(max(1, int(share * len(labels) + 0.5)), len(labels) - 1)
 
 
 def test_all_rows_of_a_prompt_go_to_one_side() -> None:
-    """24 prompts with six pairs each, as one asks people: 29 rows of 144 are expected, and five prompts have 30."""
+    """24 prompts with six pairs each, as collected from people: 29 of 144 rows are expected, and five prompts have 30."""
     keys = [f"prompt {row % 24}" for row in range(144)]
     found = split_off(keys, 0.2, 42, by="prompt")
     asked = {keys[row] for row in found.validation}
@@ -120,7 +120,7 @@ def test_all_rows_of_a_prompt_go_to_one_side() -> None:
 
 @pytest.mark.parametrize("labels", [None, [row % 3 for row in range(60)], [row / 7 for row in range(60)]])
 def test_rows_without_repeats_are_split_as_ever(labels: list[int] | list[float] | None) -> None:
-    """Runs that began before groups were kept go on with the same rows."""
+    """Runs that began before prompts were kept together resume with the same rows."""
     found = split_off(list(range(60)), 0.1, 7, by="prompt", labels=labels)
     assert (found.train, found.validation) == stratified_split(labels, 0.1, 7, num_rows=60)
 
@@ -153,7 +153,7 @@ def test_uneven_groups(sizes: list[int], share: float, validation: set[int]) -> 
     assert {sizes[keys[row]] for row in found.validation} == validation
 
 
-def test_rows_of_one_prompt_are_split_by_row_and_it_is_summary() -> None:
+def test_rows_of_one_prompt_are_split_by_row_and_it_is_reported() -> None:
     found = split_off(["same"] * 10, 0.2, 42, by="prompt")
     assert (len(found.train), len(found.validation)) == (8, 2)
     assert "row by row, since all rows have one prompt" in found.summary

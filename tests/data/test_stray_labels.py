@@ -11,7 +11,6 @@ import pytest
 from loopos.config.diagnostics import DataError
 from loopos.config.sections import DataSection, ModelSection
 from loopos.data.labelled import LabeledData, load_labeled
-from loopos.data.reading import account
 
 
 def load(folder: Path, labels: list[Any], /, *, skip: bool = True, suffix: str = ".csv", **model: Any) -> LabeledData:
@@ -57,7 +56,7 @@ def test_rows_of_no_class_are_skipped(
 ) -> None:
     data = load(tmp_path, labels, suffix=suffix, **model)
     assert data.space.task == task
-    assert account(data.reports[0]) == f"25 rows read, 24 used, 1 dropped ({dropped})"
+    assert data.reports[0].summary() == f"25 rows read, 24 used, 1 dropped ({dropped})"
     assert [example.row.index for example in data.train] == list(range(24))
     assert data.space.num_outputs == (1 if task == "regression" else 2)
     assert [diagnostic.field for diagnostic in data.reports[0].diagnostics] == ["rating"]
@@ -105,7 +104,7 @@ def test_a_name_in_the_config_is_a_class(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("labels", [[*RATINGS, "N/A"], ["3,5", "4,25"]])
-def test_classes_that_are_chosen_are_taken_as_they_stand(tmp_path: Path, labels: list[str]) -> None:
+def test_explicit_classes_are_used_in_their_order(tmp_path: Path, labels: list[str]) -> None:
     assert load(tmp_path, labels, skip=False, task="classification").space.num_outputs == len(set(labels))
 
 
@@ -134,7 +133,7 @@ def test_lists_of_one_label(tmp_path: Path) -> None:
         load(tmp_path, [*labels, ["pos", "neg"]], skip=False, suffix=".jsonl", task="classification")
     assert caught.value.diagnostics[0].line == 4
     data = load(tmp_path, [*labels * 2, ["pos", "neg"]], suffix=".jsonl", task="classification")
-    assert account(data.reports[0]) == "7 rows read, 6 used, 1 dropped (label of no class)"
+    assert data.reports[0].summary() == "7 rows read, 6 used, 1 dropped (label of no class)"
 
 
 PRODIGY = [
@@ -155,14 +154,14 @@ def prodigy(folder: Path, rows: list[dict[str, str]]) -> LabeledData:
 def test_rows_that_an_annotator_rejected_are_not_learned(tmp_path: Path) -> None:
     data = prodigy(tmp_path, PRODIGY)
     assert [example.text for example in data.train] == ["a", "c"]
-    assert account(data.reports[0]) == (
+    assert data.reports[0].summary() == (
         '4 rows read, 2 used, 1 dropped ("answer" is ignore), 1 dropped ("answer" is reject)'
     )
 
 
 def test_an_answer_of_another_kind_is_a_column_that_is_not_read(tmp_path: Path) -> None:
     data = prodigy(tmp_path, [*PRODIGY, {"text": "e", "label": "x", "answer": "42"}])
-    assert account(data.reports[0]) == "5 rows read, 5 used; not read: answer"
+    assert data.reports[0].summary() == "5 rows read, 5 used; not read: answer"
 
 
 def test_only_rejected_rows_are_an_error(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ from loopos.config.chain_of_thought import ReasoningDataSection
 from loopos.config.diagnostics import DataError
 from loopos.data.conversations import Conversation
 from loopos.data.demonstrations import Demonstration
-from loopos.data.reading import FormatReport
+from loopos.data.reading import DataReport
 from loopos.data.rows import read
 from loopos.data.step_format import NAMED_FORMATS, StepFormat
 from loopos.data.supervised import load_supervised
@@ -64,7 +64,7 @@ def test_columns_of_common_data_sets(columns: str, kind: str, roles: str) -> Non
     assert list(found.columns.values()) == [name for name in roles.split() if name != "-"]
 
 
-def test_the_choice_is_summary_and_can_be_made() -> None:
+def test_the_choice_is_reported_and_can_be_overridden() -> None:
     assert (
         detect(["question", "answer"], {}).summary
         == 'format: demonstrations (problem <- "question", answer <- "answer")'
@@ -264,7 +264,7 @@ def test_read_is_used_and_dropped(tmp_path: Path) -> None:
     }  # fmt: skip
     assert (report.read, report.used) == (7, 1)
     assert len(report.diagnostics) == 6
-    assert isinstance(report, FormatReport)
+    assert isinstance(report, DataReport)
 
 
 def test_no_row_left_is_a_diagnostic(tmp_path: Path) -> None:

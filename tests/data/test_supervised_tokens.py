@@ -14,13 +14,14 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from loopos.config.diagnostics import DataError, UserError
 from loopos.data.conversations import Conversation, Message
 from loopos.data.demonstrations import Demonstration
+from loopos.data.reading import DataReport
 from loopos.data.rows import Row
 from loopos.data.step_format import NAMED_FORMATS, StepFormat
 from loopos.data.supervised_rows import Completion, Example, PlainText
 from loopos.data.supervised_tokens import (
     OverLength,
+    RowPolicy,
     Supervised,
-    SupervisedReport,
     TrainOn,
     encode_supervised,
     prompt_tokens,
@@ -327,9 +328,9 @@ def test_rows_over_max_length() -> None:
     short, long = PlainText("hi there", ROW), PlainText("hi hi hi hi", Row({}, "rows.jsonl", 9, 8))
     examples: list[Example] = [short, long, short, short]
 
-    def run(over_length: OverLength, share: float = 0.01) -> tuple[list[Supervised], SupervisedReport]:
+    def run(over_length: OverLength, share: float = 0.01) -> tuple[list[Supervised], DataReport]:
         return encode_supervised(
-            tokenizer, examples, step_format=THINK, max_length=4, over_length=over_length, max_dropped_share=share
+            tokenizer, examples, step_format=THINK, max_length=4, policy=RowPolicy(over_length, share)
         )
 
     with pytest.raises(DataError, match=r"rows.jsonl:9: row: got 8 tokens; expected at most 4") as caught:
@@ -350,12 +351,12 @@ def test_a_row_without_a_trained_token_is_dropped_and_counted() -> None:
     tokenizer = word_tokenizer(WORD_TEMPLATE)
     silent = Conversation((Message("user", "hi"), Message("assistant", "hi", 0.0)), ROW)
     examples: list[Example] = [TALK, silent, Demonstration("hi hi hi hi hi hi hi", (), "4", ROW)]
-    rows, report = encode_supervised(tokenizer, examples, step_format=THINK, max_length=17, over_length="cut")
+    rows, report = encode_supervised(tokenizer, examples, step_format=THINK, max_length=17, policy=RowPolicy("cut"))
     assert [row.index for row in rows] == [0]
     assert (report.read, report.used, report.dropped) == (3, 1, {"no trained token": 2})
     assert report.tokens == len(rows[0].ids) == 17
     assert report.trained_tokens == sum(rows[0].mask) == 6
-    assert "3 examples, 1 used, 2 dropped (no trained token); 17 tokens, 6 trained (35%)" in report.summary()
+    assert "3 rows read, 1 used, 2 dropped (no trained token); 17 tokens, 6 trained (35%)" in report.summary()
     with pytest.raises(DataError, match="at least one row with a token to learn"):
         encode_supervised(tokenizer, [silent], step_format=THINK, max_length=None)
 
@@ -369,12 +370,14 @@ def test_rows_that_the_template_refuses() -> None:
     ) as e:
         encode_supervised(tokenizer, [TALK, refused], step_format=THINK, max_length=None)
     assert "no system" in str(e.value)
-    rows, report = encode_supervised(tokenizer, [refused, TALK], step_format=THINK, max_length=None, on_bad_row="skip")
+    rows, report = encode_supervised(
+        tokenizer, [refused, TALK], step_format=THINK, max_length=None, policy=RowPolicy(on_bad_row="skip")
+    )
     assert [row.index for row in rows] == [1]
     assert (report.read, report.used, report.dropped) == (2, 1, {"refused by the chat template": 1})
 
 
-def test_many_rows_keep_their_places() -> None:
+def test_many_rows_keep_their_positions() -> None:
     tokenizer = word_tokenizer(WORD_TEMPLATE)
     examples: list[Example] = [
         PlainText("hi " * (number % 5 + 1) + "hi", ROW) if number % 3 else TALK for number in range(2100)

@@ -92,7 +92,7 @@ HOSTILE = [
 
 
 @pytest.mark.parametrize(("source", "piece"), HOSTILE)
-def test_a_hostile_template_ends_in_one_line(
+def test_a_hostile_template_is_refused_in_one_line(
     tokenizer: PreTrainedTokenizerBase, monkeypatch: pytest.MonkeyPatch, source: str, piece: str
 ) -> None:
     # The same bound, met sooner.

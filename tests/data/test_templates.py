@@ -1,4 +1,4 @@
-"""Chat templates of many kinds: what the assistant says is found in them, or they are refused with the reason."""
+"""Chat templates of many kinds: the assistant's text is found in them, or they are refused with the reason."""
 
 from __future__ import annotations
 
@@ -114,7 +114,7 @@ def test_a_template_that_rewrites_earlier_text_is_refused(tokenizer: PreTrainedT
     assert caught.value.hint
 
 
-def test_what_a_template_refuses_is_summary(tokenizer: PreTrainedTokenizerBase) -> None:
+def test_a_template_s_refusal_is_reported(tokenizer: PreTrainedTokenizerBase) -> None:
     template = opened(tokenizer, BRACKETS)
     with pytest.raises(TemplateRefusal, match="refuses messages of system, user, assistant: no system here"):
         template.segments([Message("system", "be kind"), ASKED, LAST])
@@ -149,7 +149,7 @@ def test_a_template_may_be_chosen(tokenizer: PreTrainedTokenizerBase, tmp_path: 
     assert "the date of the run" in ChatTemplate(tokenizer, str(dated)).summary
 
 
-def test_the_plain_template_kept_in_a_tokenizer_renders_the_same(tokenizer: PreTrainedTokenizerBase) -> None:
+def test_the_plain_template_stored_in_a_tokenizer_renders_the_same(tokenizer: PreTrainedTokenizerBase) -> None:
     tokenizer.chat_template = plain_template(tokenizer)
     conversation = [message.as_template() for message in (Message("system", "s"), ASKED, LAST)]
     assert tokenizer.apply_chat_template(conversation, tokenize=False) == (
@@ -158,7 +158,7 @@ def test_the_plain_template_kept_in_a_tokenizer_renders_the_same(tokenizer: PreT
     assert ChatTemplate(tokenizer).segments([ASKED, LAST]) == ChatTemplate(tokenizer, "plain").segments([ASKED, LAST])
 
 
-def test_calls_of_tools_without_words(tokenizer: PreTrainedTokenizerBase) -> None:
+def test_tool_calls_without_text(tokenizer: PreTrainedTokenizerBase) -> None:
     source = CHATML.replace(
         "message['content'] +",
         "message['content'] + (message['tool_calls'] | tojson if message['tool_calls'] else '') +",

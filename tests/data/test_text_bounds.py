@@ -1,4 +1,4 @@
-"""Texts that are far too long are cut before they are tokenised, and the tokens that are kept are the same."""
+"""Texts that are far too long are cut before tokenization, and the remaining tokens are the same."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from loopos.data.preferences import Comparison, Pair
 from loopos.data.rows import Row
 from loopos.data.step_format import NAMED_FORMATS
 from loopos.data.supervised_rows import Completion
-from loopos.data.supervised_tokens import encode_supervised
+from loopos.data.supervised_tokens import RowPolicy, encode_supervised
 from loopos.data.tokens import TextBound, encode_labeled, spans
 from tests.conftest import SENTENCES
 
@@ -134,7 +134,7 @@ def test_labelled_rows_are_those_of_the_tokenizer(
             expected = tokenizer(_text(4), second, truncation=True, max_length=length, verbose=False)["input_ids"]
             (encoded,), report = encode_labeled(tokenizer, [Labeled(_text(4), second, 1, ROW)], max_length=length)
             assert encoded.ids == expected
-            assert report.truncated == 1
+            assert report.cut == 1
             assert ("at least" in report.summary()) is (side == "right")
     finally:
         tokenizer.truncation_side = "right"
@@ -154,9 +154,9 @@ def test_rows_of_language_models_are_the_same_cut_and_the_same_dropped(
     extra = {"step_format": NAMED_FORMATS["think"]} if kind == "supervised" else {"template": None}
 
     def cut() -> Any:
-        rows, report = encode(tokenizers["bpe"], [example], max_length=40, over_length="cut", **extra)
+        rows, report = encode(tokenizers["bpe"], [example], max_length=40, policy=RowPolicy("cut"), **extra)
         with pytest.raises(Exception, match=r"tokens; expected at most 40") as caught:
-            encode(tokenizers["bpe"], [example], max_length=40, over_length="error", **extra)
+            encode(tokenizers["bpe"], [example], max_length=40, policy=RowPolicy("error"), **extra)
         return rows, report.cut, str(caught.value)
 
     rows, count, message = cut()

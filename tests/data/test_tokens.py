@@ -58,8 +58,8 @@ def test_every_token_is_kept_or_counted_as_cut(plain: PreTrainedTokenizerBase) -
     texts = ["good value", "the parcel came late and the box was open", "my card was charged twice for one order"]
     whole, report = encode_labeled(plain, examples(*texts), max_length=None)
     assert [example.index for example in whole] == [0, 1, 2]
-    assert (report.truncated, report.tokens_cut) == (0, 0)
-    assert "none cut" in report.summary()
+    assert (report.cut, report.tokens_cut) == (0, 0)
+    assert "cut" not in report.summary()
     assert [plain.decode(example.ids) for example in whole] == texts
     lengths = [len(example.ids) for example in whole]
     limit = lengths[0]
@@ -67,7 +67,7 @@ def test_every_token_is_kept_or_counted_as_cut(plain: PreTrainedTokenizerBase) -
     cut, report = encode_labeled(plain, examples(*texts), max_length=limit)
     assert all(example.ids == full.ids[:limit] for example, full in zip(cut, whole, strict=True))
     assert [example.cut for example in cut] == [0, lengths[1] - limit, lengths[2] - limit]
-    assert (report.examples, report.truncated, report.tokens) == (3, 2, 3 * limit)
+    assert (report.used, report.cut, report.tokens) == (3, 2, 3 * limit)
     assert report.tokens + report.tokens_cut == sum(lengths)
     assert f"2 cut at {limit} ({sum(lengths) - 3 * limit} tokens lost)" in report.summary()
 
@@ -93,7 +93,7 @@ def test_special_tokens_come_once(with_ends: PreTrainedTokenizerBase) -> None:
     # Cutting takes text, never the ends.
     cut, report = encode_labeled(with_ends, examples("the parcel came late and the box was open"), max_length=5)
     assert (len(cut[0].ids), cut[0].ids[0], cut[0].ids[-1]) == (5, 1, 2)
-    assert report.truncated == 1
+    assert report.cut == 1
 
 
 def test_pairs_have_segments_and_single_texts_beside_them_too(framing: PreTrainedTokenizerBase) -> None:
@@ -118,7 +118,7 @@ def test_a_cut_pair_keeps_both_texts_and_its_frame(framing: PreTrainedTokenizerB
     assert len(ids) == len(types) == 7
     assert ids.count(framing.sep_token_id) == 2
     assert sorted(set(types)) == [0, 1]
-    assert (report.truncated, report.tokens_cut) == (1, 2)
+    assert (report.cut, report.tokens_cut) == (1, 2)
 
 
 def test_a_limit_that_the_special_tokens_fill_is_refused(framing: PreTrainedTokenizerBase) -> None:

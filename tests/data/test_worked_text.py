@@ -1,4 +1,4 @@
-"""Worked problems in a .txt file: what they are read as, where they are at fault, and the road to examples."""
+"""Worked problems in a .txt file: how they are read, where mistakes are reported, and the examples that result."""
 
 from __future__ import annotations
 

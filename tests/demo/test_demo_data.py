@@ -1,4 +1,4 @@
-"""The packaged demo data: its counts, columns and encoding, that no message repeats another, that length tells nothing."""
+"""The packaged demo data: its counts, columns and encoding; no message repeats another, and length carries no information."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def test_words_ignore_case_and_punctuation() -> None:
 
 
 @pytest.mark.parametrize(("name", "per_intent"), [(TRAINING, 32), (VALIDATION, 8)])
-def test_every_intent_has_its_share(name: str, per_intent: int) -> None:
+def test_intents_have_their_expected_counts(name: str, per_intent: int) -> None:
     counts = Counter(row["label"] for row in read_rows(name))
     assert counts == dict.fromkeys(INTENTS, per_intent)
 
@@ -97,7 +97,7 @@ def test_no_two_messages_share_more_than_half_of_their_words() -> None:
 
 
 @pytest.mark.parametrize(("name", "count"), REPLIES.items())
-def test_replies_are_pairs_without_a_tell_of_length(name: str, count: int) -> None:
+def test_length_does_not_give_away_the_chosen_reply(name: str, count: int) -> None:
     rows = read_rows(name)
     assert len(rows) == count
     longer = 0

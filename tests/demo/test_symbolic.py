@@ -1,4 +1,4 @@
-"""The generated tasks: every answer recomputed from its problem alone, every chain followed, splits that never meet."""
+"""The generated tasks: every answer recomputed from only its problem, every chain followed, splits that do not overlap."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""An ensemble is opened as one model and says what its members say together."""
+"""An ensemble opens as one model and combines the outputs of its members."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from pico_runs import class_rows, config_of, train, write_jsonl
 
 import loopos
 from loopos.config.diagnostics import UserError
-from loopos.ensembling.heads import EnsembleResult, EnsembleSettings, combine
+from loopos.ensembling.ensemble import EnsembleResult, EnsembleSettings, combine
 from loopos.evaluation.predictor import EnsemblePredictor
 from loopos.models.folders import open_task_model
 
@@ -107,7 +107,7 @@ def test_every_method_is_measured_as_a_single_model_is(members: list[str], tmp_p
         assert "| **ensemble** |" in report
 
 
-def test_a_majority_tells_votes(members: list[str], tmp_path: Path) -> None:
+def test_a_majority_reports_votes(members: list[str], tmp_path: Path) -> None:
     made(members[:2], tmp_path / "two", method="majority")
     single = [loopos.load(member).predict(TEXTS) for member in members[:2]]
     for number, answer in enumerate(loopos.load(tmp_path / "two").predict(TEXTS)):
@@ -163,7 +163,7 @@ def test_copied_members_move_with_the_folder(members: list[str], tmp_path: Path)
     assert told["ensemble"]["members"] == ["members/1", "members/2"]
 
 
-def test_a_member_that_is_gone_is_told(members: list[str], tmp_path: Path) -> None:
+def test_a_missing_member_is_reported(members: list[str], tmp_path: Path) -> None:
     shutil.copytree(members[0], tmp_path / "mine")
     made([members[1], str(tmp_path / "mine")], tmp_path / "all")
     shutil.rmtree(tmp_path / "mine")
@@ -178,7 +178,7 @@ def check_refused(told: str, actual: list[str], out: Path, **settings: Any) -> N
     assert sorted(out.parent.iterdir()) == before
 
 
-def test_what_cannot_be_joined_is_refused(
+def test_what_cannot_form_an_ensemble_is_refused(
     members: list[str], regressors: list[str], tmp_path: Path, labelled: Path, pico_folder: Path
 ) -> None:
     out = tmp_path / "out"
@@ -201,3 +201,34 @@ def test_an_ensemble_is_no_single_model(members: list[str], tmp_path: Path) -> N
     made(members[:2], tmp_path / "pair")
     with pytest.raises(UserError, match="an ensemble of several models"):
         open_task_model(tmp_path / "pair")
+
+
+def test_rows_that_one_member_drops_are_noted(pico_folder: Path, tmp_path: Path) -> None:
+    """A table of figures has those that every member has; what is dropped is said, and stands among the ensemble's."""
+    shutil.copytree(pico_folder, tmp_path / "short")
+    config = json.loads((tmp_path / "short" / "config.json").read_text())
+    (tmp_path / "short" / "config.json").write_text(json.dumps({**config, "max_position_embeddings": 16}))
+    texts = ["the box was open", "my card was charged twice for one order and the parcel came late " * 2]
+    rows = write_jsonl(tmp_path / "rows.jsonl", [{"text": text} for text in texts])
+    made = combine([str(pico_folder), str(tmp_path / "short")], tmp_path / "out", EnsembleSettings(test=str(rows)))
+    [measured] = made.measured
+    assert ["dropped_rows" in each for each in [*measured.by_member, measured.together]] == [False, True, True]
+    assert measured.ensemble["dropped_rows"] == 1
+    assert list(measured.mean) == ["loss", "perplexity"]
+    assert [note.split(" exceed")[0] for note in made.notes] == [
+        f"{rows}: 1 rows",
+        f"{rows}: 1 rows",
+    ]
+    report = (tmp_path / "out" / "report.md").read_text()
+    assert report.count("exceed the positions of") == 2
+    assert "| mean of the members |" in report
+
+
+def test_settings_of_the_other_kind_are_refused(members: list[str], pico_folder: Path, tmp_path: Path) -> None:
+    shutil.copytree(pico_folder, tmp_path / "copy")
+    language = [str(pico_folder), str(tmp_path / "copy")]
+    check_refused("--weight: only for language models", members, tmp_path / "out", weights=(1.0, 2.0, 3.0))
+    check_refused("--fit: only for classifiers and regressors", language, tmp_path / "out", fit="rows.jsonl")
+    check_refused("--columns: only for classifiers", language, tmp_path / "out", columns={"text": "a"})
+    check_refused("got majority; expected one of mean, logits, vote", language, tmp_path / "out", method="majority")
+    check_refused("a language model, which has no labels", [members[0], language[0]], tmp_path / "out")

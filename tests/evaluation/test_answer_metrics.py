@@ -18,7 +18,7 @@ def verdicts(*texts: str, expected: str) -> list[Verdict]:
 
 
 @pytest.mark.parametrize(("n", "c", "k"), [(5, 2, 1), (5, 2, 3), (6, 0, 4), (6, 6, 2), (7, 1, 7), (4, 3, 2)])
-def test_pass_at_k_is_the_share_of_draws_with_a_right_sample(n: int, c: int, k: int) -> None:
+def test_pass_at_k_is_the_fraction_of_draws_with_a_right_sample(n: int, c: int, k: int) -> None:
     draws = list(combinations([index < c for index in range(n)], k))
     assert pass_at_k(n, c, k) == pytest.approx(sum(any(draw) for draw in draws) / len(draws), abs=1e-15)
 

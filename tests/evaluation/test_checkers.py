@@ -27,7 +27,7 @@ def test_our_checkers_by_name() -> None:
 
 
 @pytest.mark.parametrize("name", ["math_verify", "reasoning_gym"])
-def test_a_missing_package_is_summary_with_its_install_line(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_package_is_reported_with_its_install_command(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, name, None)
     with pytest.raises(MissingRequirement, match=r'pip install -e "\.\[rewards\]"'):
         checker(name)

@@ -1,4 +1,4 @@
-"""What members say together, worked by hand."""
+"""Combined outputs of members, worked by hand."""
 
 from __future__ import annotations
 
@@ -86,7 +86,7 @@ def test_a_majority_wins_against_any_mean_probability() -> None:
     assert tied(found.votes, 3, task="classification") == [[]]
 
 
-def test_a_tie_is_told_and_goes_to_the_higher_mean() -> None:
+def test_a_tie_is_reported_and_goes_to_the_higher_mean() -> None:
     found = together("majority", [[[0.6, 0.4, 0.0]], [[0.1, 0.9, 0.0]]])
     assert found.votes is not None
     assert tied(found.votes, 2, task="classification") == [[0, 1]]

@@ -1,4 +1,4 @@
-"""The drawing of reward over KL: what is named, where the points lie, equal text."""
+"""The plot of reward over KL: labels, positions of the points, deterministic text."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def texts(drawing: str) -> list[str]:
 
 
 def line(drawing: str) -> str:
-    """The longest path of the first series' colour: the line."""
+    """The longest path of the first series' color: the line."""
     paths = [element.attrib for element in xml.etree.ElementTree.fromstring(drawing).iter(f"{SVG}path")]
     return max(
         (path["d"] for path in paths if "stroke: #1f77b4" in path.get("style", "") and "clip-path" in path), key=len
@@ -69,7 +69,7 @@ def test_a_point_that_is_not_finite_is_a_gap_without_a_name() -> None:
     assert texts(drawing).count("iteration 9") == 1
 
 
-def test_either_series_alone() -> None:
+def test_each_series_on_its_own() -> None:
     assert "best of n" not in texts(frontier_svg(PATH))
     assert "policy" not in texts(frontier_svg([], best_of_n=DRAWS))
     assert texts(frontier_svg(PATH[:1])).count("start") == 1

@@ -1,4 +1,4 @@
-"""Tasks of lm-eval asked of our engine: the figures of lm-eval's own model of transformers, on tasks of our own."""
+"""lm-eval tasks on our engine give the figures of lm-eval's own transformers model."""
 
 from __future__ import annotations
 
@@ -56,9 +56,9 @@ def write(file: Path, rows: list[dict[str, Any]]) -> None:
 
 @pytest.fixture(scope="module")
 def tasks(tmp_path_factory: pytest.TempPathFactory, pico_folder: Path) -> Path:
-    """A folder of three tasks. Every second answer of pico_said is what the model says by greedy search."""
+    """A folder of three tasks. Every second answer of pico_said is the model's greedy text."""
     from loopos.evaluation.reasoning import Reasoner
-    from loopos.generation.settings import SamplingSettings
+    from loopos.generation.settings import SamplingParams
 
     folder = tmp_path_factory.mktemp("tasks")
     for name, text in (("choices", CHOICES), ("texts", ROLLING), ("said", SAID)):
@@ -71,7 +71,7 @@ def tasks(tmp_path_factory: pytest.TempPathFactory, pico_folder: Path) -> Path:
     # The last is longer than the 256 positions.
     write(folder / "texts.jsonl", [{"text": text} for text in (*SENTENCES[:4], " ".join(SENTENCES * 6))])
     engine = Reasoner.open(str(pico_folder)).engine
-    settings = SamplingSettings(max_new_tokens=12, stop=("k", "\n\n"))
+    settings = SamplingParams(max_new_tokens=12, stop=("k", "\n\n"))
     prompts = [engine.tokenizer.encode(sentence) for sentence in SENTENCES]
     summary = [each.text for each in engine.generate(prompts, settings)]
     answers = [text if i % 2 else "nothing" for i, text in enumerate(summary)]

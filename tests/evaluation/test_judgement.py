@@ -1,4 +1,4 @@
-"""Labelled rows held against predictions: the figures of each class, and the order of the mistakes."""
+"""Labeled rows compared with predictions: the figures of each class, and the order of the mistakes."""
 
 from __future__ import annotations
 
@@ -12,9 +12,8 @@ from sklearn.metrics import precision_recall_fscore_support
 from loopos.data.formats import Labeled
 from loopos.data.label_space import LabelSpace
 from loopos.data.labels import infer_task
-from loopos.data.reading import FormatReport
+from loopos.data.reading import DataReport
 from loopos.data.rows import Row
-from loopos.data.tokens import TokenReport
 from loopos.evaluation.judgement import Judgement
 
 
@@ -22,8 +21,8 @@ def judgement(labels: Sequence[Any], meaning: Any, *, task: Any, space: LabelSpa
     examples = [Labeled(f"text {i}", None, label, Row({}, "rows.jsonl", i + 1, i)) for i, label in enumerate(labels)]
     space = space or infer_task(examples, task)
     targets = [space.encode(example.label, example.row, "label") for example in examples]
-    report = FormatReport(len(examples), len(examples), {}, ())
-    return Judgement(space, examples, targets, np.asarray(meaning, dtype=float), report, TokenReport(), 0.5)
+    report = DataReport(read=len(examples), used=len(examples))
+    return Judgement(space, examples, targets, np.asarray(meaning, dtype=float), report, DataReport(), 0.5)
 
 
 def test_the_figures_of_classes_are_scikit_learn_s() -> None:
@@ -79,7 +78,7 @@ def test_the_most_confident_mistakes_come_first() -> None:
     assert [row["correct"] for row in rows] == [False, False, True, True]
 
 
-def test_the_surest_wrong_label_decides_the_order() -> None:
+def test_the_most_confident_wrong_label_decides_the_order() -> None:
     # Line 1 misses y at .05: a decision held for .95. Line 2 is right. Line 3 adds y at .7.
     found = judgement([["x", "y"], ["x"], ["x"]], [[0.9, 0.05], [0.8, 0.4], [0.9, 0.7]], task="multi_label").rows()
     assert [(row["line"], row["wrong"]) for row in found] == [(1, ["y"]), (3, ["y"]), (2, [])]

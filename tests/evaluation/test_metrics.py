@@ -77,7 +77,7 @@ def test_classes_that_never_occur_do_not_count() -> None:
     assert metrics["auroc"] == pytest.approx((1 + 0.75) / 2)
 
 
-def test_one_class_alone_has_no_auroc_and_a_sure_error_a_finite_loss() -> None:
+def test_a_single_class_has_no_auroc_and_a_certain_error_a_finite_loss() -> None:
     metrics = classification_metrics([[1.0, 0.0], [0.5, 0.5]], [1, 1])
     assert "auroc" not in metrics
     assert metrics["log_loss"] == pytest.approx((36.04365338911715 + math.log(2)) / 2)
@@ -95,7 +95,7 @@ def test_calibration_error_by_hand_and_at_the_edges_of_the_bins() -> None:
     assert classification_metrics(probabilities, [0, 1])["ece"] == pytest.approx((0.4 + 0.61) / 2)
 
 
-def test_perfect_and_sure_predictions() -> None:
+def test_perfect_and_certain_predictions() -> None:
     metrics = classification_metrics(numpy.eye(3), [0, 1, 2])
     assert metrics == {"accuracy": 1, "macro_f1": 1, "micro_f1": 1, "auroc": 1, "log_loss": 0, "ece": 0}
 

@@ -42,8 +42,8 @@ def test_every_token_but_the_first_is_counted_once(tokens: int, window: int, str
 
 @torch.no_grad()
 @pytest.mark.parametrize(("window", "stride"), [(256, 128), (32, 8), (32, 31)])
-def test_as_transformers_logits_say(opened: tuple[Any, Any], window: int, stride: int) -> None:
-    """Token by token: −log p after the tokens of its window that stand before it."""
+def test_the_choice_equals_that_of_transformers_logits(opened: tuple[Any, Any], window: int, stride: int) -> None:
+    """Token by token: −log p given the tokens before it in its window."""
     model, tokenizer = opened
     ids = tokenizer(TEXT)["input_ids"]
     nats, last = 0.0, 0

@@ -1,4 +1,4 @@
-"""The report of a policy: what is compared stands on the same prompts, curves go by iteration, guards are accounted for."""
+"""The report of a policy: comparisons use the same prompts, curves are by iteration, monitors are accounted for."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ EVENTS = [
     event("step", 1, clip_share=0.1, value_loss=4.0),
     event("step", 2, clip_share=0.3, value_loss=2.0),
     event("rollout", 2, iteration=1, reward=-2.5, kl=0.5, entropy=1.5),
-    event("alarm", 2, name="entropy", value=1.5, limit=1.8, message="entropy 1.5 fell below 90% of its start (2)"),
+    event("alert", 2, name="entropy", value=1.5, limit=1.8, message="entropy 1.5 fell below 90% of its start (2)"),
     event("step", 3, clip_share=0.5),
     event("step", 4, clip_share=0.7),
     event("validation", 4, reward=-0.7, kl=0.6, best=True, best_trained=True),
@@ -85,7 +85,7 @@ def test_curves_go_by_the_iterations_that_the_policy_had_been_trained_for(
     assert "Judge" not in drawn["panels"]
 
 
-def test_every_guard_is_accounted_for(run: Path) -> None:
+def test_every_monitor_is_accounted_for(run: Path) -> None:
     write_report(run)
     lines = (run / "report.md").read_text().splitlines()
     for expected in (

@@ -13,7 +13,7 @@ import loopos
 from loopos.config.diagnostics import DataError, UserError
 from loopos.evaluation.outputs import NonFiniteOutputs, interpret, measure
 from loopos.evaluation.predictor import Predictor
-from loopos.evaluation.run_folder import FLAGS
+from loopos.evaluation.run_outcome import FLAGS
 
 
 @pytest.fixture(scope="module")
@@ -125,7 +125,7 @@ def test_texts_are_cut_where_training_cut_them_and_counted(home: Path, pico_fold
         abs=1e-6,
     )
     predictor.predict([long, "bad", long])
-    assert (predictor.tokens.examples, predictor.tokens.truncated) == (3, 2)
+    assert (predictor.tokens.used, predictor.tokens.cut) == (3, 2)
     file = write_jsonl(home / "long.jsonl", [{"text": long, "label": 0}, {"text": "bad", "label": 1}])
     assert predictor.evaluate_file(str(file))["truncated"] == 1
 

@@ -58,7 +58,7 @@ def test_probabilities_by_hand() -> None:
     assert metrics["loss"] == pytest.approx(sum(costs) / 4)
 
 
-def test_a_model_that_says_the_peoples_chances_is_calibrated_and_loses_their_entropy() -> None:
+def test_a_model_that_predicts_the_labelers_probabilities_is_calibrated_and_its_loss_is_their_entropy() -> None:
     chances = numpy.array([0.55, 0.7, 0.2, 0.93, 0.5])
     metrics = preference_metrics(logits(*chances), [0.0] * 5, probabilities=chances)
     assert metrics["ece"] == pytest.approx(0, abs=1e-12)
@@ -131,7 +131,7 @@ def test_what_is_not_defined_is_absent() -> None:
     assert constant["longer_wins"] == 0.5
 
 
-def test_a_sure_error_costs_its_gap_and_no_infinity() -> None:
+def test_a_certain_error_has_a_finite_loss() -> None:
     metrics = preference_metrics([-1000, 1000], [0, 0])
     assert metrics["loss"] == 500.0
     assert metrics["ece"] == 0.5
@@ -148,7 +148,7 @@ def test_every_direction_is_that_of_a_metric() -> None:
         assert (better[name] < worse[name]) == (direction == "min"), name
 
 
-def test_buckets_at_actual_edges_by_hand() -> None:
+def test_buckets_with_explicit_edges_by_hand() -> None:
     # [1, 2): won. [2, 5): lost, tied. [5, 9]: won twice. Nothing lies below 1.
     buckets = margin_buckets([1, 0, 1, 3, 3], [0, 1, 1, 1, 1], [1, 2, 3, 5, 9], edges=[0.5, 2, 5])
     assert [(bucket.low, bucket.high, bucket.pairs, bucket.accuracy) for bucket in buckets] == [

@@ -164,7 +164,7 @@ def test_values_that_are_not_finite_are_shown_and_never_best(tmp_path: Path) -> 
     assert not [line for line in lines if "note" in line]
 
 
-def test_a_metric_that_comes_and_goes_leaves_a_blank(tmp_path: Path) -> None:
+def test_a_metric_that_is_sometimes_absent_leaves_a_blank(tmp_path: Path) -> None:
     events = [event("validation", 1, {"loss": 1.0}), event("validation", 2, {"loss": 2.0, "auroc": 0.5})]
     lines = lines_of(make_run(tmp_path, events))
     assert "| 1 | 1 |  |" in lines
@@ -321,7 +321,7 @@ def test_when_where_and_on_what_a_run_ran(tmp_path: Path) -> None:
         assert expected in lines, expected
 
 
-def test_chats_of_the_last_validation_stand_beside_the_first(tmp_path: Path) -> None:
+def test_chats_of_the_last_validation_are_shown_beside_the_first(tmp_path: Path) -> None:
     run = make_run(tmp_path, [event("step", 4, {})])
     records = [
         {"step": step, "prompt": "hi <you>", "reference": "hello", "response": summary}

@@ -52,6 +52,57 @@ def section(**settings: object) -> PpoRewardSection:
     return PpoRewardSection.model_validate({"functions": names, **settings})
 
 
+def with_row(text: str, **row: object) -> Response:
+    return Response("a b", [1], text, [2], True, "", row)
+
+
+def test_a_third_parameter_gets_the_rows(own: Callable[..., Any]) -> None:
+    responses = [with_row("x", answer="x", tests=[1]), with_row("y", answer="z", tests=[2, 3])]
+    number_of_tests = own(lambda prompts, responses, rows: [len(row["tests"]) for row in rows])
+    assert number_of_tests(responses) == [1.0, 2.0]
+    by_name = own(
+        lambda prompts, responses, rows=(): [row["answer"] == text for row, text in zip(rows, responses, strict=True)]
+    )
+    assert by_name(responses) == [1.0, 0.0]
+    # A third parameter with a default and another name is a setting of the user's.
+    scaled = own(lambda prompts, responses, scale=2.0: [scale * len(text) for text in responses])
+    assert scaled(responses) == [2.0, 2.0]
+    many = own(lambda *parts: [len(parts) for _ in parts[1]])
+    assert many(responses) == [2.0, 2.0]
+
+    def changes(prompts: Sequence[str], responses: Sequence[str], rows: list[dict[str, object]]) -> list[int]:
+        for row in rows:
+            row.clear()
+        return [0 for _ in responses]
+
+    own(changes)(responses)
+    assert responses[0].row == {"answer": "x", "tests": [1]}
+
+
+@pytest.mark.parametrize(
+    ("name", "texts", "expected"),
+    [
+        ("auto", ["it is 4", "5"], [1.0, 0.0]),
+        ("exact", ["4", "it is 4"], [1.0, 0.0]),
+        ("numeric", ["4.0", "four and five"], [1.0, 0.0]),
+    ],
+)
+def test_named_rewards_compare_with_the_answer_of_the_row(name: str, texts: list[str], expected: list[float]) -> None:
+    assert reward_function(name)([with_row(text, Answer=4) for text in texts]) == expected
+    assert reward_function("choice")([with_row("(b)", answer="B"), with_row("a", answer="B")]) == [1.0, 0.0]
+    with pytest.raises(
+        UserError, match=f'reward function {name}: got a row without a column "answer" .columns: result'
+    ):
+        reward_function(name)([with_row("4", result="4")])
+
+
+def test_an_unknown_reward_lists_the_known_ones() -> None:
+    with pytest.raises(
+        UserError, match=r'"exat"; expected "auto", "exact", .* or "module:name" of your own; did you mean'
+    ):
+        reward_function("exat")
+
+
 def test_the_sum_is_weighted_and_a_missing_end_costs() -> None:
     rewards = Rewards(None, section(), RolloutSection(missing_end_penalty=1.5))
     found = rewards([response("a b c"), response("a b"), response("a b c d", ended=False)])
@@ -142,7 +193,7 @@ def test_what_is_no_list_of_numbers_is_refused_by_one_sentence(kind: str, own: C
         assert "for train.jsonl:7, the prompt 'a b'" in str(told.value)
 
 
-def test_an_exception_is_told_with_function_row_and_prompt(own: Callable[..., Any]) -> None:
+def test_an_exception_is_reported_with_function_row_and_prompt(own: Callable[..., Any]) -> None:
     def raises(prompts: Sequence[str], responses: Sequence[str]) -> list[float]:
         return [1.0 / len(each) for each in responses]
 
@@ -170,7 +221,7 @@ def test_an_exception_of_all_rows_together_names_the_first(own: Callable[..., An
         own(raises)([response("a"), response("b")])
 
 
-def test_a_module_that_cannot_be_imported_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_module_that_cannot_be_imported_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "broken_rewards.py").write_text("value = 1\nraise OSError('no such service')\n")
     monkeypatch.syspath_prepend(tmp_path)
     with pytest.raises(UserError, match=r"importing broken_rewards raised OSError at .*broken_rewards.py:2: no such"):

@@ -197,7 +197,7 @@ def test_the_table_of_pairs_is_large_and_has_both_kinds() -> None:
 
 
 @pytest.mark.slow
-def test_math_verify_differs_where_it_is_summary_why() -> None:
+def test_math_verify_differs_only_on_the_listed_pairs() -> None:
     """The pairs that hold mathematics; 10^99999999 is left out, on which the package waits for its own time limit."""
     pytest.importorskip("math_verify")
     check = checker("math_verify")

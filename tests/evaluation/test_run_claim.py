@@ -17,7 +17,7 @@ from loopos.storage.folder_lock import LOCK
 
 @dataclass
 class Processes:
-    """One process of a run, and what the first one tells it."""
+    """One process of a run, and what it receives from the first one."""
 
     is_first: bool = True
     told: object = None
@@ -37,14 +37,14 @@ def claimed(folder: Path, *, resume: bool = False, world: Processes | None = Non
 
 @pytest.mark.parametrize("name", ["events.jsonl", "config.json", "samples.jsonl", LOCK])
 @pytest.mark.parametrize("kind", ["folder", "fifo"])
-def test_something_else_in_the_place_of_a_file_is_named(name: str, kind: str, tmp_path: Path) -> None:
+def test_something_else_instead_of_a_file_is_named(name: str, kind: str, tmp_path: Path) -> None:
     (tmp_path / name).mkdir() if kind == "folder" else os.mkfifo(tmp_path / name)
     with pytest.raises(UserError, match=f"{name}: expected a (regular )?file"):
         claimed(tmp_path, resume=True)
 
 
 @pytest.mark.parametrize("name", ["checkpoints", "model", "adapter", "curves"])
-def test_a_file_in_the_place_of_a_folder_is_named(name: str, tmp_path: Path) -> None:
+def test_a_file_instead_of_a_folder_is_named(name: str, tmp_path: Path) -> None:
     (tmp_path / name).touch()
     with pytest.raises(UserError, match=rf"{name}: expected a folder of the run, got a file"):
         claimed(tmp_path)
@@ -73,9 +73,7 @@ def test_every_process_of_a_run_learns_why_the_first_one_refuses(tmp_path: Path)
     claimed(tmp_path, resume=True, world=Processes(is_first=False))
 
 
-def test_a_full_disk_and_a_place_that_cannot_be_written_are_told(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_full_disk_and_an_unwritable_path_are_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(code: int) -> None:
         def mkdir(self: Path, *arguments: object, **named: object) -> None:
             raise OSError(code, os.strerror(code), str(self))

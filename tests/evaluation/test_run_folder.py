@@ -40,7 +40,7 @@ def write_run(folder: Path, events: list[dict[str, Any]], tail: str = "") -> Pat
 def test_a_finished_run(tmp_path: Path) -> None:
     run = read_run(write_run(tmp_path / "run", FINISHED))
     assert (run.state, run.ended_by, run.status) == ("finished", "epochs", "finished (epochs)")
-    assert (run.step, run.total_steps, run.began, run.seconds) == (4, 4, 100.0, 0.75)
+    assert (run.step, run.total_steps, run.began, run.step_seconds) == (4, 4, 100.0, 0.75)
     assert (run.best_step, run.exported_metrics["accuracy"]) == (2, 0.75)
     assert (run.first_metrics["accuracy"], run.last_metrics["accuracy"]) == (0.25, 0.5)
     assert run.confusion == (["a", "b"], [[1, 0], [1, 2]])

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from loopos.evaluation.run_folder import end_reason, outcome_of
+from loopos.evaluation.run_outcome import end_reason, outcome_of
 
 
 def event(kind: str, step: int | None, metrics: dict[str, Any]) -> dict[str, Any]:
@@ -62,8 +62,8 @@ def test_a_run_that_only_got_worse() -> None:
     assert outcome.export_sentence() == ""
 
 
-def test_a_log_of_an_older_version_is_judged_too() -> None:
-    """4ff8e20 marked every first validation after the start as best, and did not say by which metric."""
+def test_a_log_of_an_older_version_has_an_outcome_too() -> None:
+    """4ff8e20 marked every first validation after the start as best, and did not record by which metric."""
     events = [
         event("session", 0, {"total_steps": 8}),
         event("validation", 0, {"reward": -0.95, "kl": 0.0, "best": False}),
@@ -74,7 +74,7 @@ def test_a_log_of_an_older_version_is_judged_too() -> None:
     assert outcome.verdict().startswith("training did not beat the start: reward is -1.95")
 
 
-def test_a_tie_is_told_by_its_loss() -> None:
+def test_a_tie_is_broken_and_reported_by_its_loss() -> None:
     events = [judged(), validation(0, accuracy=0.5, loss=2.0), validation(4, True, True, accuracy=0.5, loss=1.5)]
     assert outcome_of({}, events).verdict() == (
         "best validation: accuracy 0.5 at step 4; before training it was 0.5, with loss 2 then and 1.5 now"
@@ -90,7 +90,7 @@ def test_a_tie_is_told_by_its_loss() -> None:
         [judged(), validation(0, loss=1.0), validation(4, True, True, accuracy=0.5)],
     ],
 )
-def test_what_is_not_known_is_not_summary(events: list[dict[str, Any]]) -> None:
+def test_unknown_facts_are_not_reported(events: list[dict[str, Any]]) -> None:
     outcome = outcome_of({}, events)
     assert outcome.beat_start is None
     assert "start" not in outcome.verdict()
@@ -102,7 +102,7 @@ def test_a_metric_that_is_never_finite_again_did_not_beat_the_start() -> None:
 
 
 EARLY = {"early_stopping": {"patience": 3, "metric": None}}
-ALERT = event("alarm", 4, {"name": "kl", "value": 2.0, "limit": 1.0, "message": "KL 2 is above its limit of 1"})
+ALERT = event("alert", 4, {"name": "kl", "value": 2.0, "limit": 1.0, "message": "KL 2 is above its limit of 1"})
 
 
 @pytest.mark.parametrize(

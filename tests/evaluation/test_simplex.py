@@ -61,6 +61,6 @@ def test_squared_error_is_that_of_scipy_in_any_unit(unit: float) -> None:
     assert squared_error_weights(values * unit, targets * unit) == pytest.approx(reference.x, abs=1e-4)
 
 
-def test_members_that_say_the_same_share() -> None:
+def test_equal_members_get_equal_weights() -> None:
     same = numpy.tile(numpy.array([[0.6], [0.9], [0.2]]), (1, 4))
     assert log_loss_weights(same) == pytest.approx([0.25] * 4, abs=1e-6)

@@ -57,7 +57,7 @@ def test_where_one_side_wins_all_the_interval_has_a_width() -> None:
     assert (found.low, found.high) == pytest.approx((1 / (1 + 1.959963984540054**2 / 10), 1.0))
 
 
-def test_like_length_and_orders_are_told() -> None:
+def test_length_and_orders_are_reported() -> None:
     long = "n" * 10
     pairs = [
         pair(0, "a", a="y" * 8, b=long, orders=("a", "a")),
@@ -111,7 +111,7 @@ def rulings(name: str, *answers: tuple[str, str], prompt: str = "x") -> list[Rul
     return [each for each in found if each is not None]
 
 
-def test_a_judge_that_prefers_a_place_decides_nothing(judges: str) -> None:
+def test_a_judge_that_prefers_a_position_decides_nothing(judges: str) -> None:
     (found,) = rulings(f"{judges}:first", ("one", "other"))
     assert (found.winner, found.orders) == ("tie", ("a", "b"))
 
@@ -146,7 +146,7 @@ def test_the_judge_sees_the_prompt(judges: str) -> None:
         ("none_of_two", "(None, 1.0); expected"),
     ],
 )
-def test_what_a_judge_must_not_say(judges: str, name: str, summary: str) -> None:
+def test_a_judge_s_invalid_answers_are_refused(judges: str, name: str, summary: str) -> None:
     with pytest.raises(UserError, match=f"judge own_judges:{name}: returned") as caught:
         rulings(f"{judges}:{name}", ("one", "other"))
     assert summary in str(caught.value)
@@ -161,7 +161,7 @@ def test_two_scores_may_be_numbers_of_numpy_and_torch(judges: str, name: str) ->
     assert (found.winner, found.orders, found.scores) == ("a", ("a", "a"), (3.0, 2.0))
 
 
-def test_what_a_judge_raises_is_told_with_its_prompt(judges: str) -> None:
+def test_an_exception_of_a_judge_is_reported_with_its_prompt(judges: str) -> None:
     with pytest.raises(
         UserError, match=r"judge own_judges:raising: raised ValueError at .*own_judges.py:\d+: "
     ) as told:

@@ -1,4 +1,4 @@
-"""An exported folder opens to the model that it was made from, says what it is, and is whole or not there."""
+"""An exported folder opens as the model that it was made from, describes it, and is complete or absent."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from loopos.exporting.export import Exported, export
 from loopos.exporting.settings import ExportSettings
 from loopos.methods.chain_of_thought import ChainOfThought
 from loopos.models.folders import open_language_model
-from loopos.models.resolve import find_model
+from loopos.models.resolve import resolve
 from loopos.storage.tensor_files import folder_tensors
 from loopos.training.progress import RunProgress
 
@@ -121,7 +121,7 @@ def test_another_number_format_is_one_rounding(
     assert 0 < exported.check.largest < 0.05
 
 
-def test_a_model_with_a_head_opens_in_both_houses(head_run: Path, tmp_path: Path) -> None:
+def test_a_model_with_a_head_opens_in_loopos_and_transformers(head_run: Path, tmp_path: Path) -> None:
     as_folder(head_run, tmp_path / "out", "f32")
     texts = ["good film", "where is it", "bad order"]
     expected, found = loopos.load(head_run).predict(texts), loopos.load(tmp_path / "out").predict(texts)
@@ -202,7 +202,7 @@ def test_a_foreign_adapter_is_merged_over_the_base_that_it_names(
 def test_encoders_are_copied_as_they_are(tmp_path: Path, pico_tokenizer: Path) -> None:
     folder = save_pico("bert", tmp_path / "bert", pico_tokenizer)
     exported = as_folder(folder, tmp_path / "out", "bf16")
-    assert find_model(str(folder)).kind == "encoder"
+    assert resolve(str(folder)).architecture == "encoder"
     assert exported.check is not None
     assert AutoModel.from_pretrained(tmp_path / "out").dtype == torch.bfloat16
 
@@ -231,7 +231,7 @@ def code_in(card: str) -> list[str]:
     return [part.split("```")[0] for part in card.split("```python\n")[1:]]
 
 
-def test_the_card_says_what_is_known_and_its_code_runs(
+def test_the_card_lists_what_is_known_and_its_code_runs(
     tmp_path: Path, pico_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run = tmp_path / "run"
@@ -319,7 +319,7 @@ def test_a_push_that_fails_leaves_the_folder_and_says_so(pico_folder: Path, tmp_
     assert (tmp_path / "out" / "model.safetensors").is_file()
 
 
-def test_without_a_push_nothing_speaks(pico_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_a_push_nothing_is_sent(pico_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     hub = FakeHub()
 
     def refuse(*arguments: object) -> None:
@@ -336,14 +336,14 @@ def test_without_a_push_nothing_speaks(pico_folder: Path, tmp_path: Path, monkey
 
 
 def check_refused(told: str, source: Path | str, out: Path, **settings: Any) -> None:
-    """`told` is said, and nothing new lies beside `out`."""
+    """The message is `told`, and nothing new is beside `out`."""
     before = sorted(out.parent.iterdir())
     with pytest.raises(UserError, match=told):
         export(str(source), out, ExportSettings(**settings))
     assert sorted(out.parent.iterdir()) == before
 
 
-def test_a_broken_adapter_is_told(lora_language_run: Path, tmp_path: Path) -> None:
+def test_a_broken_adapter_is_reported(lora_language_run: Path, tmp_path: Path) -> None:
     adapter = tmp_path / "run" / "adapter"
     shutil.copytree(lora_language_run, tmp_path / "run")
     file = adapter / "adapter_model.safetensors"
@@ -353,16 +353,16 @@ def test_a_broken_adapter_is_told(lora_language_run: Path, tmp_path: Path) -> No
     )
 
 
-def test_mistakes_are_told_and_leave_nothing(head_run: Path, pico_folder: Path, tmp_path: Path) -> None:
+def test_mistakes_are_reported_and_leave_nothing(head_run: Path, pico_folder: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    check_refused("--format: got ggml; expected one of huggingface", pico_folder, out, format="ggml")
+    check_refused('--format: got the export format "ggml"; expected "huggingface", ', pico_folder, out, format="ggml")
     check_refused(
         "--type: got q8_0; expected one of f32, f16, bf16", pico_folder, out, format="huggingface", type="q8_0"
     )
     check_refused("--push: got name; expected owner/name", pico_folder, out, format="gguf", push="name")
     check_refused("holds only language models", head_run, out, format="gguf")
     check_refused("no adapter here", head_run, out, format="adapter")
-    check_refused("holds no model", tmp_path, out, format="huggingface")
+    check_refused("no trained model here", tmp_path, out, format="huggingface")
     check_refused("which has learned nothing|expected the folder", "new", out, format="huggingface")
     (tmp_path / "there").mkdir()
     (tmp_path / "there" / "notes.txt").write_text("mine")
@@ -393,12 +393,13 @@ def test_a_killed_export_leaves_no_half_folder(pico_folder: Path, tmp_path: Path
 
 
 def test_the_embedded_base_is_named_by_its_home(tmp_path: Path, pico_folder: Path) -> None:
-    """The licence and the home of the embedded weights are known."""
-    import dataclasses
-
+    """The license and the source of the embedded weights are known."""
     from loopos.exporting.model_card import model_card
 
-    model = dataclasses.replace(find_model(str(pico_folder)), description={"pretrained_weights": "smollm2-135m"})
+    shutil.copytree(pico_folder, tmp_path / "model")
+    described = {"format": 1, "precision": "fp32", "stop_tokens": [2], "pretrained_weights": "smollm2-135m"}
+    (tmp_path / "model" / "loopos.json").write_text(json.dumps(described))
+    model = resolve(tmp_path / "model")
     card = model_card(model, title="x", file="", output_format="huggingface", type_name="f32", license=None)
     head = yaml.safe_load(card.split("---\n")[1])
     assert head["license"] == "apache-2.0"

@@ -11,7 +11,7 @@ BENCH = Path(__file__).parents[3] / "bench" / "gguf_text.py"
 
 
 @pytest.mark.slow
-def test_llama_cpp_says_what_the_model_says() -> None:
+def test_llama_cpp_generates_the_same_text_as_the_model() -> None:
     """In f16 the same, but for near ties; in fewer bits most of it."""
     pytest.importorskip("gguf")
     pytest.importorskip("xllamacpp")

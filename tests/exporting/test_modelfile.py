@@ -118,6 +118,6 @@ def test_the_file_names_weights_stops_and_parameters(pico_folder: Path, tmp_path
     ]
 
 
-def test_a_model_without_turns_is_prompted_as_it_stands(pico_folder: Path) -> None:
+def test_a_model_without_turns_is_prompted_with_the_raw_text(pico_folder: Path) -> None:
     text = modelfile(pico_folder, "x.gguf", adds_bos=False, actual="pico")
     assert 'TEMPLATE """{{ .Prompt }}"""' in text

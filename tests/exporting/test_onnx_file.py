@@ -1,4 +1,4 @@
-"""An ONNX graph says of padded texts what the model says of each alone."""
+"""An ONNX graph gives for padded texts the outputs of the model for each text on its own."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def test_padded_pooling_is_that_of_packed_rows(how: str) -> None:
     torch.testing.assert_close(pooled(padded, mask, how), expected)
 
 
-def test_a_language_model_and_a_missing_package_are_told(
+def test_a_language_model_and_a_missing_package_are_reported(
     pico_folder: Path, tmp_path: Path, pico_tokenizer: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with pytest.raises(UserError, match="a language model; --format onnx"):
@@ -42,7 +42,7 @@ def test_a_language_model_and_a_missing_package_are_told(
 
 
 def test_an_encoder_with_segments(tmp_path: Path, pico_tokenizer: Path) -> None:
-    """Its hidden states of padded texts are those of each alone."""
+    """The hidden states of padded texts are those of each text on its own."""
     for name in ("onnx", "onnxscript", "onnxruntime"):
         pytest.importorskip(name)
     encoder = save_pico("bert", tmp_path / "bert", pico_tokenizer)

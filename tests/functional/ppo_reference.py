@@ -107,9 +107,9 @@ def policy_token(
 
 
 def value_token(value: float, old_value: float, target: float, *, clip_range: float | None) -> tuple[float, float]:
-    """Loss of one value and its derivative by the value, case by case (baselines' PPO2, kept by Huang et al. 2024).
+    """Loss of one value and its derivative by the value, case by case (baselines' PPO2, also in Huang et al. 2024).
 
-    The value may move by c; a farther one is charged as if it stood there, unless its own error is the greater.
+    The value may move by c; beyond that it is charged as if it were at the limit, unless its own error is larger.
     """
     own = 0.5 * (value - target) ** 2
     if clip_range is None or abs(value - old_value) <= clip_range:

@@ -147,7 +147,7 @@ def test_a_responses_rewards_add_up_to_its_score_less_its_whole_divergence() -> 
     assert found.tolist() == pytest.approx([1 - 0.5 * math.log(2), -2 + 0.5 * math.log(4)], rel=1e-6)
 
 
-def test_a_response_without_a_token_has_nowhere_to_be_paid() -> None:
+def test_a_response_without_tokens_gets_no_reward() -> None:
     mask = torch.tensor([[True, True], [False, False]])
     with pytest.raises(AssertionError, match="without tokens"):
         token_rewards(torch.ones(2), torch.zeros(2, 2), mask, kl_coefficient=0.1)
@@ -257,7 +257,7 @@ def test_random_whitening_equals_the_reference(
 
 @pytest.mark.parametrize("shift_mean", [True, False])
 @pytest.mark.parametrize("fill", FILLS)
-def test_whitened_tokens_have_variance_1_over_the_mask_alone(fill: float, shift_mean: bool) -> None:
+def test_whitened_tokens_have_variance_1_over_the_mask(fill: float, shift_mean: bool) -> None:
     (responses,) = ragged(5, 1, torch.float32)
     moved = [[100.0 + 3.0 * token for token in response] for response in responses]
     mask, values = mask_of(moved), side_by_side(moved, fill, torch.float32)

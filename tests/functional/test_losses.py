@@ -107,7 +107,7 @@ CASES: dict[str, tuple[TaskObjective, Tensor]] = {
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_shares_of_micro_batches_add_up_to_the_mean_of_the_step(case: str) -> None:
+def test_micro_batches_add_up_to_the_mean_of_the_step(case: str) -> None:
     objective, targets = CASES[case]
     whole = objective.mean_of(OUTPUTS, targets)
     chunks = [slice(0, 1), slice(1, 7), slice(7, 9)]

@@ -165,7 +165,7 @@ def test_preferred_counts_a_tie_as_half(better: float, worse: float, expected: f
     assert found.tolist() == [expected]
 
 
-def test_a_pair_that_surely_goes_the_other_way_keeps_its_small_loss() -> None:
+def test_a_certain_pair_in_reverse_order_keeps_its_small_loss() -> None:
     # p = 0, Δ = −12: −log σ(12) = log(1 + e^−12) = 6.1442e-06.
     found = bradley_terry_sum(torch.tensor([0.0]), torch.tensor([12.0]), probabilities=torch.tensor([0.0]))
     assert float(found) == pytest.approx(6.1442e-6, rel=1e-3)

@@ -101,7 +101,7 @@ def test_awq_helps_where_few_inputs_are_large() -> None:
     torch.testing.assert_close(scaled @ (entered / factors[:, None]), weight @ entered, rtol=1e-4, atol=1e-3)
 
 
-def test_awq_leaves_equal_inputs_alone() -> None:
+def test_awq_does_not_change_equal_inputs() -> None:
     weight = torch.randn(8, 32, generator=torch.Generator().manual_seed(2))
     assert awq_factors(weight, torch.eye(32), bits=4, group=32) is None
     assert awq_factors(weight, torch.zeros(32, 32), bits=4, group=32) is None

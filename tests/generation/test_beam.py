@@ -72,11 +72,11 @@ def test_beams_equal_those_of_transformers(
 
 
 def test_one_beam_is_greedy(llama: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
-    from loopos.generation.settings import SamplingSettings
+    from loopos.generation.settings import SamplingParams
 
     prompts = mixed_prompts(3)
     engine = Engine(llama, tokenizer)
-    greedy = engine.generate(prompts, SamplingSettings(max_new_tokens=NEW))
+    greedy = engine.generate(prompts, SamplingParams(max_new_tokens=NEW))
     beams = beam_search(engine, prompts, BeamSettings(num_beams=1, max_new_tokens=NEW))
     assert [found[0].token_ids for found in beams] == [completion.token_ids for completion in greedy]
     assert [found[0].text for found in beams] == [completion.text for completion in greedy]

@@ -11,14 +11,14 @@ from fake_workers import FakeWorkers
 
 from loopos.config.diagnostics import MissingRequirement
 from loopos.generation.completions import Completion
-from loopos.generation.settings import SamplingSettings
+from loopos.generation.settings import SamplingParams
 from loopos.rl.workers.dispatch import Dispatcher
 from loopos.rl.workers.protocol import Request
 
 
 def request_of(number: int, n: int = 1, first: int = 0) -> Request:
     indices = range(first, first + number)
-    return Request([[index, index + 1] for index in indices], [SamplingSettings(seed=index) for index in indices], n)
+    return Request([[index, index + 1] for index in indices], [SamplingParams(seed=index) for index in indices], n)
 
 
 def expected(request: Request) -> list[tuple[int, int, list[int]]]:

@@ -13,10 +13,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from loopos.config.diagnostics import UserError
 from loopos.generation.completions import Completion
 from loopos.generation.engine import Engine
-from loopos.generation.settings import SamplingSettings
+from loopos.generation.settings import SamplingParams
 
 NEW = 9
-SAMPLED = SamplingSettings(temperature=1.0, max_new_tokens=NEW, seed=11)
+SAMPLED = SamplingParams(temperature=1.0, max_new_tokens=NEW, seed=11)
 
 
 def greedy_of_transformers(model: PreTrainedModel, prompt: list[int]) -> list[int]:
@@ -34,13 +34,11 @@ def test_greedy_tokens_equal_those_of_transformers(name: str, tokenizer: PreTrai
     expected = [greedy_of_transformers(model, prompt) for prompt in prompts]
     engine = Engine(model, tokenizer)
     assert engine.path == "cached", engine.reason
-    together = engine.generate(prompts, SamplingSettings(max_new_tokens=NEW))
+    together = engine.generate(prompts, SamplingParams(max_new_tokens=NEW))
     assert [completion.token_ids for completion in together] == expected
-    separate = [engine.generate([prompt], SamplingSettings(max_new_tokens=NEW))[0].token_ids for prompt in prompts]
+    separate = [engine.generate([prompt], SamplingParams(max_new_tokens=NEW))[0].token_ids for prompt in prompts]
     assert separate == expected
-    few = Engine(model, tokenizer, max_rows=5, prefill_tokens=16).generate(
-        prompts, SamplingSettings(max_new_tokens=NEW)
-    )
+    few = Engine(model, tokenizer, max_rows=5, prefill_tokens=16).generate(prompts, SamplingParams(max_new_tokens=NEW))
     assert [completion.token_ids for completion in few] == expected
     assert len({tuple(ids) for ids in expected}) > 32
 
@@ -61,7 +59,7 @@ def test_logprobs_equal_a_fresh_forward(
     temperature: float, llama: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
 ) -> None:
     prompts = mixed_prompts(9)
-    settings = SamplingSettings(temperature=temperature, max_new_tokens=NEW)
+    settings = SamplingParams(temperature=temperature, max_new_tokens=NEW)
     compared = 0
     for prompt, completion in zip(
         prompts, Engine(llama, tokenizer, max_rows=4).generate(prompts, settings), strict=True
@@ -81,7 +79,7 @@ def test_filtered_logprobs_are_those_of_what_is_left(
 ) -> None:
     """Of two tokens that are left, the filtered probabilities add up to one, in the ratio of the full ones."""
     prompt = mixed_prompts(1)[0]
-    settings = SamplingSettings(temperature=1.0, top_k=2, max_new_tokens=1)
+    settings = SamplingParams(temperature=1.0, top_k=2, max_new_tokens=1)
     found = {c.token_ids[0]: c for c in Engine(llama, tokenizer).generate([prompt], settings, n=40)}
     assert len(found) == 2
     full = torch.tensor([c.logprobs[0] for c in found.values()])
@@ -99,7 +97,7 @@ def test_the_same_seed_gives_the_same_text_in_any_batch(
     separate = [tokens(Engine(llama, tokenizer).generate([prompt], SAMPLED))[0] for prompt in prompts[:4]]
     assert whole == refilled == turned
     assert separate == whole[:4]
-    other = SamplingSettings(temperature=1.0, max_new_tokens=NEW, seed=12)
+    other = SamplingParams(temperature=1.0, max_new_tokens=NEW, seed=12)
     assert tokens(Engine(llama, tokenizer).generate(prompts, other)) != whole
 
 
@@ -118,10 +116,10 @@ def test_samples_of_one_prompt_differ_and_are_those_of_the_prompt_repeated(
 def test_settings_of_each_prompt(llama: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
     prompts = mixed_prompts(4)
     each = [
-        SamplingSettings(max_new_tokens=3),
-        SamplingSettings(temperature=1.0, max_new_tokens=7, seed=5),
-        SamplingSettings(max_new_tokens=9, no_repeat_ngram=1, stop_at_end=False),
-        SamplingSettings(temperature=0.5, top_p=0.8, repetition_penalty=1.2, max_new_tokens=5),
+        SamplingParams(max_new_tokens=3),
+        SamplingParams(temperature=1.0, max_new_tokens=7, seed=5),
+        SamplingParams(max_new_tokens=9, no_repeat_ngram=1, stop_at_end=False),
+        SamplingParams(temperature=0.5, top_p=0.8, repetition_penalty=1.2, max_new_tokens=5),
     ]
     together = Engine(llama, tokenizer).generate(prompts, each)
     separate = [Engine(llama, tokenizer).generate([p], s)[0].token_ids for p, s in zip(prompts, each, strict=True)]
@@ -135,7 +133,7 @@ def test_settings_of_each_prompt(llama: PreTrainedModel, tokenizer: PreTrainedTo
 @pytest.mark.parametrize("name", ["llama", "gpt2"])
 def test_penalties_equal_those_of_transformers(name: str, tokenizer: PreTrainedTokenizerBase) -> None:
     model = pico_model(name)
-    settings = SamplingSettings(max_new_tokens=NEW, repetition_penalty=1.3, no_repeat_ngram=2, logit_bias={7: 2.0})
+    settings = SamplingParams(max_new_tokens=NEW, repetition_penalty=1.3, no_repeat_ngram=2, logit_bias={7: 2.0})
     prompts = mixed_prompts(4)
     got = Engine(model, tokenizer).generate(prompts, settings)
     for prompt, completion in zip(prompts, got, strict=True):
@@ -154,7 +152,7 @@ def test_frequencies_through_the_engine_match_the_softmax(tokenizer: PreTrainedT
     logits = torch.full((400, 400), -30.0)
     logits[:, 3:11] = torch.randn(400, 8, generator=torch.Generator().manual_seed(8))
     engine = Engine(Scripted(logits, by_position=False), tokenizer, max_rows=256)
-    settings = SamplingSettings(temperature=1.0, max_new_tokens=2)
+    settings = SamplingParams(temperature=1.0, max_new_tokens=2)
     sampled = torch.tensor(tokens(engine.generate([[5]], settings, n=4000)))
     chain = torch.softmax(logits.double(), -1)[:, 3:11]
     expected = chain[5][:, None] * chain[3:11]
@@ -175,15 +173,15 @@ def test_stop_tokens_and_limits(says: Callable[..., Any], tokenizer: PreTrainedT
     model, prompt = says("the box was open")
     engine = Engine(model, tokenizer)
     whole = engine.generate([prompt])[0]
-    assert (whole.text, whole.finish_reason, whole.token_ids[-1]) == ("the box was open", "stop token", 2)
+    assert (whole.text, whole.finish_reason, whole.token_ids[-1]) == ("the box was open", "stop", 2)
     assert len(whole.logprobs) == len(whole.token_ids)
-    short = engine.generate([prompt], SamplingSettings(max_new_tokens=2))[0]
+    short = engine.generate([prompt], SamplingParams(max_new_tokens=2))[0]
     assert (len(short.token_ids), short.finish_reason) == (2, "length")
     second = whole.token_ids[1]
-    early = engine.generate([prompt], SamplingSettings(stop_token_ids=(second,)))[0]
-    assert (early.token_ids, early.finish_reason) == (whole.token_ids[:2], "stop token")
+    early = engine.generate([prompt], SamplingParams(stop_token_ids=(second,)))[0]
+    assert (early.token_ids, early.finish_reason) == (whole.token_ids[:2], "stop")
     assert early.text == tokenizer.decode(whole.token_ids[:1])
-    on = engine.generate([prompt], SamplingSettings(stop_at_end=False, max_new_tokens=len(whole.token_ids) + 3))[0]
+    on = engine.generate([prompt], SamplingParams(stop_at_end=False, max_new_tokens=len(whole.token_ids) + 3))[0]
     assert on.finish_reason == "length"
     assert on.token_ids[-3:] == [2, 2, 2]
 
@@ -197,7 +195,7 @@ def test_stop_strings(
 ) -> None:
     model, prompt = says("the box was open")
     got = Engine(model, tokenizer).generate(
-        [prompt], SamplingSettings(stop=(stop, "zzz"), keep_stop=keep_stop, stop_at_end=False)
+        [prompt], SamplingParams(stop=(stop, "zzz"), keep_stop=keep_stop, stop_at_end=False)
     )[0]
     assert got.text == text
     assert got.finish_reason == "stop string"
@@ -205,10 +203,10 @@ def test_stop_strings(
 
 
 @pytest.mark.parametrize(
-    "settings", [SAMPLED, SamplingSettings(temperature=1.0, max_new_tokens=NEW, stop=("e", "\u0120"), seed=3)]
+    "settings", [SAMPLED, SamplingParams(temperature=1.0, max_new_tokens=NEW, stop=("e", "\u0120"), seed=3)]
 )
 def test_a_stream_makes_up_the_batch(
-    settings: SamplingSettings, llama: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
+    settings: SamplingParams, llama: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
 ) -> None:
     prompts = mixed_prompts(6)
     engine = Engine(llama, tokenizer, max_rows=4)
@@ -227,7 +225,7 @@ def test_a_stream_makes_up_the_batch(
         assert [delta.finish_reason for delta in deltas] == [None] * (len(deltas) - 1) + [completion.finish_reason]
 
 
-def test_a_stream_can_be_left_and_the_engine_used_again(
+def test_a_stream_can_be_closed_and_the_engine_used_again(
     llama: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
 ) -> None:
     engine = Engine(llama, tokenizer)
@@ -244,7 +242,7 @@ def test_rows_are_reused_and_the_longest_go_first(llama: PreTrainedModel, tokeni
     calls: list[int] = []
     handle = llama.register_forward_hook(lambda _module, _args, output: calls.append(output.logits.shape[0]))
     prompts = mixed_prompts(4)
-    each = [SamplingSettings(max_new_tokens=limit, stop_at_end=False) for limit in (4, 4, 4, 12)]
+    each = [SamplingParams(max_new_tokens=limit, stop_at_end=False) for limit in (4, 4, 4, 12)]
     try:
         engine = Engine(llama, tokenizer, max_rows=2)
         calls.clear()
@@ -260,7 +258,7 @@ def test_rows_are_reused_and_the_longest_go_first(llama: PreTrainedModel, tokeni
 def test_positions_run_out(llama: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
     engine = Engine(llama, tokenizer)
     prompt = [5] * 254
-    got = engine.generate([prompt], SamplingSettings(max_new_tokens=50, stop_at_end=False))[0]
+    got = engine.generate([prompt], SamplingParams(max_new_tokens=50, stop_at_end=False))[0]
     # 254 tokens and two new ones fill 256 positions; the third new one is never fed.
     assert (len(got.token_ids), got.finish_reason) == (3, "length")
     with pytest.raises(UserError, match="257 tokens: the model has 256 positions"):
@@ -269,12 +267,12 @@ def test_positions_run_out(llama: PreTrainedModel, tokenizer: PreTrainedTokenize
 
 @pytest.mark.parametrize(
     ("prompt", "settings", "summary"),
-    [([], SamplingSettings(), "empty prompt"), ([5, 400], SamplingSettings(), "token 400"),
-     ([5], SamplingSettings(logit_bias={999: 1.0}), "logit_bias for token 999")],
+    [([], SamplingParams(), "empty prompt"), ([5, 400], SamplingParams(), "token 400"),
+     ([5], SamplingParams(logit_bias={999: 1.0}), "logit_bias for token 999")],
 )  # fmt: skip
 def test_what_the_model_cannot_take_is_named(
     prompt: list[int],
-    settings: SamplingSettings,
+    settings: SamplingParams,
     summary: str,
     llama: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -291,7 +289,7 @@ def test_the_weights_are_the_models_own(tokenizer: PreTrainedTokenizerBase) -> N
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.mul_(-0.9)
-    assert tokens(engine.generate(prompts, SamplingSettings(max_new_tokens=NEW))) == [
+    assert tokens(engine.generate(prompts, SamplingParams(max_new_tokens=NEW))) == [
         greedy_of_transformers(model, prompt) for prompt in prompts
     ]
 
@@ -306,17 +304,17 @@ def test_reused_prefixes_change_nothing_and_are_dropped_at_exit(
         lambda _module, _args, named: seen.append(named["input_ids"].numel()), with_kwargs=True
     )
     try:
-        first = engine.generate([prompt], SamplingSettings(max_new_tokens=6))[0]
+        first = engine.generate([prompt], SamplingParams(max_new_tokens=6))[0]
         longer = [*prompt, *first.token_ids, 5, 6]
-        expected = engine.generate([longer], SamplingSettings(max_new_tokens=6))[0]
+        expected = engine.generate([longer], SamplingParams(max_new_tokens=6))[0]
         with engine.reuse_prefixes():
-            engine.generate([prompt], SamplingSettings(max_new_tokens=6))
+            engine.generate([prompt], SamplingParams(max_new_tokens=6))
             seen.clear()
-            assert engine.generate([longer], SamplingSettings(max_new_tokens=6))[0].token_ids == expected.token_ids
+            assert engine.generate([longer], SamplingParams(max_new_tokens=6))[0].token_ids == expected.token_ids
             # The last of the six tokens was never fed.
             assert seen[0] == 3
         seen.clear()
-        engine.generate([longer], SamplingSettings(max_new_tokens=1))
+        engine.generate([longer], SamplingParams(max_new_tokens=1))
         assert seen == [len(longer)]
     finally:
         handle.remove()

@@ -15,12 +15,12 @@ from loopos.functional.mixing import MixtureMethod, mixed_logits
 from loopos.functional.packing import PackedLayout
 from loopos.generation.beam import BeamSettings, beam_search
 from loopos.generation.engine import Engine
-from loopos.generation.settings import SamplingSettings
+from loopos.generation.settings import SamplingParams
 from loopos.models.language_ensemble import LanguageEnsemble, TokenScores, check_one_vocabulary
 from loopos.models.language_model import LanguageModel
 
 PROMPTS = mixed_prompts(6)
-SAMPLED = SamplingSettings(temperature=0.8, top_p=0.9, max_new_tokens=12, seed=3, repetition_penalty=1.2)
+SAMPLED = SamplingParams(temperature=0.8, top_p=0.9, max_new_tokens=12, seed=3, repetition_penalty=1.2)
 
 
 @pytest.fixture(scope="module")
@@ -61,16 +61,16 @@ def test_two_tokens_by_two_tables(tokenizer: PreTrainedTokenizerBase) -> None:
         table = torch.full((1, VOCABULARY), -80.0)
         table[0, 5], table[0, 7] = math.log(five), math.log(seven)
         tables.append(Scripted(table, by_position=True))
-    summary = [Engine(model, tokenizer).generate([[3]], SamplingSettings(max_new_tokens=1))[0] for model in tables]
+    summary = [Engine(model, tokenizer).generate([[3]], SamplingParams(max_new_tokens=1))[0] for model in tables]
     assert [each.token_ids for each in summary] == [[5], [7]]
-    [together] = Engine(ensemble(*tables), tokenizer).generate([[3]], SamplingSettings(max_new_tokens=1))
+    [together] = Engine(ensemble(*tables), tokenizer).generate([[3]], SamplingParams(max_new_tokens=1))
     assert (together.token_ids, together.logprobs) == ([7], [pytest.approx(math.log(0.7), abs=1e-5)])
 
 
 @pytest.mark.parametrize("method", ["mean", "logits"])
-@pytest.mark.parametrize("settings", [SamplingSettings(max_new_tokens=12), SAMPLED], ids=["greedy", "sampled"])
+@pytest.mark.parametrize("settings", [SamplingParams(max_new_tokens=12), SAMPLED], ids=["greedy", "sampled"])
 def test_a_model_with_itself_is_the_model(
-    llama: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, method: MixtureMethod, settings: SamplingSettings
+    llama: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, method: MixtureMethod, settings: SamplingParams
 ) -> None:
     separate = Engine(llama, tokenizer, max_rows=4).generate(PROMPTS, settings)
     twice = Engine(ensemble(llama, llama, method=method), tokenizer, max_rows=4).generate(PROMPTS, settings)
@@ -86,7 +86,7 @@ def test_logprobs_are_those_of_the_mean_of_plain_softmaxes(
     engine = Engine(ensemble(llama, other, weights=(0.3, 0.7)), tokenizer, max_rows=3)
     assert (engine.path, engine.embeds) == ("cached", False)
     engine.path = path
-    settings = SamplingSettings(temperature=1.0, max_new_tokens=10, seed=1)
+    settings = SamplingParams(temperature=1.0, max_new_tokens=10, seed=1)
     for prompt, found in zip(PROMPTS, engine.generate(PROMPTS, settings), strict=True):
         ids = [*prompt, *found.token_ids]
         expected = []
@@ -108,10 +108,10 @@ def test_greedy_and_beams_by_plain_forwards(
         with torch.no_grad():
             mean = sum(model(torch.tensor([ids])).logits[0, -1].softmax(-1) for model in (llama, other))
         ids.append(int(mean.argmax()))
-    [found] = engine.generate([prompt], SamplingSettings(max_new_tokens=8, stop_at_end=False))
+    [found] = engine.generate([prompt], SamplingParams(max_new_tokens=8, stop_at_end=False))
     assert found.token_ids == ids[len(prompt) :]
     [beams] = beam_search(engine, [prompt], BeamSettings(num_beams=3, max_new_tokens=6))
-    greedy = engine.generate([prompt], SamplingSettings(max_new_tokens=6))[0]
+    greedy = engine.generate([prompt], SamplingParams(max_new_tokens=6))[0]
     assert beams[0].score >= sum(greedy.logprobs) / len(greedy.token_ids) - 1e-4
 
 

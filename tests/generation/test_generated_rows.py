@@ -131,7 +131,7 @@ def test_long_prompts_run_in_parts(most: int, llama: PreTrainedModel) -> None:
     assert_same(llama, logits, prompts)
 
 
-def test_the_model_is_left_as_it_was(llama: PreTrainedModel) -> None:
+def test_the_model_is_unchanged(llama: PreTrainedModel) -> None:
     llama.train()
     with serving(llama, IMPLEMENTATION):
         assert not llama.training
@@ -154,7 +154,7 @@ UNSERVED: dict[str, PreTrainedConfig] = {
 
 @pytest.mark.parametrize("name", UNSERVED)
 @pytest.mark.filterwarnings("ignore")
-def test_what_the_cache_cannot_serve_is_summary_and_runs_row_by_row(name: str) -> None:
+def test_a_model_without_cache_support_is_reported_and_runs_row_by_row(name: str) -> None:
     torch.manual_seed(1)
     model = AutoModelForCausalLM.from_config(UNSERVED[name], attn_implementation="eager", dtype=torch.float32).eval()
     assert probed(model).why_plain

@@ -15,7 +15,7 @@ from loopos.config.sections import LoraSection
 from loopos.generation.cpu.layers import kernel_layout
 from loopos.generation.cpu.weights import PackedWeight, own_layer, packed
 from loopos.generation.engine import Engine
-from loopos.generation.settings import SamplingSettings
+from loopos.generation.settings import SamplingParams
 from loopos.models.adapters import active_adapter, add_lora
 
 pytestmark = pytest.mark.skipif(
@@ -150,7 +150,7 @@ class TestAdapters:
         layer = next(module for module in model.modules() if type(module).__name__.endswith("DecoderLayer"))
         handle = model.register_forward_hook(lambda *_: seen.append("forward" in vars(layer)))
         prompts = mixed_prompts(5, longest=12)
-        settings = SamplingSettings(temperature=1.0, max_new_tokens=8, stop_at_end=False, seed=3)
+        settings = SamplingParams(temperature=1.0, max_new_tokens=8, stop_at_end=False, seed=3)
         completions = Engine(model, tokenizer).generate(prompts, settings)
         handle.remove()
         assert all(seen[-8:])
@@ -197,7 +197,7 @@ class TestEngines:
         seen: list[int] = []
         handle = model.register_forward_hook(lambda *_: seen.append(len(moved(model))))
         prompts = mixed_prompts(5, longest=12)
-        settings = SamplingSettings(temperature=1.0, max_new_tokens=8, stop_at_end=False, seed=3)
+        settings = SamplingParams(temperature=1.0, max_new_tokens=8, stop_at_end=False, seed=3)
         completions = engine.generate(prompts, settings)
         handle.remove()
         # GPT-2's layers are of another kind: all others decode in the kernel's layout.
@@ -216,13 +216,13 @@ class TestEngines:
         model = bf16("llama")
         engine, before = Engine(model, tokenizer), bits(model)
         prompts = mixed_prompts(4, longest=6)
-        with closing(engine.stream(prompts, SamplingSettings(max_new_tokens=5))) as stream:
+        with closing(engine.stream(prompts, SamplingParams(max_new_tokens=5))) as stream:
             next(stream)
             assert moved(model)
         assert bits(model) == before
         with engine.reuse_prefixes():
             for _ in range(2):
-                engine.generate(prompts, SamplingSettings(max_new_tokens=2))
+                engine.generate(prompts, SamplingParams(max_new_tokens=2))
                 assert moved(model)
         assert bits(model) == before
 
@@ -231,5 +231,5 @@ class TestEngines:
         engine = Engine(model, tokenizer)
         seen: list[int] = []
         model.register_forward_hook(lambda *_: seen.append(len(moved(model))))
-        engine.generate(mixed_prompts(2, longest=6), SamplingSettings(max_new_tokens=3))
+        engine.generate(mixed_prompts(2, longest=6), SamplingParams(max_new_tokens=3))
         assert set(seen) == {0}

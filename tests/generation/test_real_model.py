@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from loopos.config.diagnostics import MissingRequirement
 from loopos.generation.engine import Engine
-from loopos.generation.settings import SamplingSettings
+from loopos.generation.settings import SamplingParams
 from loopos.models.gguf import converted_folder
 from loopos.models.resolve import EMBEDDED, embedded_model
 
@@ -59,6 +59,6 @@ def test_greedy_tokens_of_the_real_model_equal_those_of_transformers() -> None:
         expected.append(output[0, len(prompt) :].tolist())
     engine = Engine(model, tokenizer)
     assert engine.path == "cached", engine.reason
-    settings = SamplingSettings(max_new_tokens=NEW)
+    settings = SamplingParams(max_new_tokens=NEW)
     assert [completion.token_ids for completion in engine.generate(prompts, settings)] == expected
     assert [engine.generate([prompt], settings)[0].token_ids for prompt in prompts] == expected

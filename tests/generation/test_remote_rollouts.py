@@ -143,7 +143,7 @@ def in_two_processes(staleness: int, behave: Any) -> list[Any]:
 
 
 @pytest.mark.parametrize("staleness", [0, 1])
-def test_each_process_gets_its_part_and_none_waits_long_in_a_collective(staleness: int) -> None:
+def test_each_process_gets_its_rows_and_none_waits_long_in_a_collective(staleness: int) -> None:
     # An answer takes longer than rank 0 waits before it reports that nothing has arrived.
     first, second = in_two_processes(staleness, lambda worker, order: 9.0 if order else 45.0 / 2)
     for iteration, (own, other) in enumerate(zip(first, second, strict=True)):

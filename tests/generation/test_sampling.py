@@ -41,7 +41,7 @@ from loopos.generation.sampling import (
     with_repetition_penalty,
     without_repeated_ngrams,
 )
-from loopos.generation.settings import SamplingSettings
+from loopos.generation.settings import SamplingParams
 
 CPU = torch.device("cpu")
 
@@ -134,7 +134,7 @@ def test_the_order_is_that_of_transformers() -> None:
         [SequenceBiasLogitsProcessor({(3,): 1.5}), RepetitionPenaltyLogitsProcessor(1.4), NoRepeatNGramLogitsProcessor(2),
          TemperatureLogitsWarper(0.7), TopKLogitsWarper(40), TopPLogitsWarper(0.9), MinPLogitsWarper(0.02), TypicalLogitsWarper(0.9)]
     )  # fmt: skip
-    settings = SamplingSettings(
+    settings = SamplingParams(
         logit_bias={3: 1.5}, repetition_penalty=1.4, no_repeat_ngram=2, temperature=0.7, top_k=40, top_p=0.9, min_p=0.02,
         typical_p=0.9,
     )  # fmt: skip
@@ -143,15 +143,15 @@ def test_the_order_is_that_of_transformers() -> None:
     assert 6 < int(got.isfinite().sum()) < 6 * 40
 
 
-SAMPLERS: dict[str, SamplingSettings] = {
-    "plain": SamplingSettings(temperature=1.0),
-    "hot": SamplingSettings(temperature=1.7),
-    "top-k": SamplingSettings(temperature=1.0, top_k=5),
-    "top-p": SamplingSettings(temperature=0.9, top_p=0.7),
-    "min-p": SamplingSettings(temperature=1.3, min_p=0.1),
-    "typical": SamplingSettings(temperature=1.0, typical_p=0.7),
-    "biased": SamplingSettings(temperature=1.0, logit_bias={2: 1.0, 9: -8.0}),
-    "presence": SamplingSettings(temperature=1.0, presence_penalty=0.8, frequency_penalty=0.3),
+SAMPLERS: dict[str, SamplingParams] = {
+    "plain": SamplingParams(temperature=1.0),
+    "hot": SamplingParams(temperature=1.7),
+    "top-k": SamplingParams(temperature=1.0, top_k=5),
+    "top-p": SamplingParams(temperature=0.9, top_p=0.7),
+    "min-p": SamplingParams(temperature=1.3, min_p=0.1),
+    "typical": SamplingParams(temperature=1.0, typical_p=0.7),
+    "biased": SamplingParams(temperature=1.0, logit_bias={2: 1.0, 9: -8.0}),
+    "presence": SamplingParams(temperature=1.0, presence_penalty=0.8, frequency_penalty=0.3),
 }
 
 
@@ -192,7 +192,7 @@ def test_drawn_frequencies_match_the_distribution(name: str) -> None:
     assert history.generated().sum() == 3
 
 
-def _transformers_probabilities(logits: Tensor, settings: SamplingSettings) -> np.ndarray:
+def _transformers_probabilities(logits: Tensor, settings: SamplingParams) -> np.ndarray:
     processors = LogitsProcessorList()
     if settings.logit_bias:
         processors.append(SequenceBiasLogitsProcessor({(token,): bias for token, bias in settings.logit_bias.items()}))
@@ -233,16 +233,16 @@ def test_draw_never_gives_a_token_of_probability_zero() -> None:
 
 def test_greedy_takes_the_first_of_equals_and_its_logprob_by_hand() -> None:
     logits = torch.tensor([[0.0, math.log(3), math.log(3)], [math.log(2), 0.0, 0.0]])
-    choice = choose(logits, SamplingSettings(), history=None, uniforms=None, with_logprobs=True)
+    choice = choose(logits, SamplingParams(), history=None, uniforms=None, with_logprobs=True)
     assert choice.tokens.tolist() == [1, 0]
     assert choice.logprobs is not None
     assert choice.logprobs.tolist() == pytest.approx([math.log(3 / 7), math.log(1 / 2)])
-    half = choose(logits.bfloat16(), SamplingSettings(), history=None, uniforms=None, with_logprobs=False)
+    half = choose(logits.bfloat16(), SamplingParams(), history=None, uniforms=None, with_logprobs=False)
     assert half.tokens.tolist() == [1, 0]
 
 
-@pytest.mark.parametrize("settings", [SamplingSettings(), SamplingSettings(temperature=1.0)])
-def test_logits_that_are_no_numbers_are_refused(settings: SamplingSettings) -> None:
+@pytest.mark.parametrize("settings", [SamplingParams(), SamplingParams(temperature=1.0)])
+def test_logits_that_are_no_numbers_are_refused(settings: SamplingParams) -> None:
     logits = torch.tensor([[0.0, 1.0], [float("nan"), 0.0]])
     with pytest.raises(NonFiniteLogits, match="not finite"):
         choose(logits, settings, history=None, uniforms=torch.zeros(2, dtype=torch.float64), with_logprobs=False)
@@ -250,7 +250,7 @@ def test_logits_that_are_no_numbers_are_refused(settings: SamplingSettings) -> N
 
 def test_settings_out_of_range_are_all_named() -> None:
     with pytest.raises(UserError) as caught:
-        SamplingSettings(temperature=-1.0, top_p=0.0, max_new_tokens=0, stop=("",))
+        SamplingParams(temperature=-1.0, top_p=0.0, max_new_tokens=0, stop=("",))
     assert [line.split(":")[0] for line in str(caught.value).splitlines()] == [
         "temperature",
         "top_p",
@@ -260,7 +260,7 @@ def test_settings_out_of_range_are_all_named() -> None:
 
 
 def test_rows_are_sampled_together_where_only_limits_differ() -> None:
-    one = SamplingSettings(temperature=0.5, logit_bias={3: 1.0})
+    one = SamplingParams(temperature=0.5, logit_bias={3: 1.0})
     assert one.of_choice() == replace(one, max_new_tokens=9, stop=("x",), seed=4).of_choice()
     assert one.of_choice() != replace(one, logit_bias={3: 2.0}).of_choice()
     assert hash(one.of_choice()) == hash(replace(one, seed=5).of_choice())

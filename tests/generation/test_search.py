@@ -12,10 +12,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from loopos.config.diagnostics import UserError
 from loopos.generation.engine import Engine
 from loopos.generation.search import best_of_n, self_consistency, step_beam_search, vote
-from loopos.generation.settings import SamplingSettings
+from loopos.generation.settings import SamplingParams
 from loopos.generation.steps import Chain, Step, StepLimits
 
-SAMPLED = SamplingSettings(temperature=1.0, max_new_tokens=30)
+SAMPLED = SamplingParams(temperature=1.0, max_new_tokens=30)
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,7 @@ class Marks:
 
 
 def chain_model(tokenizer: PreTrainedTokenizerBase, chances: dict[str, dict[str, float]]) -> PreTrainedModel:
-    """A Markov chain over characters; "." stands for the end token."""
+    """A Markov chain over characters; "." is the end token."""
     logits = torch.full((400, 400), -40.0)
     for before, after in chances.items():
         for character, chance in after.items():
@@ -41,7 +41,7 @@ def identifier(tokenizer: PreTrainedTokenizerBase, character: str) -> int:
 
 
 def answered(text: str, *, well_formed: bool = True) -> Chain:
-    return Chain(0, 0, [1], text, [0.0], (), (), Step(text, 0.0, 1), well_formed, "stop token")
+    return Chain(0, 0, [1], text, [0.0], (), (), Step(text, 0.0, 1), well_formed, "stop")
 
 
 def test_a_vote_by_hand() -> None:
@@ -104,7 +104,7 @@ def test_step_beams_keep_the_best_steps(tokenizer: PreTrainedTokenizerBase) -> N
         assert best.text == "2\n2\n2\n2\n>9"
         assert [step.text for step in best.steps] == ["2"] * 4
         # The closing after the last step was forced, not sampled.
-        assert (best.answer.text, best.forced, best.finish_reason) == ("9", (8,), "stop token")
+        assert (best.answer.text, best.forced, best.finish_reason) == ("9", (8,), "stop")
         assert twos(best) >= twos(chains[-1])
 
 
@@ -120,4 +120,4 @@ def test_a_beam_that_answers_early_stays_in_the_race(tokenizer: PreTrainedTokeni
 
 def test_sampling_several_greedy_chains_is_refused(llama: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
     with pytest.raises(UserError, match="temperature"):
-        self_consistency(Engine(llama, tokenizer), [[5]], Marks(), SamplingSettings(), n=2)
+        self_consistency(Engine(llama, tokenizer), [[5]], Marks(), SamplingParams(), n=2)

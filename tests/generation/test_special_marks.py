@@ -19,7 +19,7 @@ from loopos.evaluation.answer_check import judge_all
 from loopos.evaluation.checkers import checker
 from loopos.evaluation.reasoning import Reasoner
 from loopos.generation.engine import Engine
-from loopos.generation.settings import SamplingSettings
+from loopos.generation.settings import SamplingParams
 from loopos.generation.steps import StepLimits
 
 THINK = NAMED_FORMATS["think"]
@@ -57,7 +57,7 @@ def reasoner(tokenizer: PreTrainedTokenizerBase, problem: Demonstration) -> Reas
 def test_a_chain_is_read_and_right(marked: PreTrainedTokenizerBase) -> None:
     problem = Demonstration("What?", ("2 + 5 is it",), "7", Row({}, "rows", 1, 0))
     requests = reasoner(marked, problem)
-    found = requests.answer([problem], SamplingSettings(max_new_tokens=40), limits=StepLimits(max_steps=4))
+    found = requests.answer([problem], SamplingParams(max_new_tokens=40), limits=StepLimits(max_steps=4))
     (chain,) = found[0].chains
     assert (chain.text, found[0].answer, chain.well_formed) == (SAYS, "7", True)
     assert [step.text for step in chain.steps] == ["2 + 5 is it"]
@@ -77,7 +77,7 @@ def test_a_chain_is_read_and_right(marked: PreTrainedTokenizerBase) -> None:
 )
 def test_a_stop_string(stop: str, keep: bool, text: str, marked: PreTrainedTokenizerBase) -> None:
     engine = Engine(scripted(marked, SAYS, after=1), marked)
-    [got] = engine.generate([[1]], SamplingSettings(stop=(stop,), keep_stop=keep, max_new_tokens=40))
+    [got] = engine.generate([[1]], SamplingParams(stop=(stop,), keep_stop=keep, max_new_tokens=40))
     assert (got.text, got.finish_reason) == (text, "stop string")
 
 
@@ -88,6 +88,6 @@ def test_the_pad_token_is_text_where_it_is_a_stop_string(pico_tokenizer: Path) -
     engine = Engine(scripted(tokenizer, summary, after=1), tokenizer)
     texts = {}
     for stop in ((), (tokenizer.pad_token,)):
-        [got] = engine.generate([[1]], SamplingSettings(stop=stop, max_new_tokens=40))
+        [got] = engine.generate([[1]], SamplingParams(stop=stop, max_new_tokens=40))
         texts[stop] = (got.text, got.finish_reason)
-    assert list(texts.values()) == [("the box was", "stop token"), ("the box", "stop string")]
+    assert list(texts.values()) == [("the box was", "stop"), ("the box", "stop string")]

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from loopos.config.diagnostics import UserError
 from loopos.generation.completions import GrowingText, Verdict
 from loopos.generation.engine import Engine
-from loopos.generation.settings import SamplingSettings
+from loopos.generation.settings import SamplingParams
 from loopos.generation.steps import Chain, StepLimits, mean_logprob, reason
 
 
@@ -43,7 +43,7 @@ def chain(says: Callable[..., Any], tokenizer: PreTrainedTokenizerBase) -> Calla
 def test_a_chain_is_taken_apart(chain: Callable[..., Chain]) -> None:
     got = chain("11\n22\n\n3\n>>\n7")
     assert [step.text for step in got.steps] == ["11", "22", "3"]
-    assert (got.answer.text, got.well_formed, got.finish_reason) == ("7", True, "stop token")
+    assert (got.answer.text, got.well_formed, got.finish_reason) == ("7", True, "stop")
     # An empty line belongs to the step before it; the closing and the end token to the answer.
     assert [step.tokens for step in got.steps] == [3, 4, 2]
     assert got.answer.tokens == 5
@@ -110,7 +110,7 @@ def test_thinking_continues_until_its_minimum(chain: Callable[..., Chain]) -> No
 
 def test_an_early_end_token_is_taken_back(chain: Callable[..., Chain]) -> None:
     got = chain("11\n", min_thinking_tokens=4, continuation="9\n")
-    assert (got.text, got.forced, got.finish_reason, got.well_formed) == ("11\n9\n", (3, 4), "stop token", False)
+    assert (got.text, got.forced, got.finish_reason, got.well_formed) == ("11\n9\n", (3, 4), "stop", False)
 
 
 def test_the_answer_is_limited(chain: Callable[..., Chain]) -> None:
@@ -151,7 +151,7 @@ def test_what_was_taken_back_leaves_no_trace(
     engine = Engine(llama, tokenizer, max_rows=2)
     engine.path = path
     prompts = mixed_prompts(3)
-    settings = SamplingSettings(max_new_tokens=12, stop_at_end=False)
+    settings = SamplingParams(max_new_tokens=12, stop_at_end=False)
     free = engine.generate(prompts, settings)
     written = tokenizer.encode("the box", add_special_tokens=False)
     for prompt, before, got in zip(

@@ -90,7 +90,7 @@ def test_the_first_of_two_stop_strings_counts(tokenizer: PreTrainedTokenizerBase
     assert growing.stopped_at == (0, 6)
 
 
-def test_what_may_become_a_stop_string_is_not_final(tokenizer: PreTrainedTokenizerBase) -> None:
+def test_a_possible_stop_string_is_not_final(tokenizer: PreTrainedTokenizerBase) -> None:
     growing = GrowingText(tokenizer, ("\n\nEnd",))
     lengths = []
     for token in [

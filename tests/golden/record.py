@@ -29,6 +29,8 @@ ENDINGS = ("the parcel came late", "a kind answer", "my card was charged", "the 
 LOGGED = ("step", "validation", "rollout")
 CLOCKED = ("seconds", "tokens_per_second", "time", "duration")
 PLAIN = {"optimizer": "adamw", "precision": "fp32", "device": "cpu", "seed": 5, "batch_size": 8, "num_epochs": 1}
+# Of methods whose default is another schedule.
+FLAT = {"schedule": "constant", "warmup": 0}
 
 
 class Recorder:
@@ -65,7 +67,7 @@ class Recorder:
         config = {
             **sections,
             "computation": {"mode": mode, "method": method},
-            "training": {**PLAIN, **sections["training"]},
+            "training": {**PLAIN, **({} if method == "ppo" else FLAT), **sections["training"]},
             "data": {**sections["data"], "output_dir": str(run)},
         }
         file = self.folder / f"{name}.json"
@@ -180,7 +182,7 @@ def heads(recorder: Recorder, llama: Path, bert: Path) -> list[Path]:
 
 
 def language(recorder: Recorder, llama: Path) -> None:
-    """Supervised fine-tuning of reasoning and chats, and pretraining; texts of each."""
+    """Supervised fine-tuning of reasoning, chats and completions, and pretraining; texts of each."""
     problems = [
         {"problem": f"add {a} and {b}", "reasoning": [f"{a} + {b} = {a + b}"] * (1 + a % 2), "answer": str(a + b)}
         for a in range(1, 6)
@@ -215,7 +217,15 @@ def language(recorder: Recorder, llama: Path) -> None:
         training={"learning_rate": 0.01, "max_length": 24},
         data={"input_file": str(text), "output_weights": str(recorder.folder / "pretrained.bin")},
     )
-    for name in ("steps", "chats"):
+    completions = [{"prompt": f"{one}: ", "completion": f"{two}, {one}"} for one in ENDINGS for two in OPENINGS]
+    recorder.train(
+        "sft",
+        "sft",
+        training={"learning_rate": 0.02, "num_epochs": 2},
+        data={"training_data": str(recorder.write("completions.jsonl", completions)), "split_by": "row", **_of(llama)},
+        generation={"max_new_tokens": 8, "temperature": 0.7},
+    )
+    for name in ("steps", "chats", "sft"):
         recorder.values[f"{name} texts"] = texts(recorder, recorder.folder / name)
     recorder.values["strategies"] = [
         recorder.run("generate", recorder.folder / "steps", "-p", "add 2 and 3", "--json", *options)

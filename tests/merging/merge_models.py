@@ -1,4 +1,4 @@
-"""What the tests of merging share: pico models that were moved apart, recipes in one call."""
+"""Shared by the tests of merging: pico models that were moved apart, recipes in one call."""
 
 from __future__ import annotations
 

@@ -58,7 +58,7 @@ def test_heads_are_merged_too(classifiers: list[Path], held_out: str, tmp_path: 
 
 
 def test_rows_over_the_positions_are_counted(pico_folder: Path, tmp_path: Path) -> None:
-    """A loss over fewer rows than were given says so, of each model and the result."""
+    """A loss over fewer rows than the file has is reported, for each model and the result."""
     texts = ["the parcel came late", "word " * 400, "good value", "my card " * 300]
     data = tmp_path / "texts.jsonl"
     data.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts), encoding="utf-8")
@@ -97,7 +97,7 @@ def test_task_vectors_of_headless_models_from_a_language_model(pico_folder: Path
 def test_a_classifier_and_a_language_model_share_their_layers(
     classifiers: list[Path], pico_folder: Path, held_out: str, tmp_path: Path, method: str, tied: bool
 ) -> None:
-    """The result is what the first model is; both orders have the same layers, and what says words or labels stays."""
+    """The result is what the first model is; both orders have the same layers, and embeddings and heads stay."""
     base, speaker = tmp_path / "base", variant(pico_folder, tmp_path / "speaker", 5)
     shutil.copytree(pico_folder, base)
     if tied:

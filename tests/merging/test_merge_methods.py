@@ -157,7 +157,7 @@ def test_dare_that_drops_nothing_is_task_arithmetic() -> None:
     assert torch.equal(one, two)
 
 
-def test_dare_keeps_its_share_and_its_expectation() -> None:
+def test_dare_keeps_its_fraction_and_its_expectation() -> None:
     delta = random(40) + 2
     total, kept = torch.zeros(40), 0
     for seed in range(3000):
@@ -170,7 +170,7 @@ def test_dare_keeps_its_share_and_its_expectation() -> None:
     assert float(((total / 3000 - delta) / delta).abs().max()) < 0.028 * 4
 
 
-def test_the_draws_are_repeatable_and_differ_by_name_place_and_seed() -> None:
+def test_the_draws_are_repeatable_and_differ_by_name_index_and_seed() -> None:
     drawn = [
         drop(torch.ones(64), 0.5, generator_of(*each))
         for each in ((1, "a", 0), (1, "a", 0), (1, "a", 1), (1, "b", 0), (2, "a", 0))
@@ -225,7 +225,7 @@ def test_model_stock_of_equal_models_is_the_model() -> None:
 
 
 @pytest.mark.parametrize("method", ["ties", "dare_ties", "della", "breadcrumbs", "slerp", "linear", "model_stock"])
-def test_the_size_of_pieces_changes_nothing(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_chunk_size_changes_nothing(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
     # Draws come in the order of elements, so that pieces of any size of 16 rows give the same.
     parameters = Parameters(density=0.5, epsilon=0.2, drop_smallest=0.4, drop_largest=0.1)
     found = []

@@ -1,4 +1,4 @@
-"""What the tests of reward models and PPO share: preferences that can be learned, rewards as functions, configs."""
+"""Shared by the tests of reward models and PPO: preferences that can be learned, rewards as functions, configs."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ RUDE = ("never again", "nobody replies here", "just wait, the box was open")
 
 
 def comparisons(number: int) -> list[dict[str, Any]]:
-    """The kind answer is preferred; the margin says nothing."""
+    """The kind answer is preferred; the margin carries no information."""
     return [
         {
             "prompt": f"{ASKED[i % 5]} {i // 5}",
@@ -40,7 +40,15 @@ def reward_config(
     run: Path, weights: Path, *, rows: Sequence[Mapping[str, Any]] | None = None, **sections: Mapping[str, Any]
 ) -> RewardModelConfig:
     file = write_rows(run.parent / f"{run.name}.jsonl", comparisons(40) if rows is None else rows)
-    training = {"learning_rate": 1e-2, "batch_size": 8, "num_epochs": 4, "precision": "fp32", "seed": 5}
+    training = {
+        "learning_rate": 1e-2,
+        "batch_size": 8,
+        "num_epochs": 4,
+        "precision": "fp32",
+        "seed": 5,
+        "schedule": "constant",
+        "warmup": 0,
+    }
     data = {"pretrained_weights": str(weights), "preference_data": str(file), "output_dir": str(run)}
     return RewardModelConfig.model_validate(
         {

@@ -22,7 +22,7 @@ PROBLEMS = [
 ]
 SIZES = {"d_model": 32, "num_heads": 4, "num_layers": 2, "d_ff": 48, "vocab_size": 300}
 # Adam divides by the gradient's own size, and would hide one that is too large by a factor.
-PLAIN = {"optimizer": "sgd", "precision": "fp32", "device": "cpu", "seed": 5}
+PLAIN = {"optimizer": "sgd", "precision": "fp32", "device": "cpu", "seed": 5, "schedule": "constant", "warmup": 0}
 
 
 def small_run(
@@ -87,7 +87,7 @@ def _reward_model(run: Path, weights: Path, settings: dict[str, Any]) -> Any:
 
 def _ppo(run: Path, weights: Path, settings: dict[str, Any]) -> Any:
     functions = ["preference_runs:early_letters", "preference_runs:length_of"]
-    training = {"learning_rate": 0.05, "max_iterations": 2, **settings}
+    training = {"learning_rate": 0.05, "max_iterations": 2, **settings, "schedule": "linear"}
     return ppo_config(run, weights, functions=functions, training=training)
 
 

@@ -170,19 +170,32 @@ def test_kto(tmp_path: Path, pico_folder: Path) -> None:
     batch = next(iter(trainer.get_train_dataloader()))
     their_loss = trainer.compute_loss(policy, batch)
     their_loss.backward()
-    mismatched = [ids[mask.bool()].tolist() for ids, mask in zip(batch["KL_input_ids"], batch["KL_completion_mask"], strict=True)]
+    mismatched = [
+        ids[mask.bool()].tolist() for ids, mask in zip(batch["KL_input_ids"], batch["KL_completion_mask"], strict=True)
+    ]
     prompts = [
         ids[(mask.bool() & ~completion.bool())].tolist()
-        for ids, mask, completion in zip(batch["input_ids"], batch["attention_mask"], batch["completion_mask"], strict=True)
+        for ids, mask, completion in zip(
+            batch["input_ids"], batch["attention_mask"], batch["completion_mask"], strict=True
+        )
     ]
-    responses = [ids[mask.bool()].tolist() for ids, mask in zip(batch["input_ids"], batch["completion_mask"], strict=True)]
+    responses = [
+        ids[mask.bool()].tolist() for ids, mask in zip(batch["input_ids"], batch["completion_mask"], strict=True)
+    ]
     known = {(tuple(row.prompt), tuple(row.response)): row for row in method.train_answers}
     rows = [
         replace(known[tuple(prompt), tuple(response)], mismatched=other)
         for prompt, response, other in zip(prompts, responses, mismatched, strict=True)
     ]
     with torch.no_grad():
-        starts = [[plain_logprobs(reference, row.prompt, ids) for row in rows for ids in ([row.response] if own else [row.mismatched])] for own in (True, False)]
+        starts = [
+            [
+                plain_logprobs(reference, row.prompt, ids)
+                for row in rows
+                for ids in ([row.response] if own else [row.mismatched])
+            ]
+            for own in (True, False)
+        ]
     own, others = (AnswerRows(rows, torch.device("cpu"), bool(kind), starts[kind]) for kind in (0, 1))
     baseline = max(0.0, float(method.objective.ratios(others(range(NUMBER))).mean()))
     for parameter in method.model.parameters():
@@ -191,7 +204,9 @@ def test_kto(tmp_path: Path, pico_folder: Path) -> None:
     embedding = next(value for name, value in method.model.named_parameters() if "embed_tokens" in name)
     gradient, their_gradient = torch.autograd.grad(loss, embedding)[0], policy.get_input_embeddings().weight.grad
     largest = float((gradient - their_gradient).abs().max() / their_gradient.abs().max())
-    print(f"\nloss {loss.item():.6f}, TRL {their_loss.item():.6f}; baseline {baseline:.6f}; gradients differ by {largest:.1e}")
+    print(
+        f"\nloss {loss.item():.6f}, TRL {their_loss.item():.6f}; baseline {baseline:.6f}; gradients differ by {largest:.1e}"
+    )
     assert baseline > 0
     assert loss.item() == pytest.approx(their_loss.item(), rel=1e-5)
     assert largest < 1e-5

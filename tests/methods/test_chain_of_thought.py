@@ -26,13 +26,20 @@ Configs = Callable[..., ChainOfThoughtConfig]
 
 @pytest.fixture
 def config(tmp_path: Path, pico_folder: Path, write_rows: Any) -> Configs:
-    """Builds a config on the pico model; sections are given as keyword dictionaries over small defaults."""
+    """Builds a config on the pico model; sections are keyword dictionaries that override small defaults."""
 
     def build(rows: list[dict[str, Any]] | None = None, **sections: dict[str, Any]) -> ChainOfThoughtConfig:
         file = write_rows("train.jsonl", PROBLEMS if rows is None else rows)
         written = {
             "computation": {"mode": "posttraining", "method": "chain_of_thought"},
-            "training": {"learning_rate": 3e-3, "batch_size": 4, "num_epochs": 1, "precision": "fp32"},
+            "training": {
+                "learning_rate": 3e-3,
+                "batch_size": 4,
+                "num_epochs": 1,
+                "precision": "fp32",
+                "schedule": "constant",
+                "warmup": 0,
+            },
             "data": {
                 "pretrained_weights": str(pico_folder),
                 "reasoning_examples": str(file),
@@ -72,7 +79,7 @@ def test_the_loss_is_that_of_transformers_on_the_same_rows(config: Configs, pico
     assert told["gradient_norm"] == pytest.approx(float(norm), rel=1e-4)
 
 
-def test_what_it_learns_it_says(config: Configs) -> None:
+def test_it_generates_what_it_learned(config: Configs) -> None:
     """One fact, learned by heart, comes back through the exported folder, in the step format, ended by its end token."""
     fact = [{"problem": "add 1 and 2", "reasoning": ["1 + 2 = 3"], "answer": "3"}] * 8
     method = ChainOfThought(
@@ -83,7 +90,7 @@ def test_what_it_learns_it_says(config: Configs) -> None:
     found = Reasoner.open(str(method.run_dir)).answer(["add 1 and 2"])[0]
     assert found.answer == "3"
     assert [step.text for step in found.chains[0].steps] == ["1 + 2 = 3"]
-    assert found.chains[0].finish_reason == "stop token"
+    assert found.chains[0].finish_reason == "stop"
     samples = [json.loads(line) for line in (method.run_dir / "samples.jsonl").read_text().splitlines()]
     assert samples[-1]["is_right"]
     assert samples[-1]["expected"] == "3"
@@ -119,7 +126,7 @@ def test_step_markers_may_be_special_tokens(kind: str, config: Configs, pico_fol
     assert (validation["accuracy"], validation["format_rate"], validation["mean_steps"]) == (1.0, 1.0, 1.0)
 
 
-def test_the_exported_folder_opens_in_transformers_and_speaks_the_same_format(config: Configs) -> None:
+def test_the_exported_folder_opens_in_transformers_and_uses_the_same_format(config: Configs) -> None:
     method = ChainOfThought(config())
     method.train()
     model = AutoModelForCausalLM.from_pretrained(method.run_dir / "model")
@@ -135,7 +142,7 @@ def test_the_exported_folder_opens_in_transformers_and_speaks_the_same_format(co
 
 # peft asks transformers in a way that its next version drops.
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
-def test_adapters_train_alone_and_open_in_peft(config: Configs, pico_folder: Path) -> None:
+def test_only_adapters_train_and_they_open_in_peft(config: Configs, pico_folder: Path) -> None:
     peft = pytest.importorskip("peft")
     method = ChainOfThought(config(training={"trainable": "lora", "learning_rate": 1e-2}))
     method.train()
@@ -175,8 +182,8 @@ def test_conversations_train_by_their_loss(config: Configs) -> None:
     # The exported weights are the last ones, and transformers writes with them what stands there.
     assert result.best_step == result.step
     model = AutoModelForCausalLM.from_pretrained(method.run_dir / "model", dtype=torch.float32)
-    assert method.check is not None
-    prompt = torch.tensor([method.check.reasoner.prompt(method.chats[1])])
+    assert method.answers is not None
+    prompt = torch.tensor([method.answers.reasoner.prompt(method.chats[1])])
     stops = list(method.template.stop_tokens)
     written = model.generate(prompt, max_new_tokens=48, do_sample=False, eos_token_id=stops, pad_token_id=0)[0]
     text = method.tokenizer.decode(written[prompt.shape[1] :], skip_special_tokens=True)
@@ -209,7 +216,7 @@ def test_rounds_keep_right_and_distinct_chains_and_train_on_them(config: Configs
 
 def test_a_round_without_a_right_chain_says_what_to_do(config: Configs) -> None:
     section = {"rounds": 1, "samples_per_problem": 2}
-    with pytest.raises(UserError, match="rationalise"):
+    with pytest.raises(UserError, match="rationalize"):
         ChainOfThought(config(training={"max_steps": 1}, self_improvement=section)).train()
 
 

@@ -1,5 +1,5 @@
 """Law 4 for chain-of-thought: killed at any instant, in training, in generated validation or while chains are sampled, and
-resumed, a run ends with the very bits of the run that was left alone."""
+resumed, a run ends with the bits of the uninterrupted run."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def train(config: ChainOfThoughtConfig, *, resume: bool) -> None:
 
 
 def bits_of(run: Path) -> dict[str, str]:
-    """SHA-256 of all that a run leaves: last checkpoints, exported model, metrics, what was said, chains found."""
+    """SHA-256 of all outputs of a run: last checkpoints, exported model, metrics, samples, chains found."""
     found = {"model": digest(run / "model" / "model.safetensors")}
     for log in sorted(run.rglob("events.jsonl")):
         folder, name = log.parent, str(log.parent.relative_to(run))

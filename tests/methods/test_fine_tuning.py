@@ -93,7 +93,9 @@ def test_the_guides_config_trains_validates_saves_and_predicts(guide_runs: dict[
     assert (guide_runs["bin"].step, guide_runs["bin"].stopped_by) == (15, "epochs")
     assert len(events_of(run, "validation")) == 6
     steps = [event["metrics"] for event in events_of(run, "step")]
-    assert {step["learning_rate"] for step in steps} == {0.00001}
+    # Warm-up over the first of 15 steps, then linear to 0 behind the last.
+    expected = [1e-5, *(1e-5 * left / 14 for left in range(14, 0, -1))]
+    assert [step["learning_rate"] for step in steps] == pytest.approx(expected)
     assert all(math.isfinite(step["loss"]) for step in steps)
     predictions = Predictor.open(run).predict(["word3 word7", "word1"])
     assert [set(p) for p in predictions] == [{"label", "probabilities"}] * 2
@@ -197,7 +199,7 @@ def bert_folder(home: Path) -> Path:
 
 
 def pair_rows() -> list[dict[str, Any]]:
-    """The label says whether the second text begins with the first's word."""
+    """The label is whether the second text begins with the first's word."""
     return [
         {
             "text": text_of(WORDS[i % 4], i),
@@ -263,7 +265,7 @@ def test_keys_that_contradict_the_labels_are_diagnostics(
     assert not (home / "contradiction" / "events.jsonl").exists()
 
 
-def test_a_second_run_in_the_folder_is_refused_and_its_config_kept(home: Path, pico_folder: Path) -> None:
+def test_a_second_run_in_the_folder_is_refused_and_the_config_is_unchanged(home: Path, pico_folder: Path) -> None:
     run = home / "kept"
     config = config_of(run, pico_folder, class_rows(24), training={"num_epochs": 1})
     train(config)

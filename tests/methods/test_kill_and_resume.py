@@ -1,4 +1,4 @@
-"""Law 4: a run killed at any instant and resumed ends with the very bits of the run that was left alone."""
+"""Law 4: a run killed at any instant and resumed ends with the bits of the uninterrupted run."""
 
 from __future__ import annotations
 

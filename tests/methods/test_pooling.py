@@ -1,4 +1,4 @@
-"""Every pooling trains, and the model folder opens where LoopOS is not installed (`test_hand_over.py` has the rest)."""
+"""Every pooling trains, and the model folder opens where LoopOS is not installed (`test_plain_transformers.py` has the rest)."""
 
 from __future__ import annotations
 

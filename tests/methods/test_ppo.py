@@ -89,7 +89,7 @@ def test_with_adapters_one_copy_of_the_weights_serves_all_roles(
 def test_several_reward_models_are_an_ensemble(
     trainable: str, reward_runs: dict[str, Path], tmp_path: Path, pico_folder: Path
 ) -> None:
-    """The same first responses, scored by each and by both: the mean of their normalised scores, less their spread; of
+    """The same first responses, scored by each and by both: the mean of their normalized scores, less their spread; of
     two it is the smaller one where one deviation is taken off.
     """
     found = {}
@@ -126,7 +126,7 @@ def test_an_adapters_reward_is_the_merged_models(
     assert rewards["adapter"] == pytest.approx(rewards["whole"], abs=1e-3)
 
 
-def test_the_clip_and_the_penalty_act_as_the_formulas_say(
+def test_the_clip_and_the_penalty_follow_their_formulas(
     reward_runs: dict[str, Path], tmp_path: Path, pico_folder: Path
 ) -> None:
     runs = {}
@@ -184,7 +184,7 @@ def test_inner_epochs_stop_at_the_limit(tmp_path: Path, pico_folder: Path) -> No
 
 
 def asked_words(prompts: Sequence[str], responses: Sequence[str]) -> list[float]:
-    """1 where the prompt is one of those asked, to the letter."""
+    """1 where the prompt is exactly one of the prompts in the data."""
     return [float(prompt in ASKED) for prompt in prompts]
 
 
@@ -192,7 +192,7 @@ def reads_a_key(prompts: Sequence[str], responses: Sequence[str]) -> list[float]
     return [{"no": 1.0}[prompt] for prompt in prompts]
 
 
-def test_what_a_function_raises_is_told_with_the_row(tmp_path: Path, pico_folder: Path) -> None:
+def test_an_exception_of_a_function_is_reported_with_the_row(tmp_path: Path, pico_folder: Path) -> None:
     prompts = ["no", "where is it"]
     config = ppo_config(tmp_path / "run", pico_folder, functions=["test_ppo:reads_a_key"], prompts=prompts)
     with pytest.raises(UserError) as told:
@@ -202,7 +202,7 @@ def test_what_a_function_raises_is_told_with_the_row(tmp_path: Path, pico_folder
     assert second == f"    for {tmp_path / 'run.jsonl'}:2, the prompt 'where is it'"
 
 
-def test_functions_and_samples_are_actual_what_was_asked(tmp_path: Path, pico_folder: Path) -> None:
+def test_reward_functions_and_samples_get_the_original_prompt(tmp_path: Path, pico_folder: Path) -> None:
     """The user's words, not what the chat template made of them."""
     data = {"chat_template": "plain", "validation_data": str(tmp_path / "run.jsonl")}
     training = {"validate_every": 3, "max_iterations": 1}
@@ -277,7 +277,7 @@ def test_a_one_step_problem_comes_to_its_known_optimum(kl_in: str, tmp_path: Pat
 
 
 @pytest.mark.parametrize("trainable", ["all", "lora"])
-def test_the_pass_that_judges_is_the_first_steps(
+def test_the_scoring_pass_is_that_of_the_first_step(
     trainable: str, tmp_path: Path, pico_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """One forward pass less in each iteration whose first step takes all its responses, and the same bits."""

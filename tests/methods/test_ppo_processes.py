@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from own_packages import installed
 from preference_runs import comparisons, events_of, ppo_config, reward_config, write_rows
 from worlds import run_world
 
@@ -49,6 +50,31 @@ def test_ppo(tmp_path: Path, pico_folder: Path) -> None:
         assert len(one) == len(two) == number
         for mine, theirs in zip(one, two, strict=True):
             assert theirs == pytest.approx(mine, abs=1e-5)
+
+
+def test_groups_without_a_critic(tmp_path: Path, pico_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A group's responses are written by both processes, and compared with each other all the same."""
+    with installed(tmp_path / "site", Path(__file__).parents[1] / "plugin_package", "own_variants", monkeypatch):
+        algorithm = "own_variants.algorithms:group_reinforce"
+        for name, size in {"one": 8, "two": 4}.items():
+            training = {"batch_size": size, "max_iterations": 2, "optimizer": "sgd", "learning_rate": 0.05}
+            config = ppo_config(
+                tmp_path / name,
+                pico_folder,
+                functions=["preference_runs:length_of"],
+                training={**training, "algorithm": algorithm, "kl_coefficient": 0.0, "whiten_advantages": False},
+                generation={"max_new_tokens": 8, "responses_per_prompt": 2},
+            )
+            if name == "one":
+                PpoTrainer(config, progress=RunProgress(quiet=True)).train()
+            else:
+                run_world(2, [(config, False)])
+        for kind, number in {"step": 8, "rollout": 2}.items():
+            one, two = (events_of(tmp_path / name, kind) for name in ("one", "two"))
+            assert len(one) == len(two) == number
+            for mine, theirs in zip(one, two, strict=True):
+                assert theirs == pytest.approx(mine, abs=1e-5)
+        assert any(abs(event["policy_loss"]) > 1e-3 for event in events_of(tmp_path / "one", "step"))
 
 
 @pytest.mark.slow

@@ -64,7 +64,7 @@ PpoTrainer(config, progress=Spoken(quiet=True)).train()
 
 
 def run_with_ray(config: Any, *, killed_at: int = 0) -> list[str]:
-    """What the run said. killed_at: the order whose worker is killed while it has it; 0 kills none."""
+    """The messages of the run. killed_at: the order whose worker is killed while it has it; 0 kills none."""
     places = [str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(filter(None, places))}
     arguments = [sys.executable, "-c", RUN, json.dumps(config.model_dump(mode="json")), str(killed_at)]
@@ -74,7 +74,7 @@ def run_with_ray(config: Any, *, killed_at: int = 0) -> list[str]:
 
 
 @pytest.mark.parametrize("killed_at", [0, 4])
-def test_two_workers_are_the_engine_at_hand(killed_at: int, tmp_path: Path, pico_folder: Path) -> None:
+def test_two_workers_equal_the_local_engine(killed_at: int, tmp_path: Path, pico_folder: Path) -> None:
     training = {"batch_size": 8, "trainable": "lora" if killed_at else "all", "learning_rate": 1e-2}
     configs = {
         engine: ppo_config(

@@ -1,5 +1,5 @@
 """Law 4 for human preferences: killed at any instant, in reward training, rollouts, inner epochs or saves, and resumed, a
-run ends with the very bits of the run that was left alone."""
+run ends with the bits of the uninterrupted run."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def train(config: RlhfConfig, *, resume: bool) -> None:
 
 
 def bits_of(run: Path) -> dict[str, str]:
-    """SHA-256 of all that a run leaves: last checkpoints of both phases, models, metrics, what was said."""
+    """SHA-256 of all outputs of a run: last checkpoints of both phases, models, metrics, samples."""
     found = {str(file.relative_to(run)): digest(file) for file in sorted(run.rglob("model/*.safetensors"))}
     for log in sorted(run.rglob("events.jsonl")):
         folder, name = log.parent, str(log.parent.relative_to(run))

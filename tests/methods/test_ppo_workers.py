@@ -1,4 +1,4 @@
-"""PPO whose responses workers write: the same run as with the engine at hand, resumed to the bit, and older policies."""
+"""PPO with remote rollout workers: the same run as with the local engine, bit-exact resume, and older policies."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class Fakes:
 
 @pytest.fixture
 def fakes(monkeypatch: pytest.MonkeyPatch) -> Fakes:
-    """In the place of Ray, workers in this process with models of their own."""
+    """Workers in this process, with models of their own, instead of Ray."""
     found = Fakes()
     monkeypatch.setattr(opening, "RayTransport", found.transport)
     monkeypatch.setattr(opening, "find_spec", lambda name: name)
@@ -62,7 +62,7 @@ def staler_config(run: Path, weights: Path, **sections: Any) -> PpoConfig:
 
 
 @pytest.mark.parametrize("trainable", ["all", "lora"])
-def test_without_staleness_it_is_the_run_of_the_engine_at_hand(
+def test_without_staleness_the_run_equals_that_of_the_local_engine(
     trainable: str, fakes: Fakes, tmp_path: Path, pico_folder: Path
 ) -> None:
     """Two workers, one of which dies in the middle, and validation between: the same tokens, so the same numbers."""
@@ -142,7 +142,7 @@ def bits_of(run: Path) -> list[str]:
 
 
 @pytest.mark.parametrize("cap", [None, pytest.param(2.0, marks=pytest.mark.slow)])
-def test_with_staleness_a_resumed_run_ends_with_the_very_bits(
+def test_with_staleness_a_resumed_run_is_bit_identical(
     cap: float | None, fakes: Fakes, tmp_path: Path, pico_folder: Path
 ) -> None:
     """A checkpoint in the third iteration holds the responses of the fourth, which the second policy wrote."""
@@ -162,7 +162,7 @@ def test_with_staleness_a_resumed_run_ends_with_the_very_bits(
     assert fakes.made[2].submitted == []
 
 
-def test_when_all_workers_are_lost_the_run_ends_and_goes_on_later(
+def test_when_all_workers_are_lost_the_run_ends_and_can_be_resumed(
     fakes: Fakes, tmp_path: Path, pico_folder: Path
 ) -> None:
     config = staler_config(tmp_path / "run", pico_folder, rollout={"restarts": 1})
@@ -188,7 +188,7 @@ def test_an_adapter_over_other_weights_is_refused(
         trained(config)
 
 
-def test_without_ray_or_vllm_it_says_what_is_missing(
+def test_without_ray_or_vllm_it_names_what_is_missing(
     tmp_path: Path, pico_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = ppo_config(tmp_path / "run", pico_folder, functions=[EARLY], rollout={"engine": "ray"})

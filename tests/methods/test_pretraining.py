@@ -84,9 +84,11 @@ def test_a_resumed_run_equals_the_uninterrupted_one(tmp_path: Path) -> None:
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     for folder in (whole, cut):
         folder.mkdir()
-    train(config_in(whole, num_epochs=2, save_every=2))
-    train(config_in(cut, num_epochs=2, save_every=2, max_steps=4))
-    train(config_in(cut, num_epochs=2, save_every=2), resume=True)
+    # A decaying rate would depend on max_steps.
+    training = {"num_epochs": 2, "save_every": 2, "schedule": "constant", "warmup": 0}
+    train(config_in(whole, **training))
+    train(config_in(cut, **training, max_steps=4))
+    train(config_in(cut, **training), resume=True)
     weights = [(folder / "models" / "pretrained_model.bin").read_bytes() for folder in (whole, cut)]
     assert weights[0] == weights[1]
     last = [max((folder / "run" / "checkpoints").glob("step-*")) for folder in (whole, cut)]
@@ -112,7 +114,7 @@ def test_the_loss_is_that_of_transformers(pico_folder: Path) -> None:
     assert found.item() == pytest.approx(sum(part.item() for part in parts), rel=1e-5)
 
 
-def test_pieces_by_hand() -> None:
+def test_chunks_by_hand() -> None:
     tokenizer = train_tokenizer(["ab"], 300)
     letters = tokenizer("abcdefg", add_special_tokens=False)["input_ids"]
     whole = [*letters, tokenizer.eos_token_id]

@@ -13,7 +13,7 @@ import pytest
 import torch
 from pico_runs import class_rows
 from preference_runs import ASKED, comparisons
-from test_python_road import PROBLEMS, config_of, language_config
+from test_python_api import PROBLEMS, config_of, language_config
 
 import loopos
 from loopos.config.diagnostics import ConfigError, UserError
@@ -140,7 +140,7 @@ def cost(predictions: Any, targets: Any) -> Any:
     return torch.tensor([float((predictions.argmax(-1) != targets).sum())])
 
 
-def test_metrics_of_a_program_stand_beside_ours(train: Train, tmp_path: Path) -> None:
+def test_user_metrics_are_listed_beside_ours(train: Train, tmp_path: Path) -> None:
     metrics = {"confidence": confidence, "cost": (cost, "min"), "undefined": lambda p, t: float("nan")}
     train("plain")
     train(metrics=metrics)

@@ -71,7 +71,7 @@ def test_shared_prompts_give_the_scores_and_gradients_of_prompts_apart(tmp_path:
         torch.testing.assert_close(apart, shared, atol=1e-5, rtol=1e-4)
 
 
-def test_a_branch_does_not_see_its_sister(pico_folder: Path) -> None:
+def test_a_response_does_not_see_another_response_of_its_prompt(pico_folder: Path) -> None:
     backbone = Backbone(AutoModel.from_pretrained(pico_folder))
     one = ComparisonRows([EncodedComparison([5, 6], [[7, 8], [9, 10]], (Pair(0, 1),), 0)], share_prompts=True)([0])
     other = ComparisonRows([EncodedComparison([5, 6], [[70, 80, 90], [9, 10]], (Pair(0, 1),), 0)], share_prompts=True)(
@@ -95,8 +95,8 @@ def test_preferences_are_learned_and_scores_are_normalised(tmp_path: Path, pico_
     assert sum(bucket["pairs"] for bucket in told["by_margin"]) == len(method.validation_rows) == 8
 
 
-def test_scores_are_normalised_over_as_many_comparisons_as_asked_for(tmp_path: Path, pico_folder: Path) -> None:
-    config = reward_config(tmp_path / "run", pico_folder, training={"num_epochs": 1}, reward={"normalise_over": 3})
+def test_scores_are_normalized_over_the_requested_number_of_comparisons(tmp_path: Path, pico_folder: Path) -> None:
+    config = reward_config(tmp_path / "run", pico_folder, training={"num_epochs": 1}, reward={"normalize_over": 3})
     method = trained(config)
     chosen = method._normalising_rows()
     assert len(chosen) == 3 < len(method.train_rows)
@@ -108,7 +108,7 @@ def test_scores_are_normalised_over_as_many_comparisons_as_asked_for(tmp_path: P
 
 
 @pytest.mark.parametrize("trainable", ["lora", "head"])
-def test_adapters_or_the_head_train_alone(trainable: str, tmp_path: Path, pico_folder: Path) -> None:
+def test_only_adapters_or_the_head_train(trainable: str, tmp_path: Path, pico_folder: Path) -> None:
     method = trained(reward_config(tmp_path / "run", pico_folder, training={"trainable": trainable, "num_epochs": 1}))
     expected = {"lora": (".lora_", "head."), "head": ("head.",)}[trainable]
     assert method.trained.now
@@ -135,7 +135,7 @@ def test_soft_labels_margins_and_centring_change_the_loss_as_written(tmp_path: P
         "soft": {},
         "hard": {"soft_labels": False},
         "margins": {"soft_labels": False, "margins": True},
-        "centred": {"soft_labels": False, "centring": 0.1},
+        "centred": {"soft_labels": False, "center_rewards": 0.1},
     }.items():
         training = {"max_steps": 1, "shuffle": False, "batch_size": 8}
         config = reward_config(tmp_path / name, pico_folder, rows=rows, reward=reward, training=training)
@@ -159,7 +159,7 @@ def test_soft_labels_margins_and_centring_change_the_loss_as_written(tmp_path: P
     assert losses["hard"]["loss"] == pytest.approx(hard, abs=1e-5)
     assert losses["soft"]["loss"] == pytest.approx(soft, abs=1e-5)
     assert losses["margins"]["loss"] == pytest.approx(float(torch.log1p(torch.exp(margin - gap)).mean()), abs=1e-5)
-    assert losses["centred"]["centring"] == pytest.approx(sum(sums) / 8, abs=1e-5)
+    assert losses["centred"]["center_rewards"] == pytest.approx(sum(sums) / 8, abs=1e-5)
     assert float(margin.max()) > 0
 
 

@@ -1,4 +1,4 @@
-"""Both phases of learning from human preferences by one config: the guide's own, and what a resumed run leaves alone."""
+"""Both phases of learning from human preferences by one config: the guide's own, and what a resumed run does not change."""
 
 from __future__ import annotations
 

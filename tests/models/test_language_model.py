@@ -1,5 +1,5 @@
 """The language model over packed rows equals transformers' own, for every way in which logits are made; what is no causal
-language model is refused in words."""
+language model is refused with a reason."""
 
 from __future__ import annotations
 

@@ -46,7 +46,7 @@ def test_what_a_program_has_set_is_as_before() -> None:
     assert logging.is_progress_bar_enabled()
 
 
-def test_who_wants_everything_gets_it(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_verbose_shows_everything(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(VERBOSE, "1")
     with quiet_libraries():
         assert logging.get_verbosity() == logging.WARNING

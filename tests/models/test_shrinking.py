@@ -118,7 +118,7 @@ def test_what_cannot_be_shrunk_is_refused() -> None:
         channel_layers(gpt2, layer_list(gpt2)[0])
 
 
-def test_llama_wants_a_width_that_its_heads_divide() -> None:
+def test_llama_needs_a_width_that_its_heads_divide() -> None:
     model = pico_model("llama")
     model.config.hidden_size, model.config.num_attention_heads, model.config.num_key_value_heads = 576, 9, 3
     assert possible_groups(model) == [1, 2, 3]  # 3, 6 and 9 heads of 64

@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 
 from loopos.config.diagnostics import UserError
 from loopos.models.folders import open_task_model, save_task_model
-from loopos.models.model_folder import model_folder
+from loopos.models.resolve import resolve
 from loopos.storage.durable import DiskFull
 
 
@@ -55,11 +55,11 @@ def test_the_format_of_training_is_that_of_the_file(run: Path) -> None:
 
 
 def test_it_is_found_from_the_run_and_from_itself(run: Path) -> None:
-    assert model_folder(run) == run / "model"
-    assert model_folder(run / "model") == run / "model"
+    assert resolve(run).folder == run / "model"
+    assert resolve(run / "model").folder == run / "model"
 
 
-def test_a_folder_without_a_model_is_summary(tmp_path: Path) -> None:
+def test_a_folder_without_a_model_is_reported(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no trained model here"):
         open_task_model(tmp_path)
     (tmp_path / "events.jsonl").touch()

@@ -71,7 +71,7 @@ def until(holds: Callable[[], bool]) -> None:
 
 @contextmanager
 def command(*words: object) -> Iterator[tuple[Server, Child]]:
-    """`loopos serve` with these words, on a free port, in a forked process; the server and its process."""
+    """`loopos serve` with these arguments, on a free port, in a forked process; the server and its process."""
     line = ["serve", *map(str, words), "--port", "0", "--device", "cpu"]
     with Child(lambda: app(line)) as process:
         until(lambda: LISTENS.search(process.errors) is not None or process.poll() is not None)
@@ -113,7 +113,7 @@ def served(
 
 @pytest.fixture(scope="session")
 def reasoner(pico_folder: Path) -> Reasoner:
-    """The pico model, asked in the test's own process."""
+    """The pico model, run in the test's own process."""
     return Reasoner.open(str(pico_folder))
 
 

@@ -1,4 +1,4 @@
-"""Questions that the tests of serving ask."""
+"""Requests that the tests of serving send."""
 
 from __future__ import annotations
 

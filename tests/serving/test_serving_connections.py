@@ -72,7 +72,7 @@ def test_a_header_that_never_ends_ends_its_connection(earlier: int, sent: bytes,
         assert ask(server, CHAT, GOOD)[0] == 200
 
 
-def test_a_connection_without_a_word_is_closed(language: Callable[..., Any]) -> None:
+def test_a_silent_connection_is_closed(language: Callable[..., Any]) -> None:
     with language(header_seconds=0.3) as server, connected(server) as client:
         assert client.recv(1) == b""
 

@@ -1,4 +1,4 @@
-"""Task and reward models behind HTTP: what `predict` and `score` say of the same texts."""
+"""Task and reward models over HTTP give the outputs of `predict` and `score`."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def rewards(reward_run: Path) -> Iterator[Server]:
 
 
 @pytest.mark.parametrize("task", ["classification", "multi_label", "regression"])
-def test_classify_says_what_predict_says(task: str, home: Path, pico_folder: Path) -> None:
+def test_classify_equals_predict(task: str, home: Path, pico_folder: Path) -> None:
     labels: Any = {"classification": ["a", "b"], "multi_label": [["a"], ["a", "b"]], "regression": [1.5, -2.0]}[task]
     run = home / task
     train(config_of(run, pico_folder, class_rows(12, labels), model={"task": task}, training={"num_epochs": 1}))

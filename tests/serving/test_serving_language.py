@@ -1,4 +1,4 @@
-"""The command, asked by the official client: texts, streams, usage and embeddings equal the engine's own."""
+"""The server and the official client: texts, streams, usage and embeddings equal the engine's own."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from loopos.data.rows import Row
 from loopos.data.supervised_rows import Completion as RawText
 from loopos.evaluation.reasoning import Reasoner
 from loopos.generation.completions import Completion
-from loopos.generation.settings import SamplingSettings
+from loopos.generation.settings import SamplingParams
 from tests.serving.conftest import Server
 
 NEW = 12
@@ -27,9 +27,9 @@ WORDS = "where is the parcel"
 
 
 def expected(reasoner: Reasoner, prompt: Any, *, n: int = 1, **settings: Any) -> list[Completion]:
-    """What the engine itself says to a chat (messages), a text or tokens."""
+    """The engine's own text for a chat (messages), a text or tokens."""
     ids = prompt if isinstance(prompt, list) and isinstance(prompt[0], int) else reasoner.prompt(prompt)
-    chosen = SamplingSettings(**{"temperature": 1.0, "max_new_tokens": NEW, **settings})
+    chosen = SamplingParams(**{"temperature": 1.0, "max_new_tokens": NEW, **settings})
     return reasoner.engine.generate([ids], reasoner.sampling(chosen), n=n)
 
 
@@ -109,7 +109,7 @@ def test_a_stream_makes_up_the_answer(server: Server, reasoner: Reasoner) -> Non
 
 
 def test_the_bytes_of_a_stream_are_whole_characters_and_end_with_done(server: Server, reasoner: Reasoner) -> None:
-    """The pico model says bytes at random, so characters that are never finished too."""
+    """The pico model generates random bytes, and therefore incomplete characters too."""
     body = {"model": "pico", "prompt": WORDS, "seed": 8, "max_tokens": 120, "stream": True, "logprobs": 0}
     question = urllib.request.Request(
         f"{server.url}/v1/completions", json.dumps(body).encode(), {"Content-Type": "application/json"}
@@ -132,7 +132,7 @@ def test_completions_of_texts_and_of_tokens(server: Server, reasoner: Reasoner) 
     texts = [WORDS, "my card", WORDS]
     answer = client.completions.create(model="pico", prompt=texts, seed=4, n=2, max_tokens=NEW, logprobs=0)
     ids = [reasoner.prompt(RawText(text, "", Row({}, "t", None, 0))) for text in texts]
-    sampling = reasoner.sampling(SamplingSettings(temperature=1.0, max_new_tokens=NEW, seed=4))
+    sampling = reasoner.sampling(SamplingParams(temperature=1.0, max_new_tokens=NEW, seed=4))
     own = reasoner.engine.generate(ids, sampling, n=2)
     assert [choice.text for choice in answer.choices] == [each.text for each in own]
     assert [choice.index for choice in answer.choices] == list(range(6))
@@ -201,7 +201,7 @@ def test_embeddings_are_mean_hidden_states(server: Server, reasoner: Reasoner) -
 
 
 def test_many_clients_get_each_their_own_text(server: Server, reasoner: Reasoner) -> None:
-    """48 requests from 16 threads over four rows, streamed or not: every text is the one that it is alone."""
+    """48 requests from 16 threads over four rows, streamed or not: every text equals that of a single request."""
 
     def ask(index: int) -> tuple[str, int]:
         chat: Chat = {"model": "pico", "messages": [{"role": "user", "content": f"order {index % 7}"}]}

@@ -96,7 +96,7 @@ def test_errors_have_status_and_form(
     assert is_alive(server)
 
 
-def test_bad_json_is_told_with_its_place(server: Server) -> None:
+def test_bad_json_is_reported_with_its_position(server: Server) -> None:
     _, told, _ = ask(server, CHAT, b'{"model": "pico",\n "messages": [}')
     assert "line 2, column 15" in told["error"]["message"]
 
@@ -260,7 +260,7 @@ def test_settings_without_a_token_to_choose(language: Callable[..., Any], monkey
         assert is_alive(server)
 
 
-def test_a_model_that_fails_fails_its_requests_alone(
+def test_a_model_that_fails_fails_only_its_requests(
     language: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     step = Scheduler.step

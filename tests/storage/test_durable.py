@@ -55,7 +55,7 @@ def test_a_file_whose_disk_fails_is_named(
     assert caught.value.filename == str(tmp_path / "file")
 
 
-def test_a_full_disk_under_a_tokenizer_is_summary_as_such(tmp_path: Path) -> None:
+def test_a_full_disk_while_a_tokenizer_is_saved_is_reported(tmp_path: Path) -> None:
     """tokenizers raises an `Exception` of no class of its own."""
     tokenizer = Tokenizer(models.BPE())
     with pytest.raises(Exception, match="No space left on device") as plain:

@@ -1,4 +1,4 @@
-"""One writer at a time: processes that live, that were killed, that forked, and hosts whose locks do not meet."""
+"""One writer at a time: live, killed and forked processes, and hosts without shared locks."""
 
 from __future__ import annotations
 
@@ -145,7 +145,7 @@ def test_an_old_record_of_another_host_is_not_waited_for(tmp_path: Path) -> None
     assert time.monotonic() - began < folder_lock.SILENCE / 3
 
 
-def test_an_owner_sends_heartbeats(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_owner_of_a_lock_sends_heartbeats(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(folder_lock, "BEAT", 0.01)
     with only_writer(tmp_path):
         os.utime(tmp_path / LOCK, (0, 0))

@@ -24,7 +24,7 @@ TENSORS: dict[str, Tensor] = {
 
 
 def written(folder: Path, *, most_bytes: float) -> list[str]:
-    """Writes `TENSORS`; the names in the order in which they were asked for."""
+    """Writes `TENSORS`; the names in the order of the requests."""
     folder.mkdir()
     requests: list[str] = []
 
@@ -109,7 +109,7 @@ def test_a_file_that_shrinks_after_it_was_opened_is_named(tmp_path: Path) -> Non
 
 
 def header_of(shape: list[int], offsets: list[float]) -> bytes:
-    """A file of four bytes of tensors, with what its header says of one."""
+    """A file of four bytes of tensors, whose header describes one."""
     text = json.dumps({"a": {"dtype": "F32", "shape": shape, "data_offsets": offsets}}).encode()
     return len(text).to_bytes(8, "little") + text + bytes(4)
 

@@ -29,7 +29,7 @@ def names(folder: Path) -> list[str]:
     return sorted(entry.name for entry in folder.iterdir())
 
 
-def test_the_new_folder_takes_the_place_of_the_old_one_at_the_end(tmp_path: Path) -> None:
+def test_the_new_folder_replaces_the_old_one_at_the_end(tmp_path: Path) -> None:
     out = folder_with(tmp_path / "out", "old")
     with whole_folder(out) as partial:
         (partial / "inside").mkdir()
@@ -60,7 +60,7 @@ def test_what_dead_processes_left_goes_and_what_others_hold_stays(tmp_path: Path
 
 
 def test_what_was_about_to_be_replaced_goes_back(tmp_path: Path, dead: int) -> None:
-    """Killed between the two renames: the old content has its hidden name alone."""
+    """Killed between the two renames: the old content has only its hidden name."""
     folder_with(tmp_path / f".out.replaced-{dead}", "old")
     folder_with(tmp_path / f".out.partial-{dead}", "new")
     with pytest.raises(KeyError), whole_folder(tmp_path / "out"):
@@ -77,7 +77,7 @@ def test_a_folder_may_be_written_whole_inside_one_that_is(tmp_path: Path) -> Non
     assert (tmp_path / "out" / "file").read_text() == "new"
 
 
-def test_one_that_replaces_nothing_gives_way(tmp_path: Path) -> None:
+def test_a_folder_that_must_not_replace_keeps_the_existing_one(tmp_path: Path) -> None:
     """Another process was first; it may have its folder open."""
     with whole_folder(tmp_path / "out", replaces=False) as partial:
         (partial / "file").write_text("ours")

@@ -215,7 +215,7 @@ def test_a_moved_folder_is_rejected(tmp_path: Path) -> None:
     assert "step-00000099" in summary[0]
 
 
-def test_several_damaged_are_each_summary(tmp_path: Path) -> None:
+def test_each_of_several_damaged_checkpoints_is_reported(tmp_path: Path) -> None:
     for step in (1, 2, 3, 4):
         save_tiny(tmp_path, step)
     for step in (2, 3, 4):
@@ -247,7 +247,7 @@ def ended_process() -> int:
     return process.pid
 
 
-def test_partial_folders_of_dead_processes_are_summary_then_cleared(
+def test_partial_folders_of_dead_processes_are_reported_and_then_cleared(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     save_tiny(tmp_path, 1)
@@ -438,7 +438,7 @@ def test_random_states_continue_exactly_through_a_checkpoint(tmp_path: Path) -> 
     assert draws() == expected
 
 
-def test_random_states_of_an_absent_device_are_summary() -> None:
+def test_random_states_of_an_absent_device_are_reported() -> None:
     tensors, state = checkpoint.random_states()
     tensors["torch_cuda_63"] = torch.zeros(16, dtype=torch.uint8)
     summary = checkpoint.restore_random_states(tensors, state)

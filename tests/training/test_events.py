@@ -7,13 +7,16 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from loopos.config.diagnostics import MissingRequirement
+from loopos.config.diagnostics import MissingRequirement, UserError
+from loopos.evaluation.run_folder import read_run
+from loopos.storage import events
 from loopos.storage.durable import JSON, DiskFull
-from loopos.storage.events import EventLog, EventLogError, TensorBoardAdapter, fingerprint, read
+from loopos.storage.events import EventLog, EventLogError, TensorBoardTracker, TrackerWriter, fingerprint, read
 
 
 def write_steps(log: EventLog, first: int, last: int, seconds: float = 0.1) -> None:
@@ -21,7 +24,7 @@ def write_steps(log: EventLog, first: int, last: int, seconds: float = 0.1) -> N
         log.write("step", step=step, metrics={"loss": 1.0 / step}, timing={"seconds": seconds})
 
 
-def test_one_event_is_one_line_in_the_actual_order(tmp_path: Path) -> None:
+def test_an_event_is_one_line_and_keeps_its_key_order(tmp_path: Path) -> None:
     path = tmp_path / "run" / "events.jsonl"
     with EventLog(path) as log:
         log.write("step", step=7, metrics={"loss": 0.5, "b": 1, "a": "é\n"}, timing={"seconds": 2.0})
@@ -83,6 +86,30 @@ def test_a_broken_line_elsewhere_is_named(tmp_path: Path, broken: bytes) -> None
     path.write_bytes(path.read_bytes() + broken + path.read_bytes())
     with pytest.raises(EventLogError, match=rf"{path}:2: "):
         list(read(path))
+
+
+def test_names_of_older_versions_are_read_under_the_new_ones(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By every reader; the file keeps its names."""
+    with EventLog(tmp_path / "events.jsonl") as log:
+        log.write("check", step=1, metrics={"loss": 2.0, "size": 3}, timing={"seconds": 0.5})
+        log.write("check", step=2, metrics={"size": 3, "tokens": 4}, timing={})
+    monkeypatch.setattr(events, "EVENT_NAMES", {"check": "validation"})
+    monkeypatch.setattr(events, "METRIC_NAMES", {"size": "tokens"})
+    (tmp_path / "config.json").write_text("{}")
+    first, second = read_run(tmp_path).events
+    expected = {"event": "validation", "step": 1, "metrics": {"loss": 2.0, "tokens": 3}, "timing": {"seconds": 0.5}}
+    assert first == expected
+    assert second["metrics"]["tokens"] == 4
+    assert read_run(tmp_path).last_metrics == second["metrics"]
+    assert "check" in (tmp_path / "events.jsonl").read_text()
+
+
+@pytest.mark.parametrize("reader", [lambda folder: list(read(folder / "events.jsonl")), read_run])
+def test_a_line_nested_too_deeply_is_named(reader: Callable[[Path], object], tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "events.jsonl").write_text("[" * 100_000 + "\n")
+    with pytest.raises(EventLogError, match=r"events\.jsonl:1: not an event"):
+        reader(tmp_path)
 
 
 def test_rewinding_makes_the_resumed_log_equal_the_uninterrupted(tmp_path: Path) -> None:
@@ -182,24 +209,24 @@ def child_environment() -> dict[str, str]:
     return {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
 
 
-def test_tensorboard_missing_is_summary_with_the_line_to_install(
+def test_missing_tensorboard_is_reported_with_its_install_command(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard.writer", None)
     with pytest.raises(MissingRequirement, match=r"pip install .*\[track\]"):
-        TensorBoardAdapter(tmp_path)
+        TensorBoardTracker(tmp_path)
 
 
 def test_tensorboard_receives_the_numbers(tmp_path: Path) -> None:
     pytest.importorskip("tensorboard")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    adapter = TensorBoardAdapter(tmp_path)
+    adapter = TrackerWriter("tensorboard", TensorBoardTracker, tmp_path)
     adapter.write("step", step=1, metrics={"loss": 0.5, "note": "text", "flag": True}, timing={"seconds": 2.0})
     adapter.write("step", step=2, metrics={"loss": 0.25}, timing={})
     adapter.write("session", step=None, metrics={"cores": 2}, timing={})
     adapter.close()
-    accumulator = EventAccumulator(str(tmp_path)).Reload()
+    accumulator = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
     assert sorted(accumulator.Tags()["scalars"]) == ["step/loss", "step/seconds"]
     assert [(point.step, point.value) for point in accumulator.Scalars("step/loss")] == [(1, 0.5), (2, 0.25)]
 
@@ -213,3 +240,33 @@ def test_lines_are_plain_json(tmp_path: Path) -> None:
         "metrics": {"class_names": ["a"], "matrix": [[4]]},
         "timing": {},
     }
+
+
+class Broken:
+    """A tracker whose folder is missing."""
+
+    def __init__(self, run_dir: Path, *, resumed_step: int | None = None) -> None:
+        self.resumed_step = resumed_step
+
+    def log(self, step: int, metrics: dict[str, float]) -> None:
+        raise FileNotFoundError(f"no folder at step {step} after {self.resumed_step}")
+
+    def close(self) -> None:
+        pass
+
+
+def test_what_a_tracker_raises_names_it(tmp_path: Path) -> None:
+    writer = TrackerWriter("mine", Broken, tmp_path, resumed_step=3)
+    # Without a step there is nothing to pass on.
+    writer.write("session", step=None, metrics={"cores": 2}, timing={})
+    with pytest.raises(
+        UserError, match=r"tracker mine, log: raised FileNotFoundError at .*: no folder at step 4 after 3"
+    ):
+        writer.write("step", step=4, metrics={"loss": 0.5}, timing={})
+    writer.close()
+    with pytest.raises(UserError, match="tracker dict: raised TypeError"):
+        TrackerWriter("dict", lambda run_dir: {}, tmp_path)
+    with pytest.raises(
+        UserError, match=r"tracker mine: it has no method log; expected log\(step, metrics\) and close\(\)"
+    ):
+        TrackerWriter("mine", lambda run_dir, resumed_step: {}, tmp_path)

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import pytest
 import torch
 from torch import Tensor
 
+from loopos.rl.algorithms import PPO, AdvantageInputs, Algorithm, PolicyInputs
 from loopos.rl.experience import AdvantageSettings, Experience, experience_of
 
 
@@ -74,3 +76,50 @@ def test_advantages_are_weighed_and_returns_are_not() -> None:
     found = experience("forward", cap=3.0)
     torch.testing.assert_close(found.advantages, torch.tensor([2.0, 3.0, -0.5]))
     assert found.returns.tolist() == [1.0, 1.0, -1.0]
+
+
+def test_without_a_critic_there_are_advantages_only() -> None:
+    """A baseline of the mean score of a group: 1 − 0 and −1 − 0; no values, returns or reference are kept."""
+    seen: list[AdvantageInputs] = []
+
+    def advantages(inputs: AdvantageInputs) -> Tensor:
+        seen.append(inputs)
+        return (inputs.scores - inputs.scores.mean())[:, None].expand_as(inputs.rewards)
+
+    algorithm = Algorithm("own", advantages, lambda inputs: -inputs.advantages * inputs.logprobs, has_critic=False)
+    settings = AdvantageSettings(
+        penalty="k1",
+        discount=1.0,
+        gae_lambda=1.0,
+        whiten_rewards=False,
+        whiten_advantages=False,
+        algorithm=algorithm,
+        responses_per_prompt=2,
+    )
+    rows = [replace(each, values=None, reference_logprobs=None) for each in judged(0)]
+    found = experience_of([[1], [1]], rows, old_logprobs="forward", kl_coefficient=0.0, settings=settings)
+    assert found.advantages.tolist() == [1.0, 1.0, -1.0]
+    assert (found.values, found.returns, found.reference_logprobs) == (None, None, None)
+    (inputs,) = seen
+    assert (inputs.groups.tolist(), inputs.values) == ([0, 0], None)
+    assert inputs.rewards.tolist() == [[0.0, 1.0], [-1.0, 0.0]]
+    # A column of padding is no advantage.
+    assert inputs.mask.tolist() == [[True, True], [True, False]]
+    again = Experience.of_tensors(found.tensors(), 0.0, is_own=True)
+    assert "values" not in found.tensors()
+    assert again.rows(torch.device("cpu"))([1, 0]).responses.tolist() == [0, 1, 1]
+    assert set(again.rows(torch.device("cpu"))([0]).columns) == {"old_logprobs", "advantages"}
+
+
+def test_ppo_keeps_its_returns_and_a_plain_loss_is_described() -> None:
+    algorithm = Algorithm("own", lambda inputs: inputs.rewards, lambda inputs: -inputs.logprobs, has_critic=False)
+    old, new = torch.tensor([0.5, 0.25]).log(), torch.tensor([0.25, 0.25]).log()
+    inputs = PolicyInputs(
+        logprobs=new, old_logprobs=old, advantages=torch.ones(2), responses=torch.tensor([0, 0]), clip_epsilon=0.2
+    )
+    terms = algorithm.policy_loss(inputs)
+    torch.testing.assert_close(terms.ratio, torch.tensor([0.5, 1.0]))
+    # k3 of KL(old ‖ new): ½ − 1 − ln ½ for the first token.
+    torch.testing.assert_close(terms.approximate_kl, torch.tensor([math.log(2) - 0.5, 0.0]))
+    assert terms.is_clipped.tolist() == [0.0, 0.0]
+    assert PPO.policy_loss(inputs).loss.tolist() == pytest.approx([-0.5, -1.0])

@@ -122,7 +122,7 @@ def test_a_full_disk_is_one_line_and_the_checkpoint_before_is_whole(
     assert fingerprint(tmp_path / "run" / "events.jsonl") == fingerprint(whole / "events.jsonl")
 
 
-def test_a_full_disk_under_the_log_is_summary_too(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_disk_while_the_log_is_written_is_reported(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     written = os.write
 
     def fill_up(descriptor: int, content: bytes) -> int:

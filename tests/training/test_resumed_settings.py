@@ -12,14 +12,16 @@ from typing import Any, Literal
 import numpy
 import pytest
 import torch
-from pico_runs import class_rows, config_of, events_of, train
+from pico_runs import class_rows, config_of, events_of, last_weights, train
 
 from loopos.config.diagnostics import UserError
+from loopos.config.fine_tuning import FineTuningConfig
 from loopos.config.sections import TrainingSection
 from loopos.evaluation.run_folder import read_run
 from loopos.training import checkpoint
 from loopos.training.checkpoint_files import read_manifest, seal_folder
 from loopos.training.fit import FitResult
+from loopos.training.identity import compare, setting
 from loopos.training.progress import write_samples
 from loopos.training.random_states import random_states, restore_random_states
 from loopos.training.validation import Validation, ValidationTracker
@@ -177,7 +179,7 @@ def test_settings_that_may_change_are_reported_one_by_one_and_applied(
         0.005,
     )
     assert json.loads((copied / "config.json").read_text()) == second["settings"]
-    assert read_run(copied).history()["training.learning_rate"] == [(0, 0.003), (2, 0.005)]
+    assert read_run(copied).setting_changes()["training.learning_rate"] == [(0, 0.003), (2, 0.005)]
 
 
 def test_what_was_best_by_another_metric_is_not_compared_with() -> None:
@@ -346,7 +348,7 @@ def test_the_checkpoint_that_a_damaged_one_falls_back_to_is_not_cleared(
     assert found.step == 4
 
 
-def test_a_checkpoint_comes_at_least_so_often(run: Run) -> None:
+def test_save_interval_bounds_the_time_between_checkpoints(run: Run) -> None:
     validates = {"validate_every": "never", "keep_last": 99, "max_steps": 4}
     _, folder = run(save_interval=1e-9, **validates)
     assert [event["step"] for event in events_of(folder, "checkpoint")] == [1, 2, 3, 4]
@@ -362,14 +364,51 @@ def test_every_file_of_a_run_has_the_mode_of_the_umask(first_run: Path) -> None:
 
 def test_a_checkpoint_is_no_model_and_the_error_explains_how_to_get_one(copied: Path, pico_folder: Path) -> None:
     from loopos.cli.opened_models import is_task_model
-    from loopos.models.model_folder import model_folder
-    from loopos.models.resolve import weights_source
+    from loopos.models.resolve import resolve
 
     for path in (copied / "checkpoints" / "step-00000002", copied / "checkpoints"):
-        for opened in (is_task_model, model_folder, weights_source):
+        for opened in (is_task_model, resolve):
             with pytest.raises(UserError, match=r"not a model; .* loopos train CONFIG --resume training\.max_steps=2"):
                 opened(str(path))
     shutil.rmtree(copied / "model")
     config = config_of(copied, pico_folder, ROWS, training={**TRAINING, "max_steps": 2}, model=MODEL, data=DATA)
     assert train(config, resume=True).step == 2
     assert (copied / "model" / "loopos.json").is_file()
+
+
+def test_runs_of_older_versions_had_the_former_value() -> None:
+    """A checkpoint that does not record a trait with a former value had that value, and neither warns nor hides it."""
+    for value, refused in (("ppo", []), ("reinforce", ["training.algorithm: was ppo, is reinforce"])):
+        found = compare({}, setting("training.algorithm", value, if_absent="ppo"), {})
+        assert (found.refused, found.unknown) == (refused, [])
+    assert compare({}, setting("training.seed", 3), {}).unknown == ["training.seed"]
+
+
+def test_a_run_from_when_other_defaults_held_keeps_them(tmp_path: Path, pico_folder: Path) -> None:
+    """The config names neither optimizer nor schedule. A new run has the defaults of today; one that began with SGD at a
+    constant rate ends as one that names them.
+    """
+    before = {"optimizer": "sgd", "schedule": "constant", "warmup": 0}
+
+    def trained(name: str, *, resume: bool = False, **training: Any) -> Path:
+        settings = {"learning_rate": 0.05, "num_epochs": 2, **training}
+        named = config_of(tmp_path / name, pico_folder, ROWS, training=settings, model=MODEL, data=DATA)
+        sections = named.model_dump(exclude_unset=True)
+        for key in before.keys() - training.keys():
+            del sections["training"][key]
+        train(FineTuningConfig.model_validate(sections), resume=resume)
+        return tmp_path / name
+
+    def recorded(run: Path) -> dict[str, Any]:
+        settings = json.loads((run / "config.json").read_text())["training"]
+        return {key: settings[key] for key in before}
+
+    whole, new = trained("whole", **before), trained("new")
+    assert recorded(whole) == before
+    assert recorded(new) == {"optimizer": "adamw", "schedule": "linear", "warmup": 0.05}
+    trained("old", **before, max_steps=3)
+    old = trained("old", resume=True)
+    assert recorded(old) == before
+    weights, expected = last_weights(old), last_weights(whole)
+    assert all(weights[name].equal(expected[name]) for name in expected)
+    assert not all(weights[name].equal(each) for name, each in last_weights(new).items())

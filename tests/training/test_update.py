@@ -12,6 +12,7 @@ import pytest
 import torch
 from worlds import run_world
 
+from loopos.config.rl import PpoTrainingSection
 from loopos.data.batches import Cursor, PackedRows, StepBatches, deal, shuffled
 from loopos.data.tokens import Encoded
 from loopos.methods.fine_tuning import FineTuner
@@ -153,6 +154,21 @@ def test_a_million_rows_are_shuffled_once_a_pass() -> None:
     order = np.random.Generator(np.random.PCG64([3, 0])).permutation(1_000_000)
     assert found == order[:128].tolist()
     assert shuffled.cache_info().misses == 1
+
+
+def test_an_iteration_has_several_responses_to_each_prompt() -> None:
+    settings = PpoTrainingSection(learning_rate=0.1, batch_size=6, num_epochs=2, seed=3)
+    single = RolloutPlan.of(settings, num_prompts=5, rank=0, world=2)
+    plan = RolloutPlan.of(settings, num_prompts=5, rank=0, world=2, responses_per_prompt=3)
+    # 2 passes over 5 prompts: 10 responses in iterations of 12, and 30 responses.
+    assert (single.iterations, plan.iterations) == (1, 3)
+    prompts = [prompt for iteration in range(3) for prompt in plan.prompts_of(iteration)]
+    assert len(prompts) == 36
+    groups = prompts[::3]
+    assert prompts == [prompt for prompt in groups for _ in range(3)]
+    # The same order of the prompts as with one response to each.
+    assert groups == single.prompts_of(0)
+    assert sorted(groups[:5]) == sorted(groups[5:10]) == list(range(5))
 
 
 def test_a_step_reads_the_losses_of_its_micro_batches_together() -> None:

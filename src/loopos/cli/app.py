@@ -1,4 +1,6 @@
-"""The entry point of `loopos` and `python -m loopos`."""
+"""The entry point of `loopos` and `python -m loopos`. Apart from `commands`: `loopos train` restarts its process before
+it imports typer.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +14,7 @@ def main() -> None:
     # error.
     os.environ.setdefault("PYDANTIC_DISABLE_PLUGINS", "__all__")
     # `train --nproc` starts processes that are bound to cores; each of them restarts itself.
-    if sys.argv[1:2] == ["train"] and not any(argument.startswith("--nproc") for argument in sys.argv):
+    if sys.argv[1:2] == ["train"] and not any(argument.startswith(("--nproc", "--help")) for argument in sys.argv):
         from loopos.cli.process import restart_with_settings
 
         # Restart before the checks, so that rows read by the checks are those that training uses.

@@ -10,21 +10,33 @@ from __future__ import annotations
 import importlib.util
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
 
-from loopos.cli.answers import say, write
-from loopos.cli.opened_models import open_reasoner, require_language_model
+from loopos.cli.answers import json_lines, say, write
+from loopos.cli.options import (
+    Device,
+    LanguageModel,
+    Precision,
+    Subset,
+    System,
+    TrustRemoteCode,
+    Verbose,
+    device_diagnostics,
+    refuse,
+)
 from loopos.cli.outcome import complain, note
-from loopos.cli.process import restart_with_settings
-from loopos.cli.quiet import hush_libraries
-from loopos.cli.sampling_options import SamplingOptions, place_diagnostics, refuse
+from loopos.cli.process import prepare_to_compute
+from loopos.cli.sampling_options import SamplingOptions
 from loopos.config.diagnostics import UserError
 from loopos.config.paths import expanded
 
 if TYPE_CHECKING:
-    from loopos.cli.conversation import Conversation
+    from loopos.data.conversations import Message
+    from loopos.evaluation.reasoning import Reasoner
+    from loopos.generation.settings import SamplingParams
+    from loopos.generation.steps import Chain
 
 HELP = """\
 /help         show these lines
@@ -35,44 +47,49 @@ HELP = """\
 /steps        show or hide the steps of an answer with their logprobs
 /quit         end (also Ctrl-D); Ctrl-C interrupts an answer"""
 _PROMPT = "> "
+# An answer gets at least one of so many parts of the model's positions.
+_ANSWER_FRACTION = 8
+_SAMPLING = Subset(
+    ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "max_new_tokens", "stop", "seed"),
+    # Answers of a chat at temperature 0 tend to repeat themselves.
+    {"temperature": 0.7, "max_new_tokens": 512},
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ChatOptions:
     """The options of `loopos chat`."""
 
-    system: str | None = None
-    device: str = "auto"
-    precision: str = "auto"
-    trust_remote_code: bool = False
-    verbose: bool = False
-    sampling: SamplingOptions = field(default_factory=SamplingOptions)
+    system: System = None
+    sampling: Annotated[SamplingOptions, _SAMPLING]
+    device: Device = "auto"
+    precision: Precision = "auto"
+    trust_remote_code: TrustRemoteCode = False
+    verbose: Verbose = False
 
 
-def run(source: str, options: ChatOptions) -> int:
+def run(source: LanguageModel, options: ChatOptions) -> int:
     """Chats until the input ends. Raises `UserError` for invalid options and an unsuitable model."""
-    refuse([*options.sampling.diagnostics(), *place_diagnostics(options.device, options.precision)])
-    require_language_model(source)
-    restart_with_settings()
+    from loopos.cli.opened_models import open_reasoner, require_language_model
+
+    refuse([*options.sampling.diagnostics(), *device_diagnostics(options.device, options.precision)])
+    model = require_language_model(source)
+    prepare_to_compute(verbose=options.verbose)
     for sentence in options.sampling.notes():
         note(sentence)
-    hush_libraries(verbose=options.verbose)
     reasoner = open_reasoner(
-        source,
+        model,
         device=options.device,
         precision=options.precision,
         max_rows=1,
         trust_remote_code=options.trust_remote_code,
     )
-
-    from loopos.cli.conversation import Conversation
-
-    talk = Talk(Conversation(reasoner, options.sampling.settings(), options.system))
+    session = ChatSession(Conversation(reasoner, options.sampling.settings(), options.system))
     if sys.stdin.isatty():
         note("a line is a turn; /help lists the commands, Ctrl-D ends")
     with reasoner.engine.reuse_prefixes():
         for line in lines():
-            if not talk.take(line.strip()):
+            if not session.take(line.strip()):
                 break
     return 0
 
@@ -94,7 +111,102 @@ def lines() -> Iterator[str]:
             return
 
 
-class Talk:
+class Conversation:
+    """`messages`: the whole history; the model no longer sees the first `forgotten` of them."""
+
+    def __init__(self, reasoner: Reasoner, settings: SamplingParams, system: str | None) -> None:
+        self.reasoner, self.settings, self.system = reasoner, settings, system
+        self.messages: list[Message] = []
+        self.forgotten = 0
+        self.last: Chain | None = None
+
+    def clear(self) -> None:
+        """Starts over; the system message stays."""
+        self.messages, self.forgotten, self.last = [], 0, None
+
+    def answer(self, text: str, *, interrupted: Callable[[], bool], say: Callable[[str], None]) -> Iterator[str]:
+        """The text of the answer as it is generated. Afterwards the history has both turns; of an interrupted answer
+        what was generated. say: receives notes. Raises `UserError` for a text that leaves no room for an answer, and
+        for messages that the template refuses; the history is then unchanged.
+        """
+        from loopos.data.conversations import ASSISTANT, Message
+        from loopos.generation.completions import Completion
+        from loopos.generation.steps import chain_of
+
+        prompt = self._prompt(Message("user", text), say)
+        tokens, logprobs, answer, reason = [], [], "", None
+        stream = self.reasoner.engine.stream([prompt], self.reasoner.sampling(self.settings))
+        for delta in stream:
+            tokens.append(delta.token)
+            logprobs.append(delta.logprob)
+            answer, reason = answer + delta.text, delta.finish_reason
+            yield delta.text
+            if interrupted():
+                stream.close()  # type: ignore[attr-defined]
+                break
+        completion = Completion(0, 0, tokens, answer, logprobs, None, (), reason or "guide")
+        self.last = chain_of(self.reasoner.tokenizer, completion, self.reasoner.step_format)
+        if reason == "length":
+            say(f"note: cut at {len(tokens)} tokens")
+        if answer.strip():
+            self.messages += [Message("user", text), Message(ASSISTANT, answer)]
+        else:
+            say("note: no answer; the turn is not kept")
+
+    def _prompt(self, question: Message, say: Callable[[str], None]) -> list[int]:
+        """The tokens of the history and the question, without the oldest turns where they leave no room."""
+        positions = self.reasoner.engine.max_positions
+        forgotten = self.forgotten
+        while True:
+            prompt = self.reasoner.prompt([*self._system_message(), *self.messages[forgotten:], question])
+            room = (
+                None
+                if positions is None
+                else positions - min(self.settings.max_new_tokens, positions // _ANSWER_FRACTION)
+            )
+            if room is None or len(prompt) <= room:
+                break
+            if forgotten >= len(self.messages):
+                raise UserError(
+                    f"{len(prompt)} tokens: the model has {positions} positions and its answer needs some of them; "
+                    "say it in fewer words"
+                )
+            forgotten += 2
+        if forgotten > self.forgotten:
+            turns = (forgotten - self.forgotten) // 2
+            say(
+                f"note: the history is longer than the model's {positions} positions: the oldest "
+                f"{turns} turn{'s' if turns > 1 else ''} left out from here on"
+            )
+            self.forgotten = forgotten
+        return prompt
+
+    def _system_message(self) -> list[Message]:
+        from loopos.data.conversations import Message
+
+        return [Message("system", self.system)] if self.system else []
+
+    def save(self, file: Path) -> int:
+        """Appends the conversation to a JSON Lines file that training reads; returns the number of messages.
+
+        Raises `UserError` where there is nothing to save, or the file cannot be written.
+        """
+        if not self.messages:
+            raise UserError("nothing has been said yet")
+        if file.suffix.lower() != ".jsonl":
+            raise UserError(f"/save: got {file}; expected a name that ends in .jsonl: one conversation a line")
+        messages = [message.as_template() for message in (*self._system_message(), *self.messages)]
+        try:
+            with file.open("a", encoding="utf-8") as lines:
+                lines.write(json_lines([{"messages": messages}]))
+        except OSError as error:
+            raise UserError(
+                f"/save: {file}: cannot be written ({error.strerror}); expected a file that can be written"
+            ) from error
+        return len(messages)
+
+
+class ChatSession:
     """Handles lines: turns and commands."""
 
     def __init__(self, conversation: Conversation) -> None:
@@ -129,7 +241,7 @@ class Talk:
         from loopos.cli.trace import described
         from loopos.training.stopping import StopSignals
 
-        talk = self.conversation
+        conversation = self.conversation
         written, below = 0, list[str]()
 
         def add_note(sentence: str) -> None:
@@ -137,7 +249,7 @@ class Talk:
             below.append(sentence) if written else note(sentence)
 
         with StopSignals() as signals:
-            for text_delta in talk.answer(text, interrupted=lambda: signals.received is not None, say=add_note):
+            for text_delta in conversation.answer(text, interrupted=lambda: signals.received is not None, say=add_note):
                 write(text_delta)
                 written += len(text_delta)
         say()
@@ -145,8 +257,8 @@ class Talk:
             note(sentence)
         if signals.received == "SIGINT":
             note("(interrupted; the history keeps the partial answer)")
-        if self.shows_steps and talk.last is not None:
-            say(described(talk.last, talk.reasoner.step_format))
+        if self.shows_steps and conversation.last is not None:
+            say(described(conversation.last, conversation.reasoner.step_format))
         return signals.received != "SIGTERM"
 
     def _system(self, text: str) -> None:

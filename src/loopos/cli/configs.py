@@ -1,24 +1,36 @@
-"""`loopos validate` and `loopos schema`: checks and describes a config without torch."""
+"""`loopos validate`, `loopos list` and `loopos schema`: checks and describes configs, without torch."""
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
 
 from loopos.cli.answers import say, say_json, table
+from loopos.cli.options import Config, Json, Overrides
 from loopos.cli.outcome import note
 from loopos.config.diagnostics import DiagnosticsError, UserError
-from loopos.config.load import LoadedConfig, load, load_recipe
-from loopos.config.merge import MergeConfig, is_merge_recipe
 from loopos.config.methods import METHODS, config_classes
-from loopos.config.other_tools import METHOD_ALIASES
-from loopos.config.source import read_source
-from loopos.data.row_check import check_columns, check_rows
+from loopos.config.registry import Registry, choices, did_you_mean
+from loopos.config.variants import ALGORITHMS, EXPORTERS, FORMATS, LOSSES, MERGE_METHODS, REWARDS, TRACKERS
+
+if TYPE_CHECKING:
+    from loopos.config.load import LoadedConfig
+
+KindName = Annotated[
+    str | None, typer.Argument(metavar="[KIND]", help="Such as methods; the kinds when absent.", show_default=False)
+]
+MethodName = Annotated[str, typer.Option("--method", help="Method whose config schema to print.")]
 
 
 def read(path: Path, overrides: Sequence[str]) -> LoadedConfig:
     """The config; prints its notes. Raises `ConfigError`."""
+    from loopos.config.load import load
+    from loopos.data.row_check import check_columns
+
     loaded = load(path, overrides, config_classes())
     check_columns(loaded.config)
     print_notes(loaded)
@@ -31,9 +43,9 @@ def print_notes(loaded: LoadedConfig) -> None:
         note(f"note: {sentence}")
 
 
-def validate(path: Path, overrides: Sequence[str], *, as_json: bool) -> int:
-    """Prints whether the config is valid; with `as_json` its diagnostics and notes as JSON."""
-    if not as_json:
+def validate(path: Config, overrides: Overrides = (), json: Json = False) -> int:
+    """Prints whether the config is valid; with `json` its diagnostics and notes as JSON."""
+    if not json:
         loaded = _loaded(path, overrides)
         print_notes(loaded)
         values = loaded.config.model_dump()
@@ -52,6 +64,11 @@ def validate(path: Path, overrides: Sequence[str], *, as_json: bool) -> int:
 
 def _loaded(path: Path, overrides: Sequence[str]) -> LoadedConfig:
     """The config of a training method or of a merge."""
+    from loopos.config.load import load, load_recipe
+    from loopos.config.merge import MergeConfig, is_merge_recipe
+    from loopos.config.source import read_source
+    from loopos.data.row_check import check_columns, check_rows
+
     source = read_source(path)
     if is_merge_recipe(source.root):
         return load_recipe(source, overrides, MergeConfig)
@@ -59,6 +76,11 @@ def _loaded(path: Path, overrides: Sequence[str]) -> LoadedConfig:
     check_columns(loaded.config)
     check_rows(loaded.config)
     return loaded
+
+
+def list_kind(kind: KindName = None, json: Json = False) -> int:
+    """Runs `loopos list`."""
+    return list_variants(kind, as_json=json)
 
 
 def list_variants(kind: str | None, *, as_json: bool) -> int:
@@ -73,7 +95,9 @@ def list_variants(kind: str | None, *, as_json: bool) -> int:
             say(table(list(kinds.items()), head=("kind", "what it is")))
         return 0
     if kind not in KINDS:
-        raise UserError(f"loopos list: got {kind}; expected one of {', '.join(KINDS)}")
+        hint = did_you_mean(kind, list(KINDS))
+        expected = choices(list(KINDS), own="")
+        raise UserError(f'loopos list: got "{kind}"; expected {expected}' + (f"; {hint}" if hint else ""))
     found = KINDS[kind][1]()
     if as_json:
         say_json([{"name": name, "summary": summary, "source": source} for name, summary, source in found])
@@ -82,24 +106,34 @@ def list_variants(kind: str | None, *, as_json: bool) -> int:
     return 0
 
 
-def _methods() -> list[tuple[str, str, str]]:
-    return [(name, METHODS[name].summary, METHODS.source(name)) for name in METHODS]
+Listing = Callable[[], list[tuple[str, str, str]]]
 
 
-KINDS: Mapping[str, tuple[str, Callable[[], list[tuple[str, str, str]]]]] = {
-    "methods": ("what computation.method names", _methods),
+def _listing(registry: Registry[Any]) -> Listing:
+    return lambda: [(name, registry[name].summary, registry.source(name)) for name in registry]
+
+
+KINDS: Mapping[str, tuple[str, Listing]] = {
+    "methods": ("what computation.method names", _listing(METHODS)),
+    "losses": ("what model.loss and reward.loss name", _listing(LOSSES)),
+    "algorithms": ("what training.algorithm names", _listing(ALGORITHMS)),
+    "rewards": ("what reward.functions names", _listing(REWARDS)),
+    "formats": ("what data.format names", _listing(FORMATS)),
+    "merge-methods": ("what the method of a merge names", _listing(MERGE_METHODS)),
+    "exporters": ("what --format of loopos export names", _listing(EXPORTERS)),
+    "trackers": ("what training.trackers names", _listing(TRACKERS)),
 }
 """Kind → what it is, and a function that lists its variants as (name, summary, source)."""
 
 
-def schema(method: str) -> int:
+def schema(method: MethodName = "fine_tuning") -> int:
     """Prints the JSON Schema of a method's config. Raises `UserError` for an unknown method."""
     from loopos.config.load import schema as schema_of
+    from loopos.config.merge import MergeConfig
 
     rows = {name: config_class for (_, name), config_class in config_classes().items()} | {"merge": MergeConfig}
-    method = METHOD_ALIASES.get(method, method)
     if method not in rows:
-        known = ", ".join(rows)
-        raise UserError(f"--method: got {method}; expected one of {known}")
+        known = choices(list(rows), own="")
+        raise UserError(f'--method: got "{method}"; expected {known}')
     say_json(schema_of(rows[method]))
     return 0

@@ -1,4 +1,5 @@
-"""`loopos data check`: what a data file contains, read as training reads it, and what is wrong with it.
+"""`loopos data check`: what a data file contains, read as training reads it, and what is wrong with it. Apart
+from `data`, whose help needs no pydantic.
 
 Reports the kind of data and the methods that train on it; columns, labels, lengths, turns; rows that repeat, nearly
 repeat or contradict each other; and all problems up to a limit. The exit code is 2 if there is any problem. Repeated
@@ -15,9 +16,8 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from loopos.cli.answers import say, say_json, shown, table
-from loopos.cli.columns import parse_columns, text_rules
-from loopos.cli.quiet import hush_libraries
-from loopos.cli.wording import COLUMNS, ENCODING, OptionWording
+from loopos.cli.options import parse_columns, text_rules
+from loopos.cli.outcome import COLUMNS, ENCODING, OptionWording
 from loopos.config.diagnostics import DataError, Diagnostic
 from loopos.data.conversations import ASSISTANT, Conversation
 from loopos.data.decoding import TextRules, read_lines
@@ -29,7 +29,6 @@ from loopos.data.labels import LabelSpace, infer_task
 from loopos.data.near_duplicates import near_duplicates
 from loopos.data.preferences import Comparison
 from loopos.data.prompts import Prompt, PromptContent, prompt_text
-from loopos.data.reading import left_out
 from loopos.data.record import MAXIMUM_DIAGNOSTICS
 from loopos.data.repeats import AnyExample, key_of_prompt, key_of_row
 from loopos.data.rows import Row, RowReader, is_plain_text, read
@@ -190,9 +189,9 @@ _FAULTY = 2
 _WORDING = OptionWording([COLUMNS, ENCODING])
 _SERVES = {
     "labelled": "trains fine_tuning",
-    "texts": "no label column: loopos predict reads the texts; fine_tuning needs a label; chain_of_thought and "
-    "pretraining learn whole texts from a column text",
-    "language": "trains chain_of_thought; its prompts work in loopos generate --input and loopos winrate",
+    "texts": "no label column: loopos predict reads the texts; fine_tuning needs a label; sft and pretraining "
+    "learn whole texts from a column text",
+    "language": "trains sft and chain_of_thought; its prompts work in loopos generate --input and loopos winrate",
     "comparisons": "trains reward_model and rlhf; its prompts work for ppo",
     "prompts": "only prompts: for ppo, loopos generate --input and loopos winrate",
     "lines": "one text per line: prompts for ppo, loopos generate --input and loopos winrate, texts for loopos "
@@ -234,7 +233,6 @@ class CheckReport:
 
 def run(source: str, columns: Sequence[str], *, encoding: str | None, as_json: bool) -> int:
     """Checks and prints. Raises `UserError` for a source that cannot be opened."""
-    hush_libraries(verbose=False)
     found = check(source, parse_columns(columns), text_rules(encoding))
     if as_json:
         shown_diagnostics = found.diagnostics[:MAXIMUM_DIAGNOSTICS]
@@ -270,9 +268,8 @@ def check(source: str, columns: Mapping[str, str], rules: TextRules) -> CheckRep
             reader.report.diagnostics or error.diagnostics, reader.report.num_diagnostics or len(error.diagnostics)
         )
         return found
-    found.rows, found.used, found.summary = report.read, report.used, list(report.summary)
-    found.summary += [f"{count:,} dropped: {why}" for why, count in report.dropped.items()]
-    found.summary += left_out(report)
+    found.rows, found.used, found.summary = report.read, report.used, list(report.notes)
+    found.summary.append(report.summary())
     found.add_diagnostics(reader.report.diagnostics, reader.report.num_diagnostics)
     _measure(found, examples, "text" if isinstance(examples[0], Labeled) else "prompt")
     if kind.family == "labelled":

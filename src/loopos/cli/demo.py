@@ -20,21 +20,19 @@ from dataclasses import dataclass
 from importlib.resources import as_file, files
 from itertools import count
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from loopos.cli.answers import confusion_table, say, table
+from loopos.cli.options import Verbose
 from loopos.cli.outcome import note
-from loopos.cli.process import restart_with_settings
-from loopos.cli.quiet import hush_libraries
+from loopos.cli.process import hush_libraries, restart_with_settings
 from loopos.cli.train import TrainOptions, exit_code, train
 from loopos.config.figures import as_time
-from loopos.config.load import load
-from loopos.config.methods import config_classes
 from loopos.demo.symbolic import TASKS, SymbolicItem, Task, symbolic_items, write_items
-from loopos.evaluation.run_folder import Run, holds_run, read_run
-from loopos.models.gguf import cache_folder
-from loopos.models.resolve import embedded_model
 from loopos.storage.folder_lock import FolderBusy, only_writer
+
+if TYPE_CHECKING:
+    from loopos.evaluation.run_folder import RunFolder
 
 _PACKAGE = "loopos.demo"
 
@@ -52,6 +50,9 @@ def packaged_config(stack: ExitStack, name: str, changes: Mapping[str, object] |
     """A packaged config with values changed by key; packaged files in its `data` section get their real paths.
     Raises `ConfigError`.
     """
+    from loopos.config.load import load
+    from loopos.config.methods import config_classes
+
     path = packaged_file(stack, name)
     actual = {key: value if isinstance(value, int | float) else str(value) for key, value in (changes or {}).items()}
     for key, value in json.loads(path.read_text(encoding="utf-8"))["data"].items():
@@ -65,6 +66,8 @@ def fresh_folder(folder: Path, *, run: str = ".") -> Iterator[Path]:
     """`folder`, or `folder-2`, `folder-3` … : the first without a run in its subfolder `run` and without another demo.
     No run is overwritten. The folder stays locked until the block ends.
     """
+    from loopos.evaluation.run_folder import holds_run
+
     for number in count(1):
         fresh = folder if number == 1 else folder.with_name(f"{folder.name}-{number}")
         with ExitStack() as lock:
@@ -89,13 +92,15 @@ def fine_tuning() -> int:
         result = train(packaged_config(stack, FINE_TUNING_CONFIG, {"data.output_dir": folder}), TrainOptions())
     if result.interrupted:
         return exit_code(result.stopped_by)
+    from loopos.evaluation.run_folder import read_run
+
     show_predictions(read_run(folder))
     predict_live(folder, packaged_lines(LIVE))
     say(f"wall time {as_time(time.monotonic() - began)}; results in {folder}, summary in {folder}/report.md")
     return 0
 
 
-def show_predictions(run: Run) -> None:
+def show_predictions(run: RunFolder) -> None:
     """Accuracy before and after, and the confusion table."""
     before, after = run.first_metrics["accuracy"], run.last_metrics["accuracy"]
     say(f"accuracy on validation messages: {before:.1%} before, {after:.1%} after {run.step} steps")
@@ -182,12 +187,11 @@ def _lengths(file: Path, data: Mapping[str, Any]) -> list[int]:
     from loopos.data.step_format import chosen_format
     from loopos.data.supervised_rows import read_supervised
     from loopos.data.supervised_tokens import SupervisedEncoder
-    from loopos.models.resolve import weights_source
     from loopos.models.tokenizers import open_tokenizer
 
     section = ReasoningDataSection.model_validate(data)
     step_format = chosen_format(section.step_format)
-    tokenizer = open_tokenizer(weights_source(section.pretrained_weights))
+    tokenizer = open_tokenizer(section.pretrained_weights)
     examples, _ = read_supervised(rows.read(str(file)), {}, step_format=step_format)
     encoded, _ = SupervisedEncoder(section, step_format, tokenizer, max_length=None)(examples)
     return [len(row.ids) for row in encoded]
@@ -232,7 +236,7 @@ TRAINING, JUDGING = "replies_train.jsonl", "replies_judge.jsonl"
 TRAINED = (("reward_model", TRAINING, JUDGING, 8), ("judge", JUDGING, TRAINING, 4))
 _MOST_TESTED = 60
 _PREFERENCES_FOLDER = Path("outputs/demo/preferences")
-_SHOWN = ("reward", "kl", "response_length", "end_share")
+_SHOWN = ("reward", "kl", "response_length", "eos_rate")
 _REPLIES_SHOWN = 3
 
 
@@ -265,6 +269,8 @@ def preferences() -> int:
         code = _train(packaged_config(stack, PPO_CONFIG, {**start, **changes, "data.output_dir": folder / "ppo"}))
         if code:
             return code
+    from loopos.evaluation.run_folder import read_run
+
     show_policy(read_run(folder / "ppo"))
     show_replies(folder / "ppo" / "samples.jsonl")
     say(f"wall time {as_time(time.monotonic() - began)}; results in {folder}, summary in {folder}/ppo/report.md")
@@ -308,7 +314,7 @@ def show_accuracy(run: Path, file: Path) -> None:
     )
 
 
-def show_policy(run: Run) -> None:
+def show_policy(run: RunFolder) -> None:
     """Reward and KL by iteration, and scores of answers to unseen prompts by reward model and judge."""
     rollouts = [event["metrics"] for event in run.events if event["event"] == "rollout"]
     rows = [(each["iteration"] + 1, *(f"{each[name]:.2f}" for name in _SHOWN)) for each in rollouts]
@@ -350,8 +356,11 @@ ACTS = (
 )
 
 
-def run(*, verbose: bool) -> int:
+def run(verbose: Verbose = False) -> int:
     """Performs the acts in order; stops at the first that fails or is interrupted. Raises `UserError`."""
+    from loopos.models.gguf import cache_folder
+    from loopos.models.resolve import embedded_model
+
     hush_libraries(verbose=verbose)
     embedded_model()
     restart_with_settings()

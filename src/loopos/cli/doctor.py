@@ -14,13 +14,12 @@ from typing import Any
 
 import loopos
 from loopos.cli.answers import say, say_json, table
-from loopos.cli.process import is_glibc, process_settings, settings_in_force
-from loopos.cli.quiet import hush_libraries
+from loopos.cli.options import Json
+from loopos.cli.process import hush_libraries, is_glibc, process_settings, settings_in_force
 from loopos.config.diagnostics import MissingRequirement
 from loopos.config.extras import install_command
 from loopos.config.figures import as_bytes
 from loopos.config.machine import usable_cores
-from loopos.models.resolve import embedded_model
 
 REQUIRED = (
     "torch", "transformers", "tokenizers", "safetensors", "huggingface-hub", "datasets", "peft", "pydantic", "typer",
@@ -38,14 +37,15 @@ EXTRAS = {
     "excel": ("openpyxl",),
     "gguf": ("gguf", "xllamacpp"),
     "bench": ("accelerate", "trl"),
+    "docs": ("mkdocs-material", "mkdocstrings", "ruff"),
 }
 
 
-def run(*, as_json: bool) -> int:
+def run(json: Json = False) -> int:
     """Prints the report; 0 if everything that training needs is present, else 1."""
     hush_libraries(verbose=False)
     found = inspect()
-    if as_json:
+    if json:
         say_json(found)
     else:
         say(described(found))
@@ -122,6 +122,8 @@ def inspect_torch() -> dict[str, Any]:
 
 def inspect_embedded() -> dict[str, str]:
     """The path of the embedded model's file, or {"error": how to install it}."""
+    from loopos.models.resolve import embedded_model
+
     try:
         return {"file": str(embedded_model())}
     except MissingRequirement as diagnostic:

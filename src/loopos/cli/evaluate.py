@@ -1,113 +1,461 @@
-"""`loopos evaluate`: evaluates a trained model on data; each kind of model has its own module `evaluate_*`."""
+"""`loopos evaluate`: evaluates a trained model on data, running text or lm-eval tasks.
+
+Prints tables or one JSON object; progress goes to standard error. A model with a head: metrics, figures of each class,
+and with -o every row, most confident mistakes first. A language model on rows: accuracy of answers to problems, and the
+loss of rows, measured by `language_report`; with -o one record per problem. Rows that exceed the model's positions are
+dropped and counted by reason; a row that one metric cannot use can still count for another.
+"""
 
 from __future__ import annotations
 
+import importlib.metadata
+import importlib.util
+import json
+import time
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
 
-from loopos.cli import evaluate_heads, evaluate_language, evaluate_tasks, evaluate_text
-from loopos.cli.columns import parse_columns, text_rules
-from loopos.cli.evaluate_language import LanguageOptions
-from loopos.cli.evaluate_tasks import TaskOptions
-from loopos.cli.opened_models import is_task_model, refuse_reward_model
-from loopos.cli.sampling_options import refuse
-from loopos.config.diagnostics import UserError
-from loopos.data.decoding import TextRules
+import typer
+
+from loopos.cli.answers import (
+    confusion_table,
+    json_lines,
+    output_format,
+    refuse_unwritable,
+    rendered,
+    say,
+    say_json,
+    table,
+    write_whole,
+)
+from loopos.cli.options import (
+    Columns,
+    Device,
+    Encoding,
+    Json,
+    Limit,
+    Precision,
+    Stride,
+    Subset,
+    Verbose,
+    Window,
+    argument,
+    device_diagnostics,
+    option,
+    parse_columns,
+    path,
+    refuse,
+    text_rules,
+)
+from loopos.cli.outcome import note
+from loopos.cli.process import prepare_to_compute
+from loopos.cli.sampling_options import (
+    SamplingOptions,
+    StepOptions,
+    StrategyName,
+    chain_diagnostics,
+    changed_fields,
+    parsed_strategy,
+)
+from loopos.config.diagnostics import MissingRequirement, UserError, printable_json
+from loopos.config.figures import as_time
+
+if TYPE_CHECKING:
+    from loopos.config.keys import Strategy
+    from loopos.data.decoding import TextRules
+    from loopos.evaluation.judgement import Judgement
+    from loopos.models.resolve import ModelRef
+
+METRICS = ("accuracy", "loss", "perplexity")
+OF_TEXT = ("window", "stride")
+"""Options that apply only to plain text."""
+_OF_LANGUAGE = ("metric", "strategy", "samples", "pass_k", "checker", "limit", "output", "precision", *OF_TEXT)
+_OF_TASKS = ("task_folder", "num_fewshot", "chat")
+_LINE_EVERY_SECONDS = 10.0
+_MOST_CLASSES_ON_SCREEN = 30
+_MOST_CONFUSIONS_ON_SCREEN = 10
+_TASK_PACKAGE = "lm_eval"
+_DEFAULT_FILTER = "none"
+# lm-eval's fields beside the metrics of a task.
+_NOT_METRICS = ("alias", "name", "sample_len", "sample_count")
+
+Model = Annotated[
+    str,
+    argument("MODEL", "Run folder or model folder; for a language model also a weights file or hub id."),
+]
+Data = Annotated[
+    str | None,
+    argument("DATA", "Data file; omit with --tasks."),
+]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class EvaluateOptions:
-    """The options of `loopos evaluate`; `language`: those for language models."""
+    """The options of `loopos evaluate`."""
 
-    columns: tuple[str, ...] = ()
-    encoding: str | None = None
-    report: Path | None = None
-    skip_bad_rows: bool = False
-    device: str = "auto"
-    json: bool = False
-    verbose: bool = False
-    language: LanguageOptions = field(default_factory=LanguageOptions)
-    tasks: TaskOptions = field(default_factory=TaskOptions)
+    metric: tuple[str, ...] = field(default=(), metadata={"help": "accuracy, loss or perplexity; repeatable."})
+    strategy: StrategyName = "single"
+    samples: Annotated[
+        int, typer.Option("--samples", "-n", help="Sampled chains per problem, for a majority vote.")
+    ] = 1
+    pass_k: tuple[int, ...] = field(default=(), metadata={"help": "k of pass@k and majority@k; repeatable."})
+    checker: str = field(
+        default="auto", metadata={"help": "auto, exact, numeric, choice, math_verify, reasoning_gym, module:function."}
+    )
+    sampling: Annotated[SamplingOptions, Subset(("temperature", "top_k", "top_p", "max_new_tokens", "seed"))]
+    limits: StepOptions
+    limit: Limit = None
+    window: Window = None
+    stride: Stride = None
+    tasks: tuple[str, ...] = field(
+        default=(), metadata={"help": "lm-eval tasks; repeatable.", "metavar": "NAME[,NAME]"}
+    )
+    task_folder: Annotated[
+        Path | None, typer.Option("--task-folder", help="Folder of your own lm-eval .yaml tasks.", parser=path)
+    ] = None
+    num_fewshot: int | None = field(default=None, metadata={"help": "Few-shot examples before each task question."})
+    chat: Annotated[bool, typer.Option("--chat", help="Apply the chat template to tasks.")] = False
+    output: Annotated[
+        Path | None,
+        typer.Option(
+            "--output",
+            "-o",
+            help="One JSON line per problem; for a model with a head, every row, mistakes first (.jsonl, .csv, .tsv).",
+            parser=path,
+        ),
+    ] = None
+    report: Annotated[
+        Path | None,
+        typer.Option(
+            "--report",
+            metavar="FILE.html",
+            help="For models with a head: metrics, classes, confusion or residuals, and mistakes as an HTML page.",
+            parser=path,
+        ),
+    ] = None
+    columns: Columns = ()
+    encoding: Encoding = None
+    skip_bad_rows: Annotated[bool, typer.Option("--skip-bad-rows", help="Skip and count rows that cannot be used.")] = (
+        False
+    )
+    device: Device = "auto"
+    precision: Precision = "auto"
+    json: Json = False
+    verbose: Verbose = False
+
+    def changed(self, names: tuple[str, ...]) -> list[str]:
+        """Those of the options that differ from their defaults, as written on the command line."""
+        changed = changed_fields(self)
+        return [option(name) for name in names if name in changed]
+
+    def language(self) -> list[str]:
+        """The options of language models that differ from their defaults."""
+        others = (*self.sampling.changed(), *self.limits.changed())
+        return self.changed(_OF_LANGUAGE) + [option(name) for name in others]
 
 
-def run(location: str, source: str | None, options: EvaluateOptions) -> int:
+def run(location: Model, options: EvaluateOptions, source: Data = None) -> int:
     """Measures and prints. Raises `UserError`."""
-    if options.tasks.names:
+    if options.tasks:
         return _run_tasks(location, source, options)
-    refuse([f"{name}: only for tasks; add --tasks" for name in options.tasks.changed()])
+    refuse([f"{name}: only for tasks; add --tasks" for name in options.changed(_OF_TASKS)])
     if source is None:
         raise UserError("got no data; expected a data file, or --tasks with names of lm-eval tasks")
+    from loopos.cli.opened_models import is_task_model, refuse_reward_model
+    from loopos.data.rows import is_plain_text
+    from loopos.models.resolve import resolve_trained
+
     columns, rules = parse_columns(options.columns), text_rules(options.encoding)
-    if not is_task_model(location):
-        refuse(
-            [f"--report: only for models with a head; {location} is a language model"] * (options.report is not None)
-        )
-        if options.language.reads_plain_text(source, rules):
-            return _run_on_text(location, source, rules, options)
-        return evaluate_language.run(
-            location,
-            source,
-            columns,
-            rules,
-            options.language,
-            skip_bad_rows=options.skip_bad_rows,
-            device=options.device,
-            as_json=options.json,
-            verbose=options.verbose,
-        )
-    refuse_reward_model(location)
-    diagnostics = [name for name in options.language.changed() if name != "--output"]
-    refuse([f"{name}: only for language models; {location} is a model with a head" for name in diagnostics])
-    return evaluate_heads.run(
-        location,
+    # A hub id is looked up once the options are known to be right.
+    model = resolve_trained(location, looks_up=False)
+    if not is_task_model(model):
+        refuse([f"--report: only for models with a head; {location} is a language model"] * bool(options.report))
+        # Running text, by its content or because an option for text was used.
+        if options.changed(OF_TEXT) or is_plain_text(source, rules):
+            return _run_on_text(model, source, rules, options)
+        return _run_on_language_rows(model, source, columns, rules, options)
+    refuse_reward_model(model)
+    idle = [name for name in options.language() if name != "--output"]
+    refuse([f"{name}: only for language models; {location} is a model with a head" for name in idle])
+    return _run_on_head(model, source, columns, rules, options)
+
+
+def _run_on_head(
+    model: ModelRef, source: str, columns: Mapping[str, str], rules: TextRules, options: EvaluateOptions
+) -> int:
+    """Metrics of a model with a head."""
+    file_format = output_format(options.output, None)
+    for name, file in (("--output", options.output), ("--report", options.report)):
+        if file is not None:
+            refuse_unwritable(file, name, source=source)
+    report = options.report
+    if report is not None and report.suffix.lower() not in (".html", ".htm"):
+        raise UserError(f"--report: got {report}; expected a file that ends in .html")
+    from loopos.data.row_check import check_labeled
+
+    check_labeled(source, columns, require_label=True, remembered=model.columns, rules=rules)
+    prepare_to_compute(verbose=options.verbose)
+    from loopos.evaluation.predictor import judge_file, open_predictor
+    from loopos.training.precision import pick_device
+
+    predictor = open_predictor(model, device=pick_device(options.device).type)
+    judgement = judge_file(
+        predictor, source, columns, on_bad_row="skip" if options.skip_bad_rows else "error", rules=rules
+    )
+    if options.json:
+        say_json(judgement.metrics)
+    else:
+        _describe_head(source, judgement)
+    if options.output is not None:
+        write_whole(options.output, rendered(judgement.rows(), file_format))
+        first = "largest errors" if judgement.space.task == "regression" else "most confident mistakes"
+        note(f"{options.output}: {judgement.metrics['rows']:,} rows, {first} first")
+    if report is not None:
+        from loopos.evaluation.blocks import as_html
+
+        write_whole(report, as_html(f"{model.name} on {source}", judgement.blocks()), "--report")
+        note(f"{report}: report")
+    return 0
+
+
+def _describe_head(source: str, judgement: Judgement) -> None:
+    from loopos.evaluation.task_report import largest_confusions
+
+    metrics: dict[str, Any] = judgement.metrics
+    say(f"{source}: {metrics['rows']:,} rows{_dropped(metrics.get('dropped', {}))}")
+    say(table([(name, value) for name, value in metrics.items() if isinstance(value, float)]))
+    classes = judgement.classes()
+    if not classes:
+        return
+    worst = sorted(classes, key=lambda each: -1.0 if each.f1 is None else each.f1)
+    is_long = len(classes) > _MOST_CLASSES_ON_SCREEN
+    if is_long:
+        say(f"{len(classes)} classes; the {_MOST_CLASSES_ON_SCREEN} with the lowest F1 (all with --json or --report)")
+    figures = [
+        (each.name, each.precision, each.recall, each.f1, each.rows)
+        for each in (worst[:_MOST_CLASSES_ON_SCREEN] if is_long else classes)
+    ]
+    head = ("class" if judgement.space.task == "classification" else "label", "precision", "recall", "F1", "support")
+    say(table(figures, head=head))
+    if "confusion" not in metrics:
+        return
+    names = metrics["class_names"]
+    if not is_long:
+        say(confusion_table(names, metrics["confusion"]))
+        return
+    largest, _ = largest_confusions(metrics["confusion"], _MOST_CONFUSIONS_ON_SCREEN)
+    if largest:
+        confused = [(names[true], names[predicted], count) for count, true, predicted in largest]
+        say(table(confused, head=("true class", "predicted class", "rows")))
+
+
+def _dropped(reasons: Mapping[str, int]) -> str:
+    return "".join(f", {count} dropped ({reason})" for reason, count in reasons.items())
+
+
+def _checked_strategy(options: EvaluateOptions) -> Strategy:
+    """The strategy; --samples without --strategy is a majority vote. Raises `UserError` with all problems at once."""
+    from loopos.config.keys import Strategy
+
+    diagnostics = [*options.sampling.diagnostics(), *options.limits.diagnostics(options.sampling.max_new_tokens)]
+    strategy = parsed_strategy(options.strategy, diagnostics)
+    diagnostics += device_diagnostics(options.device, options.precision)
+    diagnostics += chain_diagnostics(
+        strategy, options.strategy, samples=options.samples, temperature=options.sampling.temperature
+    )
+    if strategy.kind == "single" and options.samples > 1:
+        strategy = Strategy("self_consistency", options.samples)
+    diagnostics += _limit_diagnostics(options)
+    diagnostics += [
+        f"--metric: got {name}; expected one of {', '.join(METRICS)}" for name in options.metric if name not in METRICS
+    ]
+    most = strategy.chains if strategy.kind == "self_consistency" else 1
+    diagnostics += [
+        f"--pass-k: got {k}; expected 1 to the number of chains sampled per problem ({most}): raise --samples"
+        for k in options.pass_k
+        if not 1 <= k <= most
+    ]
+    if options.metric and "accuracy" not in options.metric:
+        of_answers = [name for name in options.language() if name not in ("--metric", "--limit", "--precision")]
+        diagnostics += [
+            f"{name} without --metric accuracy: it applies only to generated answers" for name in of_answers
+        ]
+    refuse(diagnostics)
+    return strategy
+
+
+def _limit_diagnostics(options: EvaluateOptions) -> Iterator[str]:
+    if options.limit is not None and options.limit < 1:
+        yield f"--limit: got {options.limit}; expected 1 or more"
+
+
+def _run_on_language_rows(
+    model: ModelRef, source: str, columns: Mapping[str, str], rules: TextRules, options: EvaluateOptions
+) -> int:
+    """Answers and loss of a language model."""
+    strategy = _checked_strategy(options)
+    from loopos.cli.opened_models import open_reasoner, require_language_model
+    from loopos.data.row_check import check_supervised
+    from loopos.evaluation.checkers import checker
+
+    found_checker = checker(options.checker)
+    if options.output is not None:
+        refuse_unwritable(options.output, source=source)
+    require_language_model(model)
+    remembered = model.columns
+    check_supervised(source, columns, remembered=remembered, rules=rules)
+    prepare_to_compute(verbose=options.verbose)
+    for sentence in options.sampling.notes():
+        note(sentence)
+    from loopos.cli.language_report import Evaluation, Plan
+
+    plan = Plan(
+        metrics=options.metric,
+        strategy=strategy,
+        ks=options.pass_k,
+        checker=found_checker,
+        settings=options.sampling.settings(),
+        limits=options.limits.limits(),
+    )
+    reasoner = open_reasoner(model, device=options.device, precision=options.precision, may_vote=True)
+    evaluation = Evaluation(reasoner, plan, note=note)
+    evaluation.read(
         source,
         columns,
-        rules,
-        output=options.language.output,
-        report=options.report,
-        skip_bad_rows=options.skip_bad_rows,
-        device=options.device,
-        as_json=options.json,
-        verbose=options.verbose,
+        remembered=remembered,
+        rules=rules,
+        max_rows=options.limit,
+        on_bad_row="skip" if options.skip_bad_rows else "error",
     )
+    report = evaluation.measure()
+    if options.output is not None:
+        write_whole(options.output, json_lines(report.records))
+        note(f"{options.output}: {len(report.records)} answers")
+    if options.json:
+        say_json({"model": model.name, "data": source, **report.to_dict()})
+    else:
+        _describe_language(model.name, source, report.to_dict())
+    return 0
 
 
-def _run_tasks(location: str, source: str | None, options: EvaluateOptions) -> int:
-    """Evaluates on lm-eval tasks."""
-    language, used = options.language, ("--limit", "--output", "--precision", "--seed")
-    idle = [name for name in language.changed() if name not in used]
-    idle += ["--columns"] * bool(options.columns) + ["--skip-bad-rows"] * options.skip_bad_rows
-    idle += ["--encoding"] * (options.encoding is not None) + ["--report"] * (options.report is not None)
+def _describe_language(name: str, source: str, result: Mapping[str, Any]) -> None:
+    say(f"{name} on {source}: {result['rows']:,} rows{_dropped(result['dropped'])}")
+    say(table(list(result["metrics"].items())))
+    rate = result["tokens_per_second"]
+    generated = f"; {result['tokens_generated']:,} tokens generated, {rate:,.0f} per second" if rate is not None else ""
+    say(f"  {as_time(result['seconds'])}{generated}")
+
+
+def _run_on_text(model: ModelRef, source: str, rules: TextRules, options: EvaluateOptions) -> int:
+    """Perplexity and bits per byte of running text."""
+    used = ("--window", "--stride", "--precision")
+    refuse([f"{name}: only for rows; {source} is plain text" for name in options.language() if name not in used])
+    refuse(list(device_diagnostics(options.device, options.precision)))
+    from loopos.cli.opened_models import require_language_model
+    from loopos.data.rows import read_plain_text
+
+    text = read_plain_text(source, rules)
+    require_language_model(model)
+    prepare_to_compute(verbose=options.verbose)
+    from loopos.evaluation.perplexity import text_loss
+    from loopos.models.folders import open_generation_model
+    from loopos.training.precision import pick_device
+
+    chosen = None if options.precision == "auto" else options.precision
+    opened = open_generation_model(model, device=pick_device(options.device).type, precision=chosen)
+    began = last_line = time.monotonic()
+
+    def progress(completed: int, total: int) -> None:
+        nonlocal last_line
+        if (now := time.monotonic()) - last_line > _LINE_EVERY_SECONDS:
+            last_line = now
+            note(f"{completed:,} of {total:,} tokens · {completed / (now - began):,.0f} tokens/s")
+
+    window, stride = options.window, options.stride
+    found = text_loss(opened.model, opened.tokenizer, text, window=window, stride=stride, note=progress)
+    seconds = time.monotonic() - began
+    if options.json:
+        say_json({"model": model.name, "data": source, "metrics": found.to_dict(), "seconds": seconds})
+    else:
+        say(f"{model.name} on {source}: {found.tokens:,} tokens, windows of {found.window} in steps of {found.stride}")
+        say(table([(name, found.to_dict()[name]) for name in ("perplexity", "loss", "bits_per_byte")]))
+        say(f"  {as_time(seconds)}")
+    return 0
+
+
+def _check_tasks(source: str | None, options: EvaluateOptions) -> None:
+    """Raises `UserError` for options that do not go with tasks, and for values out of range."""
+    idle = [name for name in options.language() if name not in ("--limit", "--output", "--precision", "--seed")]
+    idle += options.changed(("columns", "skip_bad_rows", "encoding", "report"))
     diagnostics = [f"{name}: only for rows of data; an lm-eval task sets its own rows and prompts" for name in idle]
     if source is not None:
         diagnostics.append(f"{source} and --tasks: use only one of the two")
     refuse(diagnostics)
-    return evaluate_tasks.run(
-        location,
-        options.tasks,
-        limit=language.limit,
-        seed=language.sampling.seed,
-        output=language.output,
-        device=options.device,
-        precision=language.precision,
-        as_json=options.json,
-        verbose=options.verbose,
-    )
+    diagnostics = [*device_diagnostics(options.device, options.precision), *_limit_diagnostics(options)]
+    if options.num_fewshot is not None and options.num_fewshot < 0:
+        diagnostics.append(f"--num-fewshot: got {options.num_fewshot}; expected 0 or more")
+    folder = options.task_folder
+    if folder is not None and not folder.is_dir():
+        diagnostics.append(f"--task-folder: {folder} is not a folder; expected one with task files (.yaml)")
+    refuse(diagnostics)
 
 
-def _run_on_text(location: str, source: str, rules: TextRules, options: EvaluateOptions) -> int:
-    """Perplexity of running text."""
-    language = options.language
-    used = ("--window", "--stride", "--precision")
-    refuse([f"{name}: only for rows; {source} is plain text" for name in language.changed() if name not in used])
-    return evaluate_text.run(
-        location,
-        source,
-        rules,
-        window=language.window,
-        stride=language.stride,
-        device=options.device,
-        precision=language.precision,
-        as_json=options.json,
-        verbose=options.verbose,
+def _run_tasks(location: str, source: str | None, options: EvaluateOptions) -> int:
+    """Evaluates a language model or an ensemble on lm-eval tasks."""
+    from loopos.cli.opened_models import open_reasoner, require_language_model
+    from loopos.config.extras import install_command
+
+    _check_tasks(source, options)
+    if options.output is not None:
+        refuse_unwritable(options.output)
+    opened = require_language_model(location)
+    if importlib.util.find_spec(_TASK_PACKAGE) is None:
+        raise MissingRequirement(f"--tasks needs lm_eval; run\n  {install_command('eval')}")
+    prepare_to_compute(verbose=options.verbose)
+    reasoner = open_reasoner(opened, device=options.device, precision=options.precision)
+    from loopos.evaluation.harness import EngineModel, run_tasks
+
+    model, began = EngineModel(reasoner, seed=options.sampling.seed, note=note), time.monotonic()
+    found = run_tasks(
+        model,
+        [name.strip() for each in options.tasks for name in each.split(",") if name.strip()],
+        num_fewshot=options.num_fewshot,
+        limit=options.limit,
+        folder=options.task_folder,
+        chat=options.chat,
     )
+    seconds = time.monotonic() - began
+    if options.output is not None:
+        _write_documents(options.output, found["samples"])
+    tasks = {name: _task_metrics(results) for name, results in found["results"].items()}
+    if options.json:
+        version = importlib.metadata.version(_TASK_PACKAGE)
+        say_json({"model": location, "tasks": tasks, "seconds": seconds, "lm_eval": version})
+        return 0
+    rows = [(name, metric, value) for name, metrics in tasks.items() for metric, value in metrics.items()]
+    say(table(rows, head=("task", "metric", "value")))
+    say(f"  {as_time(seconds)}")
+    return 0
+
+
+def _task_metrics(results: Mapping[str, Any]) -> dict[str, float]:
+    """Metric → value. lm-eval's keys are "metric,filter"; the filter is dropped unless the task has one."""
+    found = {}
+    for key, value in results.items():
+        metric, _, filter_name = key.partition(",")
+        if key in _NOT_METRICS or isinstance(value, bool | str) or value is None or metric.endswith("_stderr"):
+            continue
+        found[metric if filter_name in ("", _DEFAULT_FILTER) else key] = float(value)
+    return found
+
+
+def _write_documents(file: Path, samples: Mapping[str, list[dict[str, Any]]]) -> None:
+    lines = [
+        printable_json(json.dumps({"task": name, **sample}, ensure_ascii=False, default=str)) + "\n"
+        for name, each in samples.items()
+        for sample in each
+    ]
+    write_whole(file, "".join(lines))
+    note(f"{file}: {len(lines)} documents")

@@ -3,45 +3,65 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
+
+import typer
 
 from loopos.cli.answers import say, say_json
-from loopos.cli.bar import Bar
+from loopos.cli.options import Json, NewFolder, Verbose, argument
 from loopos.cli.outcome import note
-from loopos.cli.process import restart_with_settings
-from loopos.cli.quiet import hush_libraries
+from loopos.cli.process import prepare_to_compute
 from loopos.config.figures import as_bytes
-from loopos.exporting.settings import ExportSettings, check_settings
-from loopos.storage.output_folder import require_new_folder
 
 if TYPE_CHECKING:
     from loopos.exporting.export import Exported
 
 
-@dataclass(frozen=True, slots=True)
+Exportable = Annotated[
+    str,
+    argument("MODEL", 'Run folder, model folder, adapter folder, transformers checkpoint or "smollm2-135m".'),
+]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ExportOptions:
     """The options of `loopos export`."""
 
-    output: Path
-    format: str
-    type: str | None = None
-    push: str | None = None
-    license: str | None = None
-    check: bool = True
-    json: bool = False
-    verbose: bool = False
+    output: NewFolder
+    format: Annotated[
+        str, typer.Option("--format", help="huggingface, gguf, adapter, modelfile or onnx.", show_default=False)
+    ]
+    type: Annotated[
+        str | None,
+        typer.Option("--type", help="f32, f16 or bf16; for gguf and modelfile also q8_0 and q4_0; default: f16."),
+    ] = None
+    push: Annotated[
+        str | None, typer.Option("--push", metavar="OWNER/NAME", help="Upload the folder to this hub repository.")
+    ] = None
+    license: Annotated[
+        str | None, typer.Option("--license", "--licence", help="License that the model card names.")
+    ] = None
+    no_check: Annotated[bool, typer.Option("--no-check", help="Do not reopen the export to compare it.")] = False
+    json: Json = False
+    verbose: Verbose = False
 
 
-def run(source: str, options: ExportOptions) -> int:
+def run(source: Exportable, options: ExportOptions) -> int:
     """Exports and prints. Raises `UserError`."""
+    from loopos.exporting.settings import ExportSettings, check_settings
+    from loopos.storage.output_folder import require_new_folder
+
     settings = ExportSettings(
-        format=options.format, type=options.type, push=options.push, licence=options.license, check=options.check
+        format=options.format,
+        type=options.type,
+        push=options.push,
+        licence=options.license,
+        check=not options.no_check,
     )
     check_settings(settings)
     require_new_folder(options.output)
-    restart_with_settings()
-    hush_libraries(verbose=options.verbose)
+    prepare_to_compute(verbose=options.verbose)
+    from loopos.cli.bar import Bar
     from loopos.exporting.export import export
 
     with Bar("export") as bar:

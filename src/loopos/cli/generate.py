@@ -7,33 +7,47 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
-from loopos.cli.answers import json_lines, say, write
-from loopos.cli.columns import parse_columns, text_rules
-from loopos.cli.opened_models import open_reasoner, require_language_model, require_reward_model
+import typer
+
+from loopos.cli.answers import json_lines, refuse_unwritable, say, write, write_whole
+from loopos.cli.options import (
+    Columns,
+    Device,
+    Encoding,
+    LanguageModel,
+    Precision,
+    Raw,
+    System,
+    TrustRemoteCode,
+    Verbose,
+    device_diagnostics,
+    option,
+    parse_columns,
+    path,
+    refuse,
+    text_rules,
+)
 from loopos.cli.outcome import note
-from loopos.cli.process import restart_with_settings
-from loopos.cli.quiet import hush_libraries
-from loopos.cli.row_files import refuse_unwritable, write_whole
+from loopos.cli.process import prepare_to_compute
 from loopos.cli.sampling_options import (
     SamplingOptions,
     StepOptions,
+    StrategyName,
     chain_diagnostics,
-    option,
     parsed_strategy,
-    place_diagnostics,
-    refuse,
 )
-from loopos.config.keys import Strategy
-from loopos.data.decoding import TextRules
-from loopos.models.ensemble_recipe import read_ensemble
+from loopos.config.paths import expanded
 
 if TYPE_CHECKING:
     from loopos.cli.prompts import PromptInput
+    from loopos.config.keys import Strategy
+    from loopos.data.decoding import TextRules
     from loopos.evaluation.reasoning import Ranker, Reasoner
+    from loopos.models.resolve import ModelRef
 
 _MOST_ROWS = 64
 
@@ -42,44 +56,53 @@ _MOST_ROWS = 64
 class GenerateOptions:
     """The options of `loopos generate`."""
 
-    prompts: tuple[str, ...] = ()
-    input: str | None = None
-    output: Path | None = None
-    json: bool = False
-    steps: bool = False
-    samples: int = 1
-    strategy: str = "single"
-    reward_model: str | None = None
-    num_beams: int | None = None
-    raw: bool = False
-    system: str | None = None
-    columns: tuple[str, ...] = ()
-    encoding: str | None = None
-    device: str = "auto"
-    precision: str = "auto"
-    trust_remote_code: bool = False
-    verbose: bool = False
-    sampling: SamplingOptions = field(default_factory=SamplingOptions)
-    limits: StepOptions = field(default_factory=StepOptions)
+    prompt: Annotated[tuple[str, ...], typer.Option("--prompt", "-p", metavar="TEXT", help="Prompt; repeatable.")] = ()
+    input: Annotated[
+        str | None,
+        typer.Option(
+            "--input", metavar="FILE", help="One prompt per line, a data file, or - for stdin.", parser=expanded
+        ),
+    ] = None
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="Write JSON lines to this file.", parser=path)
+    ] = None
+    json: Annotated[bool, typer.Option("--json", help="Print one JSON line per completion to standard output.")] = False
+    steps: Annotated[bool, typer.Option("--steps", help="Show each step with its logprob, then the answer.")] = False
+    samples: Annotated[int, typer.Option("--samples", "-n", help="Completions per prompt.")] = 1
+    strategy: StrategyName = "single"
+    reward_model: Annotated[
+        str | None, typer.Option("--reward-model", help="Reward model that ranks the chains of --strategy best_of_n.")
+    ] = None
+    num_beams: Annotated[int | None, typer.Option("--num-beams", help="Width of a token-level beam search.")] = None
+    sampling: SamplingOptions
+    limits: StepOptions
+    raw: Raw = False
+    system: System = None
+    columns: Columns = ()
+    encoding: Encoding = None
+    device: Device = "auto"
+    precision: Precision = "auto"
+    trust_remote_code: TrustRemoteCode = False
+    verbose: Verbose = False
 
 
-def run(location: str, options: GenerateOptions) -> int:
+def run(location: LanguageModel, options: GenerateOptions) -> int:
     """Generates and prints. Raises `UserError`."""
+    from loopos.cli.opened_models import open_reasoner, require_language_model, require_reward_model
+
     strategy = checked(options)
     columns, rules = parse_columns(options.columns), text_rules(options.encoding)
     if options.output is not None:
         refuse_unwritable(options.output, source=options.input)
-    require_language_model(location)
-    if options.reward_model is not None:
-        require_reward_model(options.reward_model)
-    _check_votes(location, options)
-    restart_with_settings()
+    model = require_language_model(location)
+    reward_model = None if options.reward_model is None else require_reward_model(options.reward_model)
+    _check_votes(model, options)
+    prepare_to_compute(verbose=options.verbose)
     for sentence in options.sampling.notes():
         note(sentence)
     prompts = _prompts(options, columns, rules)
-    hush_libraries(verbose=options.verbose)
     reasoner = open_reasoner(
-        location,
+        model,
         device=options.device,
         precision=options.precision,
         max_rows=max(_MOST_ROWS, options.num_beams or 0),
@@ -97,7 +120,7 @@ def run(location: str, options: GenerateOptions) -> int:
             write(text)
         say()
         return 0
-    records, texts = generated(reasoner, prompts, options, strategy)
+    records, texts = generated(reasoner, prompts, options, strategy, reward_model)
     if not _is_for_scripts(options):
         from loopos.cli.trace import blocks
 
@@ -116,13 +139,13 @@ def checked(options: GenerateOptions) -> Strategy:
     """The strategy. Raises `UserError` with all problems of the options at once."""
     diagnostics = [*options.sampling.diagnostics(), *options.limits.diagnostics(options.sampling.max_new_tokens)]
     strategy = parsed_strategy(options.strategy, diagnostics)
-    if not options.prompts and options.input is None:
+    if not options.prompt and options.input is None:
         diagnostics.append("no prompt: use -p TEXT, or --input FILE (- is standard input)")
-    if options.prompts and options.input is not None:
+    if options.prompt and options.input is not None:
         diagnostics.append("-p and --input: use only one of the two")
     if options.encoding is not None and options.input is None:
         diagnostics.append("--encoding without --input: it sets how a file is read")
-    if not options.raw and any(not prompt.strip() for prompt in options.prompts):
+    if not options.raw and any(not prompt.strip() for prompt in options.prompt):
         diagnostics.append("-p: got a blank text; expected a prompt, or --raw to start from nothing")
     if options.raw and options.system is not None:
         diagnostics.append("--system with --raw: a raw prompt has no messages; put the text into the prompt")
@@ -130,7 +153,7 @@ def checked(options: GenerateOptions) -> Strategy:
         diagnostics.append(
             "--reward-model: ranks the chains of --strategy best_of_n:N; use both, for example best_of_n:4"
         )
-    diagnostics += place_diagnostics(options.device, options.precision)
+    diagnostics += device_diagnostics(options.device, options.precision)
     diagnostics += (
         chain_diagnostics(strategy, options.strategy, samples=options.samples, temperature=options.sampling.temperature)
         if options.num_beams is None
@@ -140,10 +163,10 @@ def checked(options: GenerateOptions) -> Strategy:
     return strategy
 
 
-def _check_votes(source: str, options: GenerateOptions) -> None:
+def _check_votes(model: ModelRef, options: GenerateOptions) -> None:
     """Raises `UserError` for options that a voting ensemble does not support."""
-    recipe = read_ensemble(source)
-    if recipe is None or not recipe.votes:
+    source = model.name
+    if model.ensemble is None or not model.ensemble.votes:
         return
     diagnostics = [
         f"{option(name)}: {source} is an ensemble that votes over answers; use one with method mean or logits"
@@ -179,7 +202,7 @@ def _prompts(options: GenerateOptions, columns: dict[str, str], rules: TextRules
     if options.input is not None:
         prompts = read_prompts(options.input, columns, raw=options.raw, rules=rules)
     else:
-        prompts = [of_text(text, index, raw=options.raw) for index, text in enumerate(options.prompts)]
+        prompts = [of_text(text, index, raw=options.raw) for index, text in enumerate(options.prompt)]
     return [each.with_system(options.system) for each in prompts]
 
 
@@ -201,13 +224,17 @@ def streamed(reasoner: Reasoner, prompt: PromptInput, sampling: SamplingOptions)
 
 
 def generated(
-    reasoner: Reasoner, prompts: Sequence[PromptInput], options: GenerateOptions, strategy: Strategy
+    reasoner: Reasoner,
+    prompts: Sequence[PromptInput],
+    options: GenerateOptions,
+    strategy: Strategy,
+    reward_model: ModelRef | None,
 ) -> tuple[list[dict[str, Any]], list[list[str]]]:
     """One record per completion, and the texts of each prompt for people."""
     if options.num_beams is not None:
         return _beams(reasoner, prompts, options, options.num_beams)
     if options.steps or options.limits.changed() or strategy.kind != "single" or reasoner.voters:
-        return _reasoned(reasoner, prompts, options, strategy)
+        return _reasoned(reasoner, prompts, options, strategy, reward_model)
     from loopos.cli.trace import completion_record
 
     encoded = [reasoner.prompt(each.problem) for each in prompts]
@@ -220,14 +247,18 @@ def generated(
 
 
 def _reasoned(
-    reasoner: Reasoner, prompts: Sequence[PromptInput], options: GenerateOptions, strategy: Strategy
+    reasoner: Reasoner,
+    prompts: Sequence[PromptInput],
+    options: GenerateOptions,
+    strategy: Strategy,
+    reward_model: ModelRef | None,
 ) -> tuple[list[dict[str, Any]], list[list[str]]]:
     from loopos.cli.trace import answered_record, chain_record, confidence_summary, described
 
     settings, limits, marks = options.sampling.settings(), options.limits.limits(), reasoner.step_format
     problems = [each.problem for each in prompts]
     if strategy.kind != "single" or reasoner.voters:
-        ranker = _ranker(options)
+        ranker = _ranker(reward_model, options)
         found = reasoner.answer(problems, settings, strategy=strategy, limits=limits, ranker=ranker)
         texts = []
         for answered in found:
@@ -246,14 +277,14 @@ def _reasoned(
     return records, texts
 
 
-def _ranker(options: GenerateOptions) -> Ranker | None:
+def _ranker(reward_model: ModelRef | None, options: GenerateOptions) -> Ranker | None:
     """What best_of_n ranks by; None: the model's own logprobs."""
-    if options.reward_model is None:
+    if reward_model is None:
         return None
     from loopos.evaluation.reward_predictor import RewardPredictor
     from loopos.training.precision import pick_device
 
-    return RewardPredictor.open(options.reward_model, device=pick_device(options.device).type).rank
+    return RewardPredictor.open(reward_model, device=pick_device(options.device).type).rank
 
 
 def _beams(
@@ -271,7 +302,7 @@ def _beams(
                 "prompt": each.recorded,
                 "text": beam.text,
                 "logprob": beam.score * len(beam.token_ids) ** settings.length_penalty,
-                "finish_reason": "stop token" if beam.token_ids[-1] in ends else "length",
+                "finish_reason": "stop" if beam.token_ids[-1] in ends else "length",
                 "tokens": len(beam.token_ids),
             },
             number,

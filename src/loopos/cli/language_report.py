@@ -1,5 +1,5 @@
 """A language model measured on rows: answers to problems, and the loss of the tokens that training would learn. Apart
-from `evaluate_language`, which starts without torch.
+from `evaluate`, which starts without torch.
 
 A row too long for one metric is counted with the reason, and still measured by the others.
 """
@@ -20,11 +20,11 @@ from loopos.data.decoding import PLAIN_RULES, TextRules
 from loopos.data.demonstrations import Demonstration
 from loopos.data.reading import left_out
 from loopos.data.supervised_rows import Example, read_supervised
-from loopos.data.supervised_tokens import OVER_LENGTH, encode_supervised
+from loopos.data.supervised_tokens import OVER_LENGTH, RowPolicy, encode_supervised
 from loopos.evaluation.answer_check import judge_all, problem_metrics, record
 from loopos.evaluation.checkers import Checker, Verdict, answer_metrics
 from loopos.evaluation.reasoning import Answered, Reasoner
-from loopos.generation.settings import SamplingSettings
+from loopos.generation.settings import SamplingParams
 from loopos.generation.steps import StepLimits
 from loopos.models.language_ensemble import next_token_loss
 from loopos.training.distributed import World
@@ -42,7 +42,7 @@ class Plan:
     strategy: Strategy
     ks: Sequence[int]
     checker: Checker
-    settings: SamplingSettings
+    settings: SamplingParams
     limits: StepLimits
 
 
@@ -99,13 +99,13 @@ class Evaluation:
             reader, columns, step_format=self.reasoner.step_format, remembered=remembered
         )
         self.report.dropped.update(found.dropped)
-        for sentence in (*found.summary, *left_out(found)):
+        for sentence in (*found.notes, *left_out(found)):
             self.note(sentence)
         problems = sum(isinstance(example, Demonstration) for example in self.examples)
         self.metrics = tuple(self.plan.metrics) or (("accuracy",) if problems else ("loss", "perplexity"))
         if "accuracy" in self.metrics and not problems:
             raise UserError(
-                f"--metric accuracy: no row of {source} is a problem with an answer ({found.summary[-1]}); expected "
+                f"--metric accuracy: no row of {source} is a problem with an answer ({found.notes[-1]}); expected "
                 "rows with problem and answer, or --metric loss"
             )
 
@@ -171,17 +171,15 @@ class Evaluation:
             self.examples,
             step_format=reasoner.step_format,
             max_length=positions,
-            over_length="drop",
-            max_dropped_share=1.0,
-            on_bad_row=self.on_bad_row,
+            policy=RowPolicy(max_dropped_share=1.0, on_bad_row=self.on_bad_row),
             template=reasoner.template,
         )
         for reason, count in found.dropped.items():
             self.report.dropped[_over(positions, "the row") if reason == OVER_LENGTH else reason] += count
         self.note(f"loss of {found.trained_tokens:,} trained tokens in {found.used:,} rows")
         model = next_token_loss(reasoner.model)
-        kept = [row.encoded() for row in encoded]
-        loss = mean_loss(NextToken(model), kept, device=reasoner.model.device, world=World())
+        usable = [row.encoded() for row in encoded]
+        loss = mean_loss(NextToken(model), usable, device=reasoner.model.device, world=World())
         expected = {"loss": loss, "perplexity": math.exp(min(loss, 700.0))}
         self.report.metrics |= {name: value for name, value in expected.items() if name in self.metrics}
         return {row.index for row in encoded}

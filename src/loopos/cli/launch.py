@@ -1,4 +1,5 @@
-"""Starts one run in several processes on this machine with PyTorch's launcher.
+"""Starts one run in several processes on this machine with PyTorch's launcher. Apart from `train`: this knows nothing
+of a run.
 
 Each process finds its rank in the environment, as under `torchrun`, which starts runs on several machines. See also
 `training.distributed` and `training.heartbeat`.

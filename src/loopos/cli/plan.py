@@ -5,42 +5,55 @@ The exit code is 0 if it fits and 1 if not. Reads only the architecture; data an
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
 
 from loopos.cli.answers import say, say_json
-from loopos.cli.quiet import hush_libraries
+from loopos.cli.options import Config, Json, Overrides, TrustRemoteCode, Verbose, option
+from loopos.cli.process import hush_libraries
 from loopos.config.diagnostics import UserError
-from loopos.config.load import load
-from loopos.config.methods import config_classes
-from loopos.config.sections import DistributedSection
-from loopos.planning.cluster.setting import Cluster, RequestedSharding
+
+if TYPE_CHECKING:
+    from loopos.planning.cluster.setting import RequestedSharding
 
 MODES = ("auto", "replicate", "shard")
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class PlanOptions:
     """The options of `loopos plan`; None: the config's value."""
 
-    gpus: int
-    memory: str
-    gpus_a_node: int
-    interconnect: str
-    node_link: str
-    mode: str | None
-    shard_size: int | None
-    tensor_parallel: int | None
-    tokens: int | None
-    trust_remote_code: bool
-    json: bool
-    verbose: bool
+    gpus: Annotated[int, typer.Option("--gpus", help="Total number of GPUs.", show_default=False)]
+    memory: Annotated[str, typer.Option("--memory", help="Memory per GPU, e.g. 80GiB.", show_default=False)]
+    gpus_a_node: int = field(default=8, metadata={"help": "GPUs per node."})
+    interconnect: str = field(
+        default="400Gbit",
+        metadata={"help": "Bandwidth per second of a node to other nodes, all network cards together."},
+    )
+    node_link: str = field(
+        default="300GB", metadata={"help": "Bandwidth per second of a GPU to the other GPUs of its node."}
+    )
+    mode: str | None = field(default=None, metadata={"help": "auto, replicate or shard; default: the config's."})
+    shard_size: int | None = field(
+        default=None, metadata={"help": "GPUs that shard one copy of the weights; default: all."}
+    )
+    tensor_parallel: int | None = field(
+        default=None, metadata={"help": "GPUs that share each layer's products; default: 1."}
+    )
+    tokens: int | None = field(default=None, metadata={"help": "Tokens per forward pass; default: full rows."})
+    trust_remote_code: TrustRemoteCode = False
+    json: Json = False
+    verbose: Verbose = False
 
 
-def run(path: Path, overrides: Sequence[str], options: PlanOptions) -> int:
+def run(path: Config, options: PlanOptions, overrides: Overrides = ()) -> int:
     """Prints the plan. Raises `UserError`."""
+    from loopos.config.load import load
+    from loopos.config.methods import config_classes
+    from loopos.planning.cluster.setting import Cluster
+
     config: Any = load(path, overrides, config_classes(), check_files=False).config
     _check(options)
     cluster = Cluster.of(
@@ -70,11 +83,13 @@ def _check(options: PlanOptions) -> None:
     for name in ("shard_size", "tensor_parallel", "tokens"):
         actual = getattr(options, name)
         if actual is not None and actual < 1:
-            raise UserError(f"--{name.replace('_', '-')}: got {actual}; expected 1 or more")
+            raise UserError(f"{option(name)}: got {actual}; expected 1 or more")
 
 
 def _requested(config: Any, options: PlanOptions) -> RequestedSharding:
-    section: DistributedSection = config.distributed
+    from loopos.planning.cluster.setting import RequestedSharding
+
+    section = config.distributed
     return RequestedSharding(
         mode=options.mode or section.mode,
         shard_size=options.shard_size or section.shard_size,

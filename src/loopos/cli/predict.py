@@ -11,65 +11,74 @@ from collections.abc import Iterable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from itertools import islice
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Annotated, Any
 
-from loopos.cli.answers import write
-from loopos.cli.columns import parse_columns, text_rules
-from loopos.cli.opened_models import require_task_model
-from loopos.cli.outcome import note
-from loopos.cli.process import restart_with_settings
-from loopos.cli.quiet import hush_libraries
-from loopos.cli.row_files import (
-    as_cells,
-    flat_row,
-    output_format,
-    refuse_unwritable,
-    rendered,
-    write_whole,
+import typer
+
+from loopos.cli.answers import as_cells, flat_row, output_format, refuse_unwritable, rendered, write, write_whole
+from loopos.cli.options import (
+    Columns,
+    Device,
+    Encoding,
+    OutputFile,
+    RunFolder,
+    Verbose,
+    argument,
+    parse_columns,
+    text_rules,
 )
+from loopos.cli.outcome import note
+from loopos.cli.process import prepare_to_compute
 from loopos.config.diagnostics import DataError, Diagnostic
-from loopos.data import rows as sniff
-from loopos.data.decoding import PLAIN_RULES, TextRules, read_lines, split_lines
-from loopos.data.formats import detect, read_labeled
-from loopos.data.row_check import check_labeled
-from loopos.data.rows import read
-from loopos.models.model_folder import remembered_columns
+
+if TYPE_CHECKING:
+    from loopos.data.decoding import TextRules
 
 STANDARD_INPUT = "-"
 TEXT = "text"
 """Name of the input column for one text per line."""
 
+Input = Annotated[
+    str,
+    argument("INPUT", "Data file, .txt with one text per line, or - for one text per line from standard input."),
+]
 
-@dataclass(frozen=True, slots=True)
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class PredictOptions:
     """The options of `loopos predict`."""
 
-    output: Path | None = None
-    format: str | None = None
-    columns: tuple[str, ...] = ()
-    encoding: str | None = None
-    device: str = "auto"
-    verbose: bool = False
+    output: OutputFile = None
+    format: Annotated[
+        str | None, typer.Option("--format", help="jsonl, csv or tsv; default: by the suffix of -o, else jsonl.")
+    ] = None
+    columns: Columns = ()
+    encoding: Encoding = None
+    device: Device = "auto"
+    verbose: Verbose = False
 
 
-def run(path: Path, source: str, options: PredictOptions) -> int:
+def run(path: RunFolder, source: Input, options: PredictOptions) -> int:
     """Predicts and writes. Raises `UserError`."""
+    from loopos.cli.opened_models import require_task_model
+    from loopos.data.formats import read_labeled
+    from loopos.data.row_check import check_labeled
+    from loopos.data.rows import read
+
     columns = parse_columns(options.columns)
     rules = text_rules(options.encoding)
     file_format = output_format(options.output, options.format)
     if options.output is not None:
         refuse_unwritable(options.output, source=source)
-    require_task_model(str(path))
+    model = require_task_model(str(path))
     if not _holds_lines(source, columns, rules):
-        check_labeled(source, columns, require_label=False, remembered=remembered_columns(path), rules=rules)
-    restart_with_settings()
+        check_labeled(source, columns, require_label=False, remembered=model.columns, rules=rules)
+    prepare_to_compute(verbose=options.verbose)
     texts = read_texts(source, columns, rules)
-    hush_libraries(verbose=options.verbose)
     from loopos.evaluation.predictor import open_predictor
     from loopos.training.precision import pick_device
 
-    predictor = open_predictor(path, device=pick_device(options.device).type)
+    predictor = open_predictor(model, device=pick_device(options.device).type)
     if texts is not None:
         inputs: list[dict[str, object]] = [{TEXT: text} for text in texts]
         predictions = predictor.predict(texts)
@@ -78,7 +87,7 @@ def run(path: Path, source: str, options: PredictOptions) -> int:
             read(source, rules=rules), columns, require_label=False, remembered=predictor.columns
         )
         inputs, predictions = [example.row.values for example in examples], predictor.predict_examples(examples)
-        for sentence in report.summary:
+        for sentence in report.notes:
             note(f"{source}: {sentence}")
     own = [_with_probability(prediction) for prediction in predictions]
     if file_format != "jsonl":
@@ -117,7 +126,7 @@ def beside(
     ], renamed
 
 
-def read_texts(source: str, columns: Mapping[str, str], rules: TextRules = PLAIN_RULES) -> list[str] | None:
+def read_texts(source: str, columns: Mapping[str, str], rules: TextRules) -> list[str] | None:
     """The texts of standard input or of a .txt file of plain lines; None for a data file, which is read by columns.
 
     A .txt file is data if `columns` are set, or if it holds JSON or a header that names a text column. Raises
@@ -127,6 +136,8 @@ def read_texts(source: str, columns: Mapping[str, str], rules: TextRules = PLAIN
         return None
     if source == STANDARD_INPUT:
         return _checked("standard input", _standard_input_lines(rules))
+    from loopos.data.decoding import read_lines
+
     note(f"{source}: read as one text per line")
     with closing(read_lines(source, rules)) as lines:
         return _checked(source, (line.rstrip("\r") for _, line in lines))
@@ -140,6 +151,8 @@ def _holds_lines(source: str, columns: Mapping[str, str], rules: TextRules) -> b
 
 
 def _standard_input_lines(rules: TextRules) -> list[str]:
+    from loopos.data.decoding import split_lines
+
     content = sys.stdin.buffer.read()
     encoding = rules.encoding or "utf-8"
     try:
@@ -153,9 +166,13 @@ def _standard_input_lines(rules: TextRules) -> list[str]:
 
 
 def _is_data(path: str, rules: TextRules) -> bool:
+    from loopos.data.decoding import read_lines
+    from loopos.data.formats import detect
+    from loopos.data.rows import SAMPLE_LINES, read, sniff
+
     try:
         with closing(read_lines(path, rules)) as lines:
-            chosen, _ = sniff.sniff(list(islice(lines, sniff.SAMPLE_LINES)), path)
+            chosen, _ = sniff(list(islice(lines, SAMPLE_LINES)), path)
         if chosen not in ("csv", "tsv"):
             return True
         detect(

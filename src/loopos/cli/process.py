@@ -1,4 +1,4 @@
-"""Process settings: how glibc keeps freed memory, and where OpenMP puts its threads.
+"""Process settings: how glibc keeps freed memory, where OpenMP puts its threads, and how much libraries print.
 
 A training step frees and allocates the same large buffers again and again; glibc returns each to the kernel, whose page
 faults then halve the speed on a CPU. glibc reads the variables when a process starts, so the command restarts itself
@@ -22,6 +22,14 @@ MEMORY_SETTINGS: Mapping[str, str] = {
     "MALLOC_TOP_PAD_": "268435456",
 }
 THREAD_SETTINGS: Mapping[str, str] = {"OMP_PROC_BIND": "close"}
+SILENCE = {
+    "TRANSFORMERS_VERBOSITY": "error",
+    "DATASETS_VERBOSITY": "error",
+    "HF_DATASETS_DISABLE_PROGRESS_BARS": "1",
+    "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+    "TQDM_DISABLE": "1",
+}
+"""What transformers, datasets and huggingface-hub read when they are imported: no progress bars, only errors."""
 REPORTED = (*MEMORY_SETTINGS, *THREAD_SETTINGS, "OMP_NUM_THREADS", "MKL_NUM_THREADS", "LD_PRELOAD")
 
 
@@ -58,6 +66,28 @@ def restart_with_settings(*, binds_threads: bool = True) -> None:
     sys.stdout.flush()
     sys.stderr.flush()
     os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], environment)
+
+
+def prepare_to_compute(*, verbose: bool, binds_threads: bool = True) -> None:
+    """Restarts the process with the settings if it must, and silences the libraries unless `verbose`: what a command
+    calls after its checks, before it imports torch and before it prints anything.
+    """
+    restart_with_settings(binds_threads=binds_threads)
+    hush_libraries(verbose=verbose)
+
+
+def hush_libraries(*, verbose: bool) -> None:
+    """Switches off the libraries' progress bars and log messages, unless `verbose`; the user's settings stay."""
+    # Here, as `loopos train` imports this module before its process restarts.
+    from loopos.models.quiet import silence_imported
+    from loopos.storage.hub import VERBOSE
+
+    if verbose:
+        os.environ[VERBOSE] = "1"
+        return
+    for name, value in SILENCE.items():
+        os.environ.setdefault(name, value)
+    silence_imported()
 
 
 def is_own_process() -> bool:

@@ -18,7 +18,7 @@ from loopos.data.decoding import PLAIN_RULES, TextRules
 from loopos.data.demonstrations import Demonstration
 from loopos.data.preference_formats import PreferenceFormat
 from loopos.data.prompts import Prompt, PromptContent, prompt_key, prompt_of
-from loopos.data.reading import FormatReport, Unusable, left_out, read_examples
+from loopos.data.reading import DataReport, Unusable, left_out, read_examples
 from loopos.data.row_fields import RowFields
 from loopos.data.rows import Row, RowReader
 from loopos.data.step_format import NAMED_FORMATS
@@ -105,7 +105,7 @@ def read_prompts(
             else Unusable(fields.problems[0][0], [diagnostic for _, diagnostic in fields.problems])
         )
 
-    found: tuple[list[PromptInput], SupervisedFormat | PreferenceFormat, FormatReport]
+    found: tuple[list[PromptInput], SupervisedFormat | PreferenceFormat, DataReport]
     reader = rows.read(source, rules=rules)
     found = read_examples(reader, lambda names, index: _detect(names, columns, index), from_row)
     prompts, form, report = found

@@ -5,37 +5,54 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
 
 from loopos.cli.answers import confusion_table, say, say_json, shown, table
+from loopos.cli.options import Json, argument, path
+from loopos.cli.options import RunFolder as RunFolderArgument
 from loopos.cli.outcome import note
-from loopos.config.changed_settings import changed_settings
 from loopos.config.diagnostics import UserError
-from loopos.config.differences import differences
 from loopos.config.figures import as_time, once
-from loopos.evaluation.run_folder import Run, find_runs, read_run
+
+if TYPE_CHECKING:
+    from loopos.evaluation.run_folder import RunFolder
 
 # The metrics for the list, most important first; a run shows the first that it has.
 _HEADLINES = ("accuracy", "micro_f1", "mae", "pair_accuracy", "reward", "loss")
 
+RunsFolder = Annotated[Path, typer.Argument(metavar="FOLDER", help="Folder of runs.", parser=path)]
+EverySetting = Annotated[bool, typer.Option("--all", help="Also show settings at their defaults.")]
+ReportFolder = Annotated[
+    Path | None,
+    typer.Option(
+        "--output", "-o", metavar="FOLDER", help="Folder for the report.", show_default="the run's", parser=path
+    ),
+]
+FirstRun = Annotated[Path, argument("A", "Output folder of a run.", parser=path)]
+SecondRun = Annotated[Path, argument("B", "Output folder of another run.", parser=path)]
 
-def list_runs(folder: Path, *, as_json: bool) -> int:
+
+def list_runs(folder: RunsFolder = Path("outputs"), json: Json = False) -> int:
     """Lists runs, one per line; a broken run is reported on standard error and skipped. Raises `UserError` if there is
     no such folder.
     """
+    from loopos.evaluation.run_folder import find_runs, read_run
+
     found = []
-    for path in find_runs(folder):
+    for each in find_runs(folder):
         try:
-            found.append(read_run(path))
+            found.append(read_run(each))
         except UserError as problem:
             note(f"skipped: {problem}")
-    if as_json:
+    if json:
         say_json([run.summary() for run in found])
     elif not found:
         say(f"{folder}: no runs")
     else:
         rows = [
-            (run.path, run.method, run.status, _progress(run), _headline(run), as_time(run.seconds), _when(run))
+            (run.folder, run.method, run.status, _progress(run), _headline(run), as_time(run.step_seconds), _when(run))
             for run in found
         ]
         head = ("run", "method", "state", "steps", "validation", "time", "begun")
@@ -43,24 +60,28 @@ def list_runs(folder: Path, *, as_json: bool) -> int:
     return 0
 
 
-def show(folder: Path, *, as_json: bool, every_setting: bool = False) -> int:
+def show(folder: RunFolderArgument, every_setting: EverySetting = False, json: Json = False) -> int:
     """Shows one run, with the settings that differ from their defaults or all. Raises `UserError` for a folder without
     a run.
     """
+    from loopos.config.changed_settings import changed_settings
+    from loopos.config.differences import differences
+    from loopos.evaluation.run_folder import read_run
+
     run = read_run(folder)
-    if as_json:
-        history = {key: [list(each) for each in values] for key, values in run.history().items()}
+    if json:
+        history = {key: [list(each) for each in values] for key, values in run.setting_changes().items()}
         say_json({**run.summary(), "first_metrics": run.first_metrics, "changed": history, "config": run.config})
         return 0
-    say(f"{run.path}: {run.method}, {_progress(run)} steps in {as_time(run.seconds)}; {run.ended}")
+    say(f"{run.folder}: {run.method}, {_progress(run)} steps in {as_time(run.step_seconds)}; {run.ended}")
     say(f"started {_when(run)}; " + ("model/ exists" if run.has_model else "no model yet"))
     every = {key: value for key, (value, _) in differences(run.config, {}).items() if value is not None}
     settings = every if every_setting else changed_settings(run.config)
     say("settings" if every_setting else f"settings that differ from their defaults ({len(every)} with --all)")
     say(table([(key, _cell(value)) for key, value in settings.items()]))
-    if run.history():
+    if run.setting_changes():
         say("settings changed on resume")
-        say(table([(key, _over_steps(values)) for key, values in run.history().items()]))
+        say(table([(key, _over_steps(values)) for key, values in run.setting_changes().items()]))
     metrics = once(run.exported_metrics)
     if metrics:
         say("validation")
@@ -74,32 +95,39 @@ def show(folder: Path, *, as_json: bool, every_setting: bool = False) -> int:
     return 0
 
 
-def report(folder: Path, output: Path | None, *, as_json: bool) -> int:
+def report(folder: RunFolderArgument, output: ReportFolder = None, json: Json = False) -> int:
     """Writes a run's report as of now. Raises `UserError` for a folder without a run."""
     from loopos.evaluation.report import write_report
+    from loopos.evaluation.run_folder import read_run
 
     run = read_run(folder)
     written = write_report(folder, output)
-    if as_json:
+    if json:
         say_json({"markdown": str(written), "html": str(written.with_suffix(".html")), **run.summary()})
         return 0
     say(f"{written} and {written.with_suffix('.html').name}: {_progress(run)} steps; {run.ended}")
     return 0
 
 
-def diff(first: Path, second: Path, *, as_json: bool) -> int:
+def diff(first: FirstRun, second: SecondRun, json: Json = False) -> int:
     """Compares two runs. Raises `UserError` for a folder without a run."""
+    from loopos.config.differences import differences
+    from loopos.evaluation.run_folder import read_run
+
     one, other = read_run(first), read_run(second)
     settings = differences(one.config, other.config)
     # A setting that changed within a run differs from the other run's, whatever its last value.
-    over = {key: tuple(run.history().get(key) for run in (one, other)) for key in {**one.history(), **other.history()}}
+    over = {
+        key: tuple(run.setting_changes().get(key) for run in (one, other))
+        for key in {**one.setting_changes(), **other.setting_changes()}
+    }
     for key in over:
         settings.setdefault(key, (_value(one.config, key), _value(other.config, key)))
     one_metrics, other_metrics = one.exported_metrics, other.exported_metrics
     metrics = {
         name: (one_metrics.get(name), other_metrics.get(name)) for name in dict.fromkeys([*one_metrics, *other_metrics])
     }
-    if as_json:
+    if json:
         say_json({"runs": [str(first), str(second)], "settings": settings, "changed": over, "metrics": metrics})
         return 0
     head = ("", str(first), str(second))
@@ -116,11 +144,11 @@ def diff(first: Path, second: Path, *, as_json: bool) -> int:
     return 0
 
 
-def _progress(run: Run) -> str:
+def _progress(run: RunFolder) -> str:
     return f"{run.step}/{run.total_steps}" if run.total_steps is not None else str(run.step)
 
 
-def _headline(run: Run) -> str:
+def _headline(run: RunFolder) -> str:
     metrics = run.exported_metrics
     name = next((name for name in _HEADLINES if name in metrics), None)
     if name is None:
@@ -128,7 +156,7 @@ def _headline(run: Run) -> str:
     return f"{name} {shown(metrics[name])}{', start not beaten' if run.outcome.beat_start is False else ''}"
 
 
-def _when(run: Run) -> str:
+def _when(run: RunFolder) -> str:
     return "" if run.began is None else time.strftime("%Y-%m-%d %H:%M", time.localtime(run.began))
 
 

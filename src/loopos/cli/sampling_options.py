@@ -1,65 +1,58 @@
-"""The sampling options of commands: their values as settings, and their conflicts.
+"""The options of commands that sample: their values before the checks, as settings, and their conflicts.
 
-All problems are reported at once, under the names of the options, before torch is imported.
+Names, defaults, help texts and ranges are those of `generation.settings`. All problems are reported at once, under the
+names of the options, before torch is imported.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, fields
-from typing import TYPE_CHECKING
+from collections.abc import Iterator
+from dataclasses import MISSING, asdict, dataclass, field, fields
+from typing import TYPE_CHECKING, Annotated, Any
 
-from loopos.config.diagnostics import UserError
-from loopos.config.keys import Strategy
-from loopos.generation.settings import SamplingSettings
+import typer
+
+from loopos.cli.options import option
+from loopos.generation.settings import SamplingFields, SamplingParams
 
 if TYPE_CHECKING:
+    from loopos.config.keys import Strategy
     from loopos.generation.steps import StepLimits
 
-PRECISIONS = ("auto", "fp32", "bf16", "fp16")
-DEVICES = ("auto", "cpu", "cuda", "mps")
 # Options that matter only when tokens are sampled.
 _OF_DRAWS = ("top_k", "top_p", "min_p", "typical_p")
 
+StrategyName = Annotated[
+    str,
+    typer.Option("--strategy", help="Answer strategy: single, self_consistency:8, best_of_n:4 or step_beam:2x4."),
+]
 
-def option(name: str) -> str:
-    """The option for a field name."""
-    return f"--{name.replace('_', '-')}"
+
+def changed_fields(options: Any) -> list[str]:
+    """The fields of a dataclass that differ from their defaults; fields without a default are left out."""
+    return [
+        each.name
+        for each in fields(options)
+        if each.default is not MISSING and getattr(options, each.name) != each.default
+    ]
 
 
-@dataclass(frozen=True, slots=True)
-class SamplingOptions:
-    """How tokens are sampled and when a completion ends; as `SamplingSettings`."""
+@dataclass(frozen=True, kw_only=True)
+class SamplingOptions(SamplingFields):
+    """The sampling options as they were written; out of range they are messages, not an exception."""
 
-    temperature: float = 0.0
-    top_k: int = 0
-    top_p: float = 1.0
-    min_p: float = 0.0
-    typical_p: float = 1.0
-    repetition_penalty: float = 1.0
-    presence_penalty: float = 0.0
-    frequency_penalty: float = 0.0
-    no_repeat_ngram: int = 0
-    max_new_tokens: int = 256
-    stop: tuple[str, ...] = ()
-    seed: int = 0
-
-    def settings(self) -> SamplingSettings:
+    def settings(self) -> SamplingParams:
         """The settings. Raises `UserError` with every value out of its range."""
-        return SamplingSettings(**{each.name: getattr(self, each.name) for each in fields(self)})
+        return SamplingParams(**asdict(self))
 
     def changed(self) -> list[str]:
         """Fields that differ from their defaults."""
-        return [each.name for each in fields(self) if getattr(self, each.name) != each.default]
+        return changed_fields(self)
 
     def diagnostics(self) -> Iterator[str]:
         """Values out of their ranges."""
-        try:
-            self.settings()
-        except UserError as error:
-            yield from (
-                f"--{line.partition(':')[0].replace('_', '-')}:{line.partition(':')[2]}" for line in _lines(error)
-            )
+        for name, problem in self.out_of_range():
+            yield f"{option(name)}: {problem}"
 
     def notes(self) -> Iterator[str]:
         """Options that have no effect."""
@@ -68,18 +61,20 @@ class SamplingOptions:
             yield f"note: {', '.join(idle)} has no effect at --temperature 0, which takes the most likely token"
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class StepOptions:
     """Limits on steps and chains (tokens, except `max_steps`); None = no limit."""
 
-    max_steps: int | None = None
-    max_step_tokens: int | None = None
-    min_thinking_tokens: int = 0
-    max_thinking_tokens: int | None = None
+    max_steps: int | None = field(default=None, metadata={"help": "Reasoning steps before the answer is forced."})
+    max_step_tokens: int | None = field(default=None, metadata={"help": "Maximum tokens per step."})
+    min_thinking_tokens: int = field(default=0, metadata={"help": "Minimum reasoning tokens before the answer."})
+    max_thinking_tokens: int | None = field(
+        default=None, metadata={"help": "Reasoning tokens before the answer is forced."}
+    )
 
     def changed(self) -> list[str]:
         """Fields that differ from their defaults."""
-        return [each.name for each in fields(self) if getattr(self, each.name) != each.default]
+        return changed_fields(self)
 
     def diagnostics(self, max_new_tokens: int) -> Iterator[str]:
         """Values out of range or in conflict."""
@@ -101,11 +96,13 @@ class StepOptions:
         """The limits as generation takes them; imports torch."""
         from loopos.generation.steps import StepLimits
 
-        return StepLimits(**{each.name: getattr(self, each.name) for each in fields(self)})
+        return StepLimits(**asdict(self))
 
 
 def parsed_strategy(text: str, diagnostics: list[str]) -> Strategy:
     """The strategy `text`; for an invalid one `single`, with a message added to `diagnostics`."""
+    from loopos.config.keys import Strategy
+
     try:
         return Strategy.parse(text)
     except ValueError as error:
@@ -122,20 +119,3 @@ def chain_diagnostics(strategy: Strategy, name: str, *, samples: int, temperatur
     several = f"--strategy {name}" if strategy.chains > 1 else f"--samples {samples}" if samples > 1 else ""
     if several and temperature == 0:
         yield f"{several} at --temperature 0: all chains would be equal; use a temperature above 0, for example 0.7"
-
-
-def place_diagnostics(device: str, precision: str) -> Iterator[str]:
-    """Messages for an unknown device or precision."""
-    for name, actual, known in (("--device", device, DEVICES), ("--precision", precision, PRECISIONS)):
-        if actual not in known:
-            yield f"{name}: got {actual}; expected one of {', '.join(known)}"
-
-
-def refuse(diagnostics: Sequence[str]) -> None:
-    """Raises `UserError` with all messages, if there are any."""
-    if diagnostics:
-        raise UserError("\n".join(diagnostics))
-
-
-def _lines(error: UserError) -> list[str]:
-    return str(error).splitlines()

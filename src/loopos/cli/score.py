@@ -7,46 +7,58 @@ as JSON Lines and metrics to standard error; with `--json` only the metrics, as 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
+from typing import Annotated
 
-from loopos.cli.answers import json_lines, say_json, table, write
-from loopos.cli.columns import parse_columns, text_rules
-from loopos.cli.opened_models import require_reward_model
+import typer
+
+from loopos.cli.answers import json_lines, refuse_unwritable, say_json, table, write, write_whole
+from loopos.cli.options import Columns, Device, Encoding, Json, OutputFile, Verbose, argument, parse_columns, text_rules
 from loopos.cli.outcome import note
-from loopos.cli.process import restart_with_settings
-from loopos.cli.quiet import hush_libraries
-from loopos.cli.row_files import refuse_unwritable, write_whole
-from loopos.data.row_check import check_responses
+from loopos.cli.process import prepare_to_compute
+
+RewardModel = Annotated[
+    str,
+    argument("MODEL", "Output folder of a reward_model run, or its model/ folder."),
+]
+Comparisons = Annotated[
+    str,
+    argument("FILE", "File, folder or glob of comparisons."),
+]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ScoreOptions:
     """The options of `loopos score`."""
 
-    output: Path | None = None
-    columns: tuple[str, ...] = ()
-    encoding: str | None = None
-    skip_bad_rows: bool = False
-    ensemble_penalty: float = 0.0
-    device: str = "auto"
-    json: bool = False
-    verbose: bool = False
+    output: OutputFile = None
+    columns: Columns = ()
+    encoding: Encoding = None
+    skip_bad_rows: Annotated[bool, typer.Option("--skip-bad-rows", help="Skip rows that cannot be used.")] = False
+    ensemble_penalty: Annotated[
+        float,
+        typer.Option("--ensemble-penalty", min=0, help="Standard deviations of the heads to subtract from their mean."),
+    ] = 0.0
+    device: Device = "auto"
+    json: Json = False
+    verbose: Verbose = False
 
 
-def run(location: str, source: str, options: ScoreOptions) -> int:
+def run(location: RewardModel, source: Comparisons, options: ScoreOptions) -> int:
     """Scores and writes. Raises `UserError`."""
+    from loopos.cli.opened_models import require_reward_model
+    from loopos.data.row_check import check_responses
+
     columns, rules = parse_columns(options.columns), text_rules(options.encoding)
     if options.output is not None:
         refuse_unwritable(options.output, source=source)
-    require_reward_model(location)
+    model = require_reward_model(location)
     check_responses(source, columns, rules)
-    restart_with_settings()
-    hush_libraries(verbose=options.verbose)
+    prepare_to_compute(verbose=options.verbose)
     from loopos.evaluation.reward_predictor import RewardPredictor
     from loopos.training.precision import pick_device
 
     predictor = RewardPredictor.open(
-        location, device=pick_device(options.device).type, ensemble_penalty=options.ensemble_penalty
+        model, device=pick_device(options.device).type, ensemble_penalty=options.ensemble_penalty
     )
     scored = predictor.score_file(source, columns, on_bad_row="skip" if options.skip_bad_rows else "error", rules=rules)
     if options.json:

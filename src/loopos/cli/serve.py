@@ -6,62 +6,71 @@ import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
 
-from loopos.cli.opened_models import is_task_model, open_reasoner, require_language_model
+import typer
+
+from loopos.cli.options import Device, Precision, TrustRemoteCode, Verbose, argument, device_diagnostics, refuse
 from loopos.cli.outcome import note
-from loopos.cli.process import restart_with_settings
-from loopos.cli.quiet import hush_libraries
-from loopos.cli.sampling_options import place_diagnostics, refuse
+from loopos.cli.process import prepare_to_compute
 from loopos.config.diagnostics import MissingRequirement
-from loopos.config.extras import install_command
 from loopos.config.figures import as_bytes
-from loopos.models.model_folder import described, kind_of
 from loopos.serving.limits import ServingLimits, address_diagnostics
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+    from loopos.models.resolve import ModelRef
     from loopos.serving.http import Service
     from loopos.serving.language import LanguageService
     from loopos.serving.metrics import ServingMetrics
 
 _PACKAGES = ("starlette", "uvicorn")
 
+ServedModel = Annotated[
+    str,
+    argument(
+        "MODEL", 'Run folder or model folder of any kind; "smollm2-135m", weights file or hub id of a language model.'
+    ),
+]
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ServeOptions:
     """The options of `loopos serve`."""
 
-    host: str = "127.0.0.1"
-    port: int = 8000
-    api_key: str | None = None
-    name: str | None = None
-    limits: ServingLimits = field(default_factory=ServingLimits)
-    device: str = "auto"
-    precision: str = "auto"
-    trust_remote_code: bool = False
-    verbose: bool = False
+    host: str = field(default="127.0.0.1", metadata={"help": "Address to listen on; a public one requires an API key."})
+    port: int = field(default=8000, metadata={"help": "Port to listen on; 0: any free port."})
+    api_key: Annotated[
+        str | None,
+        typer.Option("--api-key", envvar="LOOPOS_API_KEY", help="API key for requests; better set in the environment."),
+    ] = None
+    name: str | None = field(default=None, metadata={"help": "Model name for clients; default: the folder's name."})
+    limits: ServingLimits
+    device: Device = "auto"
+    precision: Precision = "auto"
+    trust_remote_code: TrustRemoteCode = False
+    verbose: Verbose = False
 
 
-def run(source: str, options: ServeOptions) -> int:
+def run(source: ServedModel, options: ServeOptions) -> int:
     """Serves until a signal. Raises `UserError`, if possible before torch is imported."""
+    from loopos.config.extras import install_command
+    from loopos.models.resolve import resolve_trained
+
     refuse(
         [
             *address_diagnostics(options.host, options.port, options.api_key),
             *options.limits.diagnostics(),
-            *place_diagnostics(options.device, options.precision),
+            *device_diagnostics(options.device, options.precision),
         ]
     )
     missing = [package for package in _PACKAGES if importlib.util.find_spec(package) is None]
     if missing:
         raise MissingRequirement(f"loopos serve needs {' and '.join(missing)}; run\n  {install_command('serve')}")
-    has_head = is_task_model(source)
-    if not has_head:
-        require_language_model(source)
+    model = resolve_trained(source)
     # The model runs in a thread beside the one that serves clients: bound to one core they would wait for each other.
-    restart_with_settings(binds_threads=False)
-    hush_libraries(verbose=options.verbose)
+    prepare_to_compute(verbose=options.verbose, binds_threads=False)
     from loopos.serving.metrics import ServingMetrics
     from loopos.serving.server import address_of, listening, serve
 
@@ -69,7 +78,7 @@ def run(source: str, options: ServeOptions) -> int:
     with listening(options.host, options.port, options.limits) as bound:
         metrics = ServingMetrics()
         name = options.name or name_of(source)
-        service = _service(source, name, has_head, options, metrics)
+        service = _service(model, name, options, metrics)
 
         def began(_: Callable[[], None]) -> None:
             note(f"{name}: {service.kind} at {address_of(bound)} ({', '.join(service.endpoints)}); Ctrl-C ends")
@@ -88,29 +97,30 @@ def name_of(source: str) -> str:
     return path.parent.name if path.name == "model" else path.name
 
 
-def _service(source: str, name: str, has_head: bool, options: ServeOptions, metrics: ServingMetrics) -> Service:
+def _service(model: ModelRef, name: str, options: ServeOptions, metrics: ServingMetrics) -> Service:
     from loopos.training.precision import pick_device
 
-    if not has_head:
-        return _language(source, name, options, metrics)
+    if model.kind == "language":
+        return _language(model, name, options, metrics)
     from loopos.evaluation.predictor import Predictor
     from loopos.evaluation.reward_predictor import RewardPredictor
     from loopos.serving.heads import ClassifyHead, HeadService, ScoreHead
 
     device = pick_device(options.device).type
-    if kind_of(described(source)) == "reward":
-        return HeadService(ScoreHead(RewardPredictor.open(source, device=device)), name, options.limits, metrics)
+    if model.kind == "reward":
+        return HeadService(ScoreHead(RewardPredictor.open(model, device=device)), name, options.limits, metrics)
     precision = None if options.precision == "auto" else options.precision
-    predictor = Predictor.open(source, device=device, precision=precision)
+    predictor = Predictor.open(model, device=device, precision=precision)
     return HeadService(ClassifyHead(predictor), name, options.limits, metrics)
 
 
-def _language(source: str, name: str, options: ServeOptions, metrics: ServingMetrics) -> LanguageService:
+def _language(model: ModelRef, name: str, options: ServeOptions, metrics: ServingMetrics) -> LanguageService:
+    from loopos.cli.opened_models import open_reasoner
     from loopos.models.language_ensemble import members_of
     from loopos.serving.language import LanguageService
 
     reasoner = open_reasoner(
-        source,
+        model,
         device=options.device,
         precision=options.precision,
         max_rows=options.limits.max_rows,

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
-from loopos.data.step_format import StepFormat
-from loopos.evaluation.reasoning import Answered
-from loopos.generation.completions import Completion
-from loopos.generation.steps import Chain, Step
+if TYPE_CHECKING:
+    from loopos.data.step_format import StepFormat
+    from loopos.evaluation.reasoning import Answered
+    from loopos.generation.completions import Completion
+    from loopos.generation.steps import Chain, Step
 
 Recorded: TypeAlias = str | list[dict[str, object]]
 """A prompt in a record: a text, or messages."""
@@ -24,7 +25,7 @@ def described(chain: Chain, step_format: StepFormat) -> str:
             f"[{chain.answer.logprob:.2f}]" if chain.well_formed else "(the answer was not in the expected step format)"
         )
         return "\n".join([*lines, f"answer: {answer}  {where}"])
-    why = "the token limit" if chain.finish_reason == "length" else f"a {chain.finish_reason}"
+    why = {"length": "the token limit", "stop": "a stop token"}.get(chain.finish_reason, f"a {chain.finish_reason}")
     return "\n".join([*lines, f"answer: none (ended by {why})"])
 
 

@@ -1,48 +1,52 @@
 """`loopos train`: checks the config, claims the run folder, runs the method and prints the outcome.
 
 The summary (or one JSON object) goes to standard output, progress to standard error. Exit codes: 0, also after SIGTERM,
-SIGHUP and SIGUSR1; 130 after Ctrl-C; 4 after a guard. Checks that need no torch run before torch is imported.
+SIGHUP and SIGUSR1; 130 after Ctrl-C; 4 after a guard. Checks that need no torch run before torch is imported;
+what the installed torch was built for is read from its files, because importing it takes seconds.
 """
 
 from __future__ import annotations
 
-import os
+import importlib.util
+import re
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
-from loopos.cli import configs
+import typer
+
 from loopos.cli.answers import say, say_json, shown
-from loopos.cli.installed_torch import refuse_absent_device
-from loopos.cli.opened_models import use_of
-from loopos.cli.process import restart_with_settings, settings_in_force
-from loopos.cli.quiet import hush_libraries
-from loopos.config.diagnostics import UserError
+from loopos.cli.options import Config, Json, Overrides, TrustRemoteCode, Verbose
+from loopos.cli.process import prepare_to_compute, settings_in_force
+from loopos.config.diagnostics import SettingError, UserError
 from loopos.config.figures import as_time, once
-from loopos.config.load import load
-from loopos.config.methods import config_classes, method_row
+from loopos.config.methods import config_classes, methods_help
 from loopos.data.read_ahead import reuse_in_training
-from loopos.data.row_check import check_columns, check_rows
 
 if TYPE_CHECKING:
-    from loopos.evaluation.own_metrics import OwnMetrics
-    from loopos.evaluation.run_folder import Run
-    from loopos.training.callbacks import Callbacks
+    from loopos.evaluation.run_folder import RunFolder
     from loopos.training.run_state import FitResult
 
+_TORCH_LINE = re.compile(r"^(__version__|cuda|hip|xpu)\b[^=]*= *(.+)$", re.MULTILINE)
 
-@dataclass(frozen=True, slots=True)
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class TrainOptions:
     """The options of `loopos train`."""
 
-    resume: bool = False
-    dry_run: bool = False
-    quiet: bool = False
-    trust_remote_code: bool = False
-    json: bool = False
-    verbose: bool = False
-    num_processes: int | None = None
+    resume: Annotated[bool, typer.Option("--resume", help="Resume from the newest complete checkpoint.")] = False
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print parameters, tokens, steps, memory, disk and time; do not train.")
+    ] = False
+    quiet: Annotated[bool, typer.Option("--quiet", help="Print only warnings.")] = False
+    num_processes: Annotated[
+        int | None, typer.Option("--nproc", help="Processes on this machine, one per GPU. Several machines: torchrun.")
+    ] = None
+    trust_remote_code: TrustRemoteCode = False
+    json: Json = False
+    verbose: Verbose = False
 
     def arguments(self) -> list[str]:
         """The options as written on the command line, except the number of processes."""
@@ -56,14 +60,24 @@ class TrainOptions:
         return [option for option, is_set in actual.items() if is_set]
 
 
-def run(path: Path, overrides: Sequence[str], options: TrainOptions) -> int:
+def more_help() -> str:
+    """The methods, for the help text."""
+    return methods_help()
+
+
+def run(path: Config, options: TrainOptions, overrides: Overrides = ()) -> int:
     """Trains, or with `dry_run` only prints what training would need. Raises `UserError`."""
+    from loopos.cli import configs
+    from loopos.config.load import load
+
     loaded = load(path, overrides, config_classes())
     # Any: each method has its own config class, which `load` has checked.
     config: Any = loaded.config
     # Report a model that is not installed or a folder in use now, not after the slow imports below.
+    from loopos.data.row_check import check_columns, check_rows
     from loopos.evaluation.run_claim import refuse_started
-    from loopos.models.resolve import check_tokenizer_source, weights_source
+    from loopos.methods.train import active_folder, is_first_process, run_folders
+    from loopos.models.resolve import check_tokenizer_source, resolve
     from loopos.storage.durable import require_writable
     from loopos.storage.folder_lock import refuse_busy
     from loopos.training.stopping import run_ends_at_once
@@ -81,24 +95,25 @@ def run(path: Path, overrides: Sequence[str], options: TrainOptions) -> int:
     check_tokenizer_source(config.data.tokenizer)
     named = getattr(config.data, "pretrained_weights", None)
     if named is not None:
-        weights_source(named)
+        resolve(named)
     if options.num_processes is not None and not options.dry_run:
         check_rows(config)
         return _launch(path, overrides, options)
-    restart_with_settings()
+    prepare_to_compute(verbose=options.verbose)
     configs.print_notes(loaded)
-    hush_libraries(verbose=options.verbose)
     if options.dry_run:
         return _plan(config, options)
     with run_ends_at_once():
         result = train(config, options)
     if is_first_process():
-        print_outcome(run_summary(config), result, as_json=options.json)
+        print_outcome(active_folder(config), result, as_json=options.json)
     return exit_code(result.stopped_by)
 
 
 def _plan(config: Any, options: TrainOptions) -> int:
     """Prints what training would take; 3 where it needs more memory or disk than there is. Raises `UserError`."""
+    from loopos.data.row_check import check_rows
+
     with reuse_in_training():
         check_rows(config)
         from loopos.planning import dry_run
@@ -121,46 +136,13 @@ def _launch(path: Path, overrides: Sequence[str], options: TrainOptions) -> int:
     return launch(["train", str(path), *overrides, *options.arguments()], options.num_processes)
 
 
-def train(
-    config: Any, options: TrainOptions, callbacks: Callbacks | None = None, metrics: OwnMetrics | None = None
-) -> FitResult:
-    """Runs the config's method to its end. callbacks, metrics: functions of a Python program."""
-    with reuse_in_training():
-        check_rows(config)
-        trainer_class = method_row(config.computation.method).trainer_class
-        from loopos.evaluation.own_metrics import OwnMetrics
-        from loopos.training.callbacks import Callbacks
-        from loopos.training.precision import pick_device, resolve
-        from loopos.training.progress import RunProgress
+def train(config: Any, options: TrainOptions) -> FitResult:
+    """Runs the config's method to its end."""
+    from loopos.methods.train import RunOptions, train_config
 
-        callbacks = callbacks or Callbacks()
-        # Before the weights are read.
-        resolve(config.training.precision, pick_device(config.training.device))
-        trainer = trainer_class(
-            config,
-            progress=RunProgress(quiet=options.quiet or not is_first_process()),
-            trust_remote_code=options.trust_remote_code,
-            environment=settings_in_force(),
-            callbacks=callbacks,
-            metrics=metrics or OwnMetrics(),
-        )
-        result: FitResult = trainer.train(resume=options.resume)
-    callbacks.raise_failure("the run is finished")
-    return result
-
-
-def run_folders(config: Any) -> list[Path]:
-    """The folders of the config's runs, the last one first: rlhf trains a reward model before its policy."""
-    first = getattr(config, "reward_model_dir", None)
-    return [Path(config.data.output_dir), *([Path(first)] if first is not None else [])]
-
-
-def run_summary(config: Any) -> Path:
-    """The folder of the run that was active last: the reward model's if rlhf stopped in that phase."""
-    from loopos.evaluation.run_folder import holds_run
-
-    folders = run_folders(config)
-    return next((folder for folder in folders if holds_run(folder)), folders[0])
+    return train_config(
+        config, RunOptions(options.resume, options.quiet, options.trust_remote_code, settings_in_force())
+    )
 
 
 def exit_code(stopped_by: str) -> int:
@@ -169,17 +151,15 @@ def exit_code(stopped_by: str) -> int:
 
     if stopped_by == GUARD:
         # A launcher kills all processes once one has failed, so only the first, which has reported by now, may fail.
+        from loopos.methods.train import is_first_process
+
         return GUARD_EXIT_CODE if is_first_process() else 0
     return EXIT_CODES.get(stopped_by, 0)
 
 
-def is_first_process() -> bool:
-    """Whether this process reports for the run: under torchrun all ranks except 0 are silent."""
-    return os.environ.get("RANK", "0") == "0"
-
-
 def print_outcome(run_dir: Path, result: FitResult, *, as_json: bool) -> None:
     """Prints how the run ended to standard output."""
+    from loopos.cli.opened_models import use_of
     from loopos.evaluation.run_folder import read_run
 
     found = read_run(run_dir)
@@ -204,7 +184,7 @@ def print_outcome(run_dir: Path, result: FitResult, *, as_json: bool) -> None:
         say(f"  {verdict}")
 
 
-def _as_json(run_dir: Path, result: FitResult, found: Run) -> dict[str, Any]:
+def _as_json(run_dir: Path, result: FitResult, found: RunFolder) -> dict[str, Any]:
     return {
         "run": str(run_dir),
         "step": result.step,
@@ -221,3 +201,34 @@ def _as_json(run_dir: Path, result: FitResult, found: Run) -> dict[str, Any]:
         "seconds": result.seconds,
         "model": str(run_dir / "model") if found.has_model else None,
     }
+
+
+def refuse_absent_device(device: str, precision: str) -> None:
+    """Raises `SettingError` for a device that the installed torch does not support, and for fp16 without CUDA. Passes
+    if the files do not tell.
+    """
+    found = _built_for()
+    if found is None:
+        return
+    version, has_cuda = found
+    if device == "cuda" and not has_cuda:
+        problem = f"got cuda, but the installed torch {version} is built without CUDA; use auto or cpu"
+        raise SettingError("training.device", problem)
+    if device == "mps" and sys.platform != "darwin":
+        raise SettingError("training.device", "got mps, which only macOS has; use auto or cpu")
+    if precision == "fp16" and (not has_cuda or device in ("cpu", "mps")):
+        where = device if device != "auto" else f"the default of torch {version}"
+        problem = f"got fp16, but only CUDA trains in fp16, and the device is {where}; use auto, fp32 or bf16"
+        raise SettingError("training.precision", problem)
+
+
+def _built_for() -> tuple[str, bool] | None:
+    """torch's version, and whether it supports CUDA or ROCm; None if torch or its version.py is missing."""
+    spec = importlib.util.find_spec("torch")
+    file = Path(spec.origin).with_name("version.py") if spec is not None and spec.origin else None
+    if file is None or not file.is_file():
+        return None
+    fields = dict(_TORCH_LINE.findall(file.read_text(encoding="utf-8")))
+    if "__version__" not in fields or "cuda" not in fields:
+        return None
+    return fields["__version__"].strip("'\""), fields["cuda"] != "None" or fields.get("hip", "None") != "None"

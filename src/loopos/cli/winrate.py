@@ -9,69 +9,106 @@ from __future__ import annotations
 import os
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
-from loopos.cli.answers import json_lines, say, say_json, table
-from loopos.cli.columns import parse_columns, text_rules
-from loopos.cli.opened_models import open_reasoner, require_language_model, require_reward_model
+import typer
+
+from loopos.cli.answers import json_lines, refuse_unwritable, say, say_json, table, write_whole
+from loopos.cli.options import (
+    Columns,
+    Device,
+    Encoding,
+    Json,
+    Limit,
+    Precision,
+    Raw,
+    Subset,
+    System,
+    TrustRemoteCode,
+    Verbose,
+    argument,
+    device_diagnostics,
+    parse_columns,
+    path,
+    refuse,
+    text_rules,
+)
 from loopos.cli.outcome import note
-from loopos.cli.process import restart_with_settings
-from loopos.cli.quiet import hush_libraries
-from loopos.cli.row_files import refuse_unwritable, write_whole
-from loopos.cli.sampling_options import SamplingOptions, place_diagnostics, refuse
+from loopos.cli.process import prepare_to_compute
+from loopos.cli.sampling_options import SamplingOptions
 from loopos.config.diagnostics import UserError
+from loopos.config.paths import expanded
 
 if TYPE_CHECKING:
     from loopos.cli.prompts import PromptInput
-    from loopos.data.prompts import PromptContent
     from loopos.evaluation.winrate import Pair, PairJudge, Reply
+    from loopos.models.resolve import ModelRef
 
 NO_ROOM = "the prompt leaves a model no position for an answer"
 TOO_LONG_TO_JUDGE = "an answer is longer than what the reward model was trained on"
+
+ModelA = Annotated[str, argument("A", "Language model, as for generate.")]
+ModelB = Annotated[str, argument("B", "Language model to compare A with.")]
+PromptsFile = Annotated[
+    str,
+    argument("PROMPTS", "One prompt per line, a data file, or - for stdin."),
+]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class WinRateOptions:
     """The options of `loopos winrate`."""
 
-    judge: str
-    samples: int = 1
-    limit: int | None = None
-    output: Path | None = None
-    raw: bool = False
-    system: str | None = None
-    columns: tuple[str, ...] = ()
-    encoding: str | None = None
-    device: str = "auto"
-    precision: str = "auto"
-    trust_remote_code: bool = False
-    json: bool = False
-    verbose: bool = False
-    sampling: SamplingOptions = field(default_factory=SamplingOptions)
+    judge: Annotated[
+        str,
+        typer.Option(
+            "--judge",
+            metavar="JUDGE",
+            help="Reward-model run, or module:function.",
+            show_default=False,
+            parser=expanded,
+        ),
+    ]
+    samples: Annotated[
+        int, typer.Option("--samples", "-n", help="Answers of each model per prompt, compared in pairs.")
+    ] = 1
+    sampling: Annotated[SamplingOptions, Subset(("temperature", "top_k", "top_p", "max_new_tokens", "stop", "seed"))]
+    limit: Limit = None
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="Write one JSON line per pair.", parser=path)
+    ] = None
+    raw: Raw = False
+    system: System = None
+    columns: Columns = ()
+    encoding: Encoding = None
+    device: Device = "auto"
+    precision: Precision = "auto"
+    trust_remote_code: TrustRemoteCode = False
+    json: Json = False
+    verbose: Verbose = False
 
 
-def run(first: str, second: str, source: str, options: WinRateOptions) -> int:
+def run(first: ModelA, second: ModelB, source: PromptsFile, options: WinRateOptions) -> int:
     """Answers, judges and prints. Raises `UserError`."""
+    from loopos.cli.opened_models import require_language_model, require_reward_model
+
     refuse(_diagnostics(options))
     columns, rules = parse_columns(options.columns), text_rules(options.encoding)
     if options.output is not None:
         refuse_unwritable(options.output, source=source)
-    for location in (first, second):
-        require_language_model(location)
-    if not _is_function(options.judge):
-        require_reward_model(options.judge)
-    restart_with_settings()
+    models = [require_language_model(each) for each in (first, second)]
+    reward_model = None if _is_function(options.judge) else require_reward_model(options.judge)
+    prepare_to_compute(verbose=options.verbose)
     for sentence in options.sampling.notes():
         note(sentence)
     from loopos.cli.prompts import read_prompts
 
     prompts, dropped = _distinct(read_prompts(source, columns, raw=options.raw, rules=rules), options)
-    hush_libraries(verbose=options.verbose)
     # Before anything is generated, so that a judge that cannot be opened fails at once.
-    judge = _opened_judge(options)
-    answers = [_replies(location, prompts, options) for location in (first, second)]
+    judge = _opened_judge(options, reward_model)
+    answers = [_replies(model, prompts, options) for model in models]
     pairs = _judged(prompts, answers[0], answers[1], judge, dropped)
     if options.output is not None:
         _write(options.output, pairs)
@@ -81,7 +118,7 @@ def run(first: str, second: str, source: str, options: WinRateOptions) -> int:
 
 def _diagnostics(options: WinRateOptions) -> list[str]:
     """Messages for invalid options; without torch."""
-    diagnostics = [*options.sampling.diagnostics(), *place_diagnostics(options.device, options.precision)]
+    diagnostics = [*options.sampling.diagnostics(), *device_diagnostics(options.device, options.precision)]
     if options.samples < 1:
         diagnostics.append(f"--samples: got {options.samples}; expected 1 or more")
     if options.samples > 1 and options.sampling.temperature == 0:
@@ -100,18 +137,18 @@ def _is_function(judge: str) -> bool:
     return ":" in judge and not os.path.exists(judge)
 
 
-def _opened_judge(options: WinRateOptions) -> Callable[[], PairJudge]:
+def _opened_judge(options: WinRateOptions, reward_model: ModelRef | None) -> Callable[[], PairJudge]:
     """Opens the judge when called: a function is resolved at once, a reward model only after the models are closed."""
     from loopos.evaluation import winrate as pair_judges
 
-    if _is_function(options.judge):
+    if reward_model is None:
         judge = pair_judges.by_function(options.judge)
         return lambda: judge
     from loopos.evaluation.reward_predictor import RewardPredictor
     from loopos.training.precision import pick_device
 
     device = pick_device(options.device).type
-    return lambda: pair_judges.by_reward(RewardPredictor.open(options.judge, device=device))
+    return lambda: pair_judges.by_reward(RewardPredictor.open(reward_model, device=device))
 
 
 def _distinct(prompts: Sequence[PromptInput], options: WinRateOptions) -> tuple[list[PromptInput], Counter[str]]:
@@ -120,33 +157,29 @@ def _distinct(prompts: Sequence[PromptInput], options: WinRateOptions) -> tuple[
 
     seen: dict[str, PromptInput] = {}
     for each in (one.with_system(options.system) for one in prompts):
-        seen.setdefault(prompt_key(_content(each)), each)
+        seen.setdefault(prompt_key(each.content), each)
     repeated = len(prompts) - len(seen)
     return list(seen.values())[: options.limit], Counter({REPEATED: repeated} if repeated else {})
 
 
-def _content(prompt: PromptInput) -> PromptContent:
-    """The messages, or the text to continue."""
-    return prompt.messages if prompt.messages is not None else prompt.text
-
-
-def _replies(source: str, requests: Sequence[PromptInput], options: WinRateOptions) -> list[list[Reply] | None]:
+def _replies(model: ModelRef, requests: Sequence[PromptInput], options: WinRateOptions) -> list[list[Reply] | None]:
     """The answers of one model to every prompt; None for a prompt that leaves no room for an answer."""
+    from loopos.cli.opened_models import open_reasoner
     from loopos.evaluation.winrate import Reply
 
     reasoner = open_reasoner(
-        source, device=options.device, precision=options.precision, trust_remote_code=options.trust_remote_code
+        model, device=options.device, precision=options.precision, trust_remote_code=options.trust_remote_code
     )
     prompts = [reasoner.prompt(each.problem) for each in requests]
     most = reasoner.engine.max_positions
     fits = [number for number, prompt in enumerate(prompts) if most is None or len(prompt) < most]
     if not fits:
-        raise UserError(f"{source}: every prompt is longer than the model's {most} positions")
-    note(f"{source}: answers {len(fits):,} prompts, {options.samples} each")
+        raise UserError(f"{model.name}: every prompt is longer than the model's {most} positions")
+    note(f"{model.name}: answers {len(fits):,} prompts, {options.samples} each")
     settings, number = reasoner.sampling(options.sampling.settings()), options.samples
     found: list[list[Reply] | None] = [None] * len(requests)
     for completion in reasoner.engine.generate([prompts[each] for each in fits], settings, n=number, logprobs=False):
-        ended = completion.finish_reason in ("stop token", "stop string")
+        ended = completion.finish_reason in ("stop", "stop string")
         prompt = fits[completion.prompt_index]
         replies = found[prompt] = found[prompt] or []
         replies.append(Reply(completion.text, len(completion.token_ids), ended))
@@ -169,7 +202,7 @@ def _judged(
             dropped[NO_ROOM] += 1
             continue
         for sample, (a, b) in enumerate(zip(ours, others, strict=True)):
-            begun.append((index, sample, Contest(_content(each), a.text, b.text), a, b))
+            begun.append((index, sample, Contest(each.content, a.text, b.text), a, b))
     if not begun:
         raise UserError("no prompt leaves both models room for an answer; use shorter prompts")
     note(f"judging {len(begun):,} pairs")

@@ -13,7 +13,7 @@ import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import KW_ONLY, dataclass, field, replace
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, Generic, Protocol, TypeVar
 
@@ -28,10 +28,11 @@ from loopos.config.paths import RECIPE
 from loopos.evaluation.blocks import cell, table
 from loopos.evaluation.quality import Measured, metrics_of, probe, sizes_of
 from loopos.generation.engine import Engine
-from loopos.generation.settings import SamplingSettings
+from loopos.generation.settings import SamplingParams
+from loopos.models.folders import OpenedModel, open_model
 from loopos.models.load import NUMBER_FORMATS, cast_parameters
-from loopos.models.opened import OpenedModel, has_head, open_model
 from loopos.models.quantized import exact_activations
+from loopos.models.resolve import ModelRef, resolve_trained
 from loopos.storage.json_files import save_json
 from loopos.storage.output_folder import REPORT, open_output_folder, require_new_folder
 
@@ -106,7 +107,7 @@ def _writing(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, rows: i
     new = max(1, min(WRITTEN, room - PROMPT))
     ids = _tokens(model, rows * PROMPT).tolist()
     prompts = [ids[first : first + PROMPT] for first in range(0, len(ids), PROMPT)]
-    settings = SamplingSettings(max_new_tokens=new, stop_at_end=False)
+    settings = SamplingParams(max_new_tokens=new, stop_at_end=False)
     return rows * new, lambda: engine.generate(prompts, settings, logprobs=False)
 
 
@@ -157,9 +158,15 @@ class CompressionPipeline(Protocol[DetailsT_co]):
 
 @dataclass(frozen=True)
 class ChangedModel(Generic[DetailsT]):
-    """A changed model as written. `name`: its folder inside the output, "" if it is the output itself. `summary`: what
-    was done; `details`: facts about the weights; `rates`: its speed compared with the model before; `size_ratio`: its
-    bytes divided by those before.
+    """A changed model as written.
+
+    Attributes:
+        name: Its folder inside the output; "" if it is the output itself.
+        summary: What was done, one sentence each.
+        details: Facts about the changed weights.
+        measured: Its size and its metrics.
+        rates: Its speed, compared with the model before.
+        size_ratio: Its bytes divided by those before.
     """
 
     name: str
@@ -182,8 +189,14 @@ class ChangedModel(Generic[DetailsT]):
 
 @dataclass(frozen=True)
 class Changed(Generic[RecipeT, DetailsT]):
-    """The result of a change: `folder`, the model before, each model after in the order of the changes. `notes`: what
-    the reader of the figures must know.
+    """The result of a pruning or quantization.
+
+    Attributes:
+        folder: What was written.
+        recipe: What was done.
+        before: Size and metrics of the model before.
+        after: Each model after, in the order of the changes.
+        notes: What the reader of the figures must know.
     """
 
     folder: Path
@@ -217,13 +230,18 @@ class WeightTransform(Generic[RecipeT, DetailsT]):
     progress: Progress
     _calibration: Calibration | None = field(default=None, init=False)
 
+    @cached_property
+    def _model(self) -> ModelRef:
+        """The model before the change."""
+        return resolve_trained(self.recipe.model)
+
     def run(self, output: str | Path, changes: Sequence[CompressionPipeline[DetailsT]]) -> Changed[RecipeT, DetailsT]:
         """Measures, changes, writes. Raises `UserError` for an unsuitable model, data or output, and `DiskFull`;
         nothing is left under the output's name then.
         """
         folder = Path(output)
         require_new_folder(folder)
-        before = self._measured(self._running(open_model(self.recipe.model)), self.recipe.model, self.recipe.model)
+        before = self._measured(self._running(open_model(self._model)), self._model, self.recipe.model)
         needed = round(before.weight_bytes * self.size_ratio * len(changes))
         with open_output_folder(folder, needed, self.what) as partial:
             after = [self._one(change, partial / change.name, before) for change in changes]
@@ -234,7 +252,7 @@ class WeightTransform(Generic[RecipeT, DetailsT]):
 
     def _one(self, change: CompressionPipeline[DetailsT], folder: Path, before: Measured) -> ChangedModel[DetailsT]:
         """Opens the model anew, changes and writes it, and measures what was written."""
-        opened = open_model(self.recipe.model)
+        opened = open_model(self._model)
         rows = self._rows(opened)
         opened.model.to(self.device)  # type: ignore[arg-type]
         self.say(f"{change.title}: {self.recipe.model}")
@@ -249,11 +267,12 @@ class WeightTransform(Generic[RecipeT, DetailsT]):
         expected = _outputs(opened)
         del opened
         gc.collect()
-        again = open_model(str(folder), quantized=True)
+        written = resolve_trained(str(folder))
+        again = open_model(written, quantized=True)
         self._check_opens_as_it_was(expected, _outputs(again))
         again = self._running(again)
         rates = self._rates(again)
-        measured = self._measured(again, str(folder), self.what)
+        measured = self._measured(again, written, self.what)
         return ChangedModel(change.name, summary, details, measured, rates, measured.weight_bytes / before.weight_bytes)
 
     def _rows(self, opened: OpenedModel) -> Tensor | None:
@@ -281,13 +300,13 @@ class WeightTransform(Generic[RecipeT, DetailsT]):
         return opened
 
     def _rates(self, after: OpenedModel) -> list[Rate]:
-        before = self._running(open_model(self.recipe.model))
+        before = self._running(open_model(self._model))
         self.say("measuring the speed of both models, in turn")
         return compared_rates(before.model, after.model, before.tokenizer, writes=before.pooled is None)
 
-    def _measured(self, opened: OpenedModel, source: str, name: str) -> Measured:
-        """source: path of the model; name: for messages. Must come last: perplexity leaves the packed attention in the
-        model.
+    def _measured(self, opened: OpenedModel, source: ModelRef, name: str) -> Measured:
+        """source: where the model was opened; name: for messages. Must come last: perplexity leaves the packed
+        attention in the model.
         """
         precision = self.precision or opened.precision
         parameters, weight_bytes = sizes_of(opened, precision)
@@ -299,7 +318,7 @@ class WeightTransform(Generic[RecipeT, DetailsT]):
     def _common_notes(self) -> list[str]:
         notes = [self._calibration.summary] if self._calibration is not None else []
         if self.recipe.evaluate is None:
-            kind = "labeled rows" if has_head(self.recipe.model) else "text"
+            kind = "text" if self._model.kind == "language" else "labeled rows"
             notes.append(f"only size and speed were measured: set evaluate to {kind} to measure quality")
         elif self.recipe.evaluate == self.reads:
             notes.append("evaluate is the calibration text: the figures favor the changed model")

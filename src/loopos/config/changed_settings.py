@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, get_args
+from typing import Any
 
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
+from loopos.config.keys import section_class
 from loopos.config.methods import METHODS
 
 
@@ -26,7 +27,7 @@ def _changed(values: Mapping[str, Any], model: type[BaseModel] | None, above: st
     changed: dict[str, Any] = {}
     for key, value in values.items():
         field = fields.get(key)
-        inner = _section_class(field) if field is not None else None
+        inner = section_class(field) if field is not None else None
         if isinstance(value, Mapping) and value and (inner is not None or field is None):
             changed |= _changed(value, inner, f"{above}{key}.")
         elif value is None if field is None or field.is_required() else value == _default(field):
@@ -43,11 +44,3 @@ def _default(field: FieldInfo) -> Any:
     if isinstance(value, BaseModel):
         return value.model_dump(mode="json")
     return list(value) if isinstance(value, tuple) else value
-
-
-def _section_class(field: FieldInfo) -> type[BaseModel] | None:
-    """The section that a field holds, also where it may be null."""
-    for each in (field.annotation, *get_args(field.annotation)):
-        if isinstance(each, type) and issubclass(each, BaseModel):
-            return each
-    return None

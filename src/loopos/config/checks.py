@@ -15,10 +15,8 @@ from pydantic import BaseModel
 from loopos.config.diagnostics import Problem
 from loopos.config.paths import NEW_WEIGHTS, is_bare_weights
 from loopos.config.sections import TrainingSection
+from loopos.config.variants import LOSSES
 
-MOST_RATE = {"sgd": 10.0, "muon": 1.0, "adam": 0.1, "adamw": 0.1, "adafactor": 0.1}
-"""Learning rates above which training destroys the weights. Adam's step has about the size of the rate, whatever the
-gradient; SGD's step is the rate times a gradient that is clipped to 1 by default."""
 _NOT_TEXT_ENCODINGS = ("idna", "punycode", "unicode_escape", "raw_unicode_escape", "undefined", "mbcs", "oem")
 """Python codecs that escape text or depend on the machine."""
 SIZES = ("d_model", "num_heads", "num_layers", "d_ff", "vocab_size")
@@ -105,16 +103,10 @@ def check_trainable(training: TrainingSection, num_layers: int | None) -> Iterat
         yield Problem(fields, str(unfreeze), f"a step before max_steps ({training.max_steps})")
 
 
-def rate_notes(training: TrainingSection) -> list[str]:
-    """A note for each learning rate that would destroy the weights."""
-    most = MOST_RATE[training.optimizer]
-    rates = {"learning_rate": training.learning_rate, "head_learning_rate": training.head_learning_rate}
-    return [
-        f"training.{name} {rate:g} is far above the usual range of {training.optimizer} (below {most:g}): the weights "
-        "will very likely be destroyed"
-        for name, rate in rates.items()
-        if rate is not None and rate > most
-    ]
+def check_loss(field: str, name: str, method: str) -> Iterator[Problem]:
+    """Check that a loss is one of this method."""
+    if method not in LOSSES[name].methods:
+        yield Problem((field,), f'"{name}", a loss of {" and ".join(LOSSES[name].methods)}', f"a loss of {method}")
 
 
 def check_no_head(training: TrainingSection) -> Iterator[Problem]:
@@ -226,8 +218,6 @@ def effects(training: TrainingSection) -> dict[str, tuple[bool, str]]:
     schedule, optimizer = training.schedule, training.optimizer
     reason = f"the schedule is {schedule}"
     return {
-        "training.num_workers": (False, "rows are read by the training process itself"),
-        "training.prefetch_batches": (False, "rows are read by the training process itself"),
         "training.keep_zeros": (training.trainable != "head", "the pruned weights do not train"),
         "training.lora": (training.trainable == "lora", f"trainable is {training.trainable}"),
         "training.betas": (optimizer in ("adam", "adamw", "muon"), f"the optimizer is {optimizer}"),

@@ -1,4 +1,4 @@
-"""Recipes of pruning and quantization: keys, checks, and how a recipe is read from a file and overrides.
+"""Recipes of pruning and quantization: keys and checks. `config.load.load_recipe` reads them.
 
 Checks that need the weights are made when the model is opened.
 """
@@ -8,21 +8,19 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Iterator, Sequence
-from typing import Annotated, Literal, TypeAlias, TypeVar
+from typing import Annotated, Literal, TypeAlias
 
-from pydantic import Field, ValidationError
+from pydantic import Field
 
-from loopos.config.diagnostics import ConfigError, Diagnostic, Problem
-from loopos.config.json_text import MappingNode, Mark, find, plain, value_mark
-from loopos.config.keys import Count, Location, Section, Text
-from loopos.config.paths import check_rows, check_weights, expanded, looks_like_path
-from loopos.config.source import COMMAND_LINE, apply_overrides, read_source
-from loopos.config.wording import diagnostics_of
+from loopos.config.diagnostics import Problem
+from loopos.config.keys import Count, Location, Text
+from loopos.config.paths import check_rows, check_weights, looks_like_path
+from loopos.config.sections import MethodConfig
 
 _EXAMPLE_ROW = '{"text": "Once there was a lighthouse keeper who could not sleep."}'
 
 
-class Recipe(Section):
+class Recipe(MethodConfig):
     """The keys that all recipes share."""
 
     model: Location = Field(description="run folder, model folder, weights file or hub id of the model")
@@ -56,35 +54,6 @@ def check_text(field: str, value: str | None) -> Iterator[Problem]:
     """Check a file of text or of rows."""
     if value is not None and not (looks_like_path(value, (".md", ".text")) and os.path.isfile(value)):
         yield from check_rows(field, value, _EXAMPLE_ROW)
-
-
-Kind = TypeVar("Kind", bound=Recipe)
-
-
-def read(kind: type[Kind], path: str | None, overrides: Sequence[str]) -> Kind:
-    """Read a recipe: an optional file, overridden by `key=value` arguments.
-
-    Raises `ConfigError` with every diagnostic.
-    """
-    mark = Mark(COMMAND_LINE)
-    root = read_source(expanded(path)).root if path is not None else MappingNode({}, {}, mark)
-    root = apply_overrides(root, overrides)
-    try:
-        recipe = kind.model_validate(plain(root))
-    except ValidationError as error:
-        described = diagnostics_of(error, root, kind.model_json_schema(), {})
-        raise ConfigError([diagnostic for _, diagnostic in described]) from error
-    if diagnostics := [_located(problem, root) for problem in recipe.check()]:
-        raise ConfigError(diagnostics)
-    return recipe
-
-
-def _located(problem: Problem, root: MappingNode) -> Diagnostic:
-    written = next((field for field in problem.fields if find(root, (field,)) is not None), problem.fields[0])
-    mark = value_mark(root, (written,))
-    return Diagnostic(
-        mark.source, mark.line, mark.column, problem.fields[0], problem.actual, problem.expected, problem.hint
-    )
 
 
 PruningMethod: TypeAlias = Literal["magnitude", "wanda", "sparsegpt", "heads", "channels", "layers"]
@@ -164,14 +133,6 @@ class PruningRecipe(Recipe):
             yield Problem(("sparsity", "pattern"), actual, f"{self.sparsities[0]:g}, or no sparsity")
 
 
-def read_pruning_recipe(path: str | None, overrides: Sequence[str]) -> PruningRecipe:
-    """Read a recipe: an optional file, overridden by `key=value` arguments.
-
-    Raises `ConfigError` with every diagnostic.
-    """
-    return read(PruningRecipe, path, overrides)
-
-
 QuantizationMethod: TypeAlias = Literal["int8", "int8-dynamic", "int4"]
 Calibration: TypeAlias = Literal["none", "gptq", "awq"]
 
@@ -227,11 +188,3 @@ class QuantizationRecipe(Recipe):
             yield Problem(("calibration_text", "calibration"), "a text that is not used", "calibration gptq or awq")
         yield from check_text("calibration_text", self.calibration_text)
         yield from super().check()
-
-
-def read_quantization_recipe(path: str | None, overrides: Sequence[str]) -> QuantizationRecipe:
-    """Read a recipe: an optional file, overridden by `key=value` arguments.
-
-    Raises `ConfigError` with every diagnostic.
-    """
-    return read(QuantizationRecipe, path, overrides)

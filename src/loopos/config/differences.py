@@ -62,11 +62,12 @@ def _flat(config: Mapping[str, Any], above: str = "") -> dict[str, Any]:
     return flat
 
 
-BEFORE: Mapping[str, Mapping[str, str]] = {
+BEFORE: Mapping[str, Mapping[str, str | int]] = {
     "data": {"split_by": "row"},
     "model": {"pooling": "mean", "target_scaling": "standardize"},
+    "training": {"optimizer": "sgd", "schedule": "constant", "warmup": 0},
 }
-"""Section → key whose default differs from the behavior before the key existed → value with the old behavior."""
+"""Section → key whose default was another one, or differs from the behavior before the key existed → the old value."""
 
 Config = TypeVar("Config", bound=MethodConfig)
 

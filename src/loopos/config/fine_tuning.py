@@ -11,12 +11,14 @@ from pydantic import Field
 from loopos.config import checks
 from loopos.config.diagnostics import Problem
 from loopos.config.keys import BUILT_IN_METRICS, METRICS, Metric
+from loopos.config.learning_rates import rate_notes
 from loopos.config.paths import (
     check_output_folder,
     check_rows,
     check_tokenizer,
     check_weights,
 )
+from loopos.config.registry import choices
 from loopos.config.sections import (
     ComputationSection,
     DataSection,
@@ -26,6 +28,7 @@ from loopos.config.sections import (
     TrainingSection,
     check_distributed,
 )
+from loopos.config.variants import LOSSES
 
 EXAMPLE_ROW = '{"text": "the parcel came late", "label": "complaint"}'
 
@@ -85,11 +88,15 @@ class FineTuningConfig(MethodConfig):
         model, training, data = self.model, self.training, self.data
         has_effect = {
             **checks.effects(training),
-            "model.huber_delta": (model.regression_loss == "huber", f"regression_loss is {model.regression_loss}"),
+            "model.huber_delta": (
+                model.loss is not None or model.regression_loss == "huber",
+                f"regression_loss is {model.regression_loss}",
+            ),
+            "model.regression_loss": (model.loss is None, "model.loss is set"),
             "model.target_scaling": (model.task in (None, "regression"), f"the task is {model.task}"),
             "data.validation_share": (data.validation_data is None, "validation_data is set"),
         }
-        notes = checks.without_effect(self, has_effect) + checks.rate_notes(training)
+        notes = checks.without_effect(self, has_effect) + rate_notes(self, has_head=True)
         if training.save_every == "validation" and not self.validates:
             notes.append(
                 "training.save_every is validation, but nothing is validated: checkpoints follow save_interval"
@@ -141,10 +148,20 @@ def _check_task(model: ModelSection) -> Iterator[Problem]:
             fields = ("model.label_smoothing", "model.task")
             actual = f"{model.label_smoothing} with task {task}"
             yield Problem(fields, actual, "0", "label smoothing is for classification")
+    if model.loss is not None:
+        yield from _check_loss(model.loss, task)
     if task in ("classification", "multi_label") and model.regression_loss == "huber":
         yield Problem(
             ("model.regression_loss", "model.task"), f'"huber" with task {task}', "task regression, or no such key"
         )
+
+
+def _check_loss(name: str, task: str | None) -> Iterator[Problem]:
+    problems = list(checks.check_loss("model.loss", name, "fine_tuning"))
+    yield from problems
+    if not problems and task is not None and task not in LOSSES[name].tasks:
+        fitting = [each for each in LOSSES if task in LOSSES[each].tasks]
+        yield Problem(("model.loss", "model.task"), f'"{name}" with task {task}', choices(fitting))
 
 
 def _check_metrics(config: FineTuningConfig) -> Iterator[Problem]:

@@ -7,6 +7,7 @@ turns them into messages.
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal, TypeAlias, get_args
 
@@ -16,14 +17,20 @@ from pydantic import (
     BeforeValidator,
     ConfigDict,
     Field,
+    GetCoreSchemaHandler,
+    GetJsonSchemaHandler,
     PlainSerializer,
     ValidationInfo,
     ValidatorFunctionWrapHandler,
     WithJsonSchema,
     WrapValidator,
 )
+from pydantic.fields import FieldInfo
+from pydantic_core import PydanticCustomError
+from pydantic_core.core_schema import CoreSchema, no_info_after_validator_function
 
 from loopos.config.paths import expanded
+from loopos.config.registry import OF_YOUR_OWN, Registry
 
 Task: TypeAlias = Literal["classification", "multi_label", "regression"]
 Pooling: TypeAlias = Literal["auto", "mean", "last", "first", "max"]
@@ -77,7 +84,7 @@ METRICS: dict[Task, tuple[BuiltInMetric, ...]] = {
 }
 """The metrics of each task."""
 
-ALSO_UNDER_DATA = ("shuffle", "num_workers", "prefetch_batches", "max_length")
+ALSO_UNDER_DATA = ("shuffle", "max_length")
 """Keys of `training` that are also accepted under `data`."""
 
 _DURATION = re.compile(r"([0-9]+(?:\.[0-9]+)?)(s|m|h)")
@@ -124,6 +131,46 @@ Warmup: TypeAlias = Annotated[
 ]
 
 
+MISSING_VARIANT = "missing_variant"
+"""The type of the error for "module:name" that names nothing; its message is the reason."""
+_OWN_NAME = r"[A-Za-z_][\w.]*:[A-Za-z_]\w*"
+
+
+@dataclass(frozen=True, slots=True)
+class VariantName:
+    """An annotation of a text: the name of a variant in `registry`, or "module:name" of one of the user's own. only:
+    whether a variant may be named here; all may when absent. imports: whether one of the user's own is imported when
+    the config is read, because other keys depend on it or because a run would name it late.
+    """
+
+    registry: Registry[Any]
+    only: Callable[[Any], bool] | None = None
+    imports: bool = True
+
+    def names(self) -> list[str]:
+        """The names that are allowed, with those of installed packages."""
+        return [name for name in self.registry if self.only is None or self.only(self.registry[name])]
+
+    def _checked(self, name: str) -> str:
+        if ":" in name:
+            if re.fullmatch(_OWN_NAME, name) is None:
+                raise ValueError("not module:name")
+            why = self.registry.why_missing(name) if self.imports else ""
+            if why:
+                raise PydanticCustomError(MISSING_VARIANT, "{why}", {"why": why})
+        elif name not in self.registry or (self.only is not None and not self.only(self.registry[name])):
+            raise ValueError("unknown")
+        return name
+
+    def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
+        return no_info_after_validator_function(self._checked, handler(source))
+
+    def __get_pydantic_json_schema__(self, schema: CoreSchema, handler: GetJsonSchemaHandler) -> dict[str, Any]:
+        own = {"type": "string", "pattern": f"^{_OWN_NAME}$", "$comment": OF_YOUR_OWN}
+        names = self.names()
+        return {"anyOf": [{"enum": names}, own]} if names else own
+
+
 Location: TypeAlias = Annotated[Text, AfterValidator(expanded)]
 """A path, hub id or built-in name; a leading "~" is the home folder, as in a shell."""
 
@@ -132,6 +179,14 @@ class Section(BaseModel):
     """Base of all sections: frozen, no unknown keys, strict types, no NaN or infinity."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False, defer_build=True)
+
+
+def section_class(field: FieldInfo) -> type[BaseModel] | None:
+    """The section that a field holds, also where it may be null."""
+    for each in (field.annotation, *get_args(field.annotation)):
+        if isinstance(each, type) and issubclass(each, BaseModel):
+            return each
+    return None
 
 
 STRATEGY = re.compile(r"single|(self_consistency|best_of_n):([1-9][0-9]*)|step_beam:([1-9][0-9]*)x([1-9][0-9]*)")

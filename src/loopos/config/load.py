@@ -7,14 +7,14 @@ holds every diagnostic, ordered by line: of single keys, of key combinations and
 from __future__ import annotations
 
 import functools
-import json
 import os
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, TypeVar
 
 from pydantic import ValidationError
 
+from loopos.config.aliases import moved_to_training, with_current_keys
 from loopos.config.diagnostics import ConfigError, Diagnostic, Problem
 from loopos.config.json_text import (
     MappingNode,
@@ -24,25 +24,27 @@ from loopos.config.json_text import (
     find,
     plain,
     value_mark,
-    with_entry,
     without_entry,
 )
 from loopos.config.keys import ALSO_UNDER_DATA, OWN_METRICS
-from loopos.config.other_tools import METHOD_ALIASES, method_advice, tool_of, translated
+from loopos.config.other_tools import method_advice, tool_of, translated
 from loopos.config.paths import expanded
+from loopos.config.registry import OF_YOUR_OWN, choices, num_registered
 from loopos.config.sections import MethodConfig
 from loopos.config.source import (
     COMMAND_LINE,
     Source,
     apply_overrides,
-    as_mapping,
     close_matches,
     read_source,
     source_of,
+    source_on_command_line,
+    with_values,
 )
 from loopos.config.wording import Schema, diagnostics_of, shown
 
 Methods = Mapping[tuple[str, str], type[MethodConfig]]
+RecipeT = TypeVar("RecipeT", bound=MethodConfig)
 
 _MOST_REPAIRS = 6
 
@@ -72,14 +74,18 @@ def load(
     built-in ones. Raises `ConfigError` with every diagnostic by line, those of the command line last.
     """
     assert methods, "at least one method is required"
-    source, root, alias_notes = _read(path, overrides)
-    root, renamed, diagnostics = _moved_to_training(root)
+    source, root = _read(path, overrides)
+    root, renamed, diagnostics = moved_to_training(root)
     row, method_diagnostics = _choose(root, methods)
     diagnostics.extend(method_diagnostics)
     if row is None:
         raise ConfigError(_by_line(diagnostics))
+    root, old_names, alias_notes, found = with_current_keys(root, methods[row])
+    renamed |= old_names
+    diagnostics.extend(found)
     known = {diagnostic.field for diagnostic in diagnostics}
-    config, found = _validated(methods[row], root, renamed, known, check_files, {OWN_METRICS: own_metrics})
+    context = {OWN_METRICS: own_metrics}
+    config, found = _validated(methods[row], root, renamed, known, check_files, context, methods)
     diagnostics.extend(found)
     if diagnostics:
         raise ConfigError(_by_line(diagnostics))
@@ -94,37 +100,64 @@ def method_config_class(
 
     Raises `ConfigError` where the file cannot be read or names no method.
     """
-    _, root, _ = _read(path, overrides)
+    _, root = _read(path, overrides)
     row, diagnostics = _choose(root, methods)
     if row is None:
         raise ConfigError(_by_line(diagnostics))
     return methods[row], root
 
 
-def _read(
-    path: str | os.PathLike[str] | Mapping[str, object], overrides: Sequence[str]
-) -> tuple[Source, MappingNode, list[str]]:
-    """The source of a config, its tree with overrides, and a note if its method is an alias."""
+def _read(path: str | os.PathLike[str] | Mapping[str, object], overrides: Sequence[str]) -> tuple[Source, MappingNode]:
+    """The source of a config, and its tree with overrides."""
     source = source_of(path) if isinstance(path, Mapping) else read_source(expanded(os.fspath(path)))
     tool = tool_of(source.root)
     if tool is not None:
         message = f"a config of {tool}, which LoopOS does not read"
         raise ConfigError([Diagnostic(source.path, None, None, "", message, "", translated(source.root, tool).text)])
-    root, notes = _with_own_method(without_entry(apply_overrides(source.root, overrides), "$schema"))
-    return source, root, notes
+    return source, without_entry(apply_overrides(source.root, overrides), "$schema")
 
 
-def load_recipe(source: Source, overrides: Sequence[str], recipe_class: type[MethodConfig]) -> LoadedConfig:
+def load_recipe(
+    source: Source | None,
+    overrides: Sequence[str],
+    recipe_class: type[MethodConfig],
+    *,
+    values: Mapping[str, object] | None = None,
+) -> LoadedConfig:
     """Override and check a recipe: a config without a training method, with its keys at the top level.
 
-    Raises `ConfigError` with every diagnostic, as `load` does.
+    `source` None: the recipe is on the command line only. `values` are options of the command line: dotted key → value;
+    None leaves the recipe's value. `overrides` are applied after them. Raises `ConfigError` with every diagnostic, as
+    `load` does.
     """
-    root = without_entry(apply_overrides(source.root, overrides), "$schema")
+    source = source or source_on_command_line({})
+    actual = {key: value for key, value in (values or {}).items() if value is not None}
+    root = without_entry(apply_overrides(with_values(source.root, actual), overrides), "$schema")
     config, diagnostics = _validated(recipe_class, root, {}, set(), check_files=True)
     if diagnostics:
         raise ConfigError(_by_line(diagnostics))
     assert config is not None
     return LoadedConfig(config, source.path, source.text, config.notes())
+
+
+def read_recipe(
+    recipe_class: type[RecipeT],
+    source: str | os.PathLike[str] | Mapping[str, object] | None,
+    values: Mapping[str, object] | None = None,
+) -> RecipeT:
+    """The recipe of a file, of a dict, or of the options alone (None). `values` are options, as of `load_recipe`.
+
+    Raises `ConfigError` with every diagnostic.
+    """
+    if source is None:
+        found = None
+    elif isinstance(source, Mapping):
+        found = source_of(source)
+    else:
+        found = read_source(expanded(os.fspath(source)))
+    recipe = load_recipe(found, [], recipe_class, values=values).config
+    assert isinstance(recipe, recipe_class), "load_recipe makes the class that it is given"
+    return recipe
 
 
 def _by_line(diagnostics: Sequence[Diagnostic]) -> list[Diagnostic]:
@@ -139,60 +172,15 @@ def _diagnostic_at(root: MappingNode, path: Path, field: str, actual: str, expec
     return Diagnostic(mark.source, mark.line, mark.column, field, actual, expected, hint)
 
 
-def _moved_to_training(root: MappingNode) -> tuple[MappingNode, dict[str, str], list[Diagnostic]]:
-    """Move the keys that `data` may hold too to `training`; also returns new name → name that the user wrote.
-
-    If both sections have a key, the command line wins over the file; two different values from one source are an error.
-    """
-    data = as_mapping(root, "data")
-    training = as_mapping(root, "training")
-    if data is None or ("training" in root.entries and training is None):
-        return root, {}, []
-    training = training or MappingNode({}, {}, root.mark)
-    renamed: dict[str, str] = {}
-    diagnostics: list[Diagnostic] = []
-    for key in ALSO_UNDER_DATA:
-        if key not in data.entries:
-            continue
-        value, current = data.entries[key], training.entries.get(key)
-        key_mark = data.keys[key]
-        data = without_entry(data, key)
-        if current is None or (value.mark.source == COMMAND_LINE != current.mark.source):
-            training = with_entry(training, key, value, key_mark)
-            renamed[f"training.{key}"] = f"data.{key}"
-        elif value.mark.source == current.mark.source and json.dumps(plain(value)) != json.dumps(plain(current)):
-            mark = value.mark
-            actual = f"{shown(value, with_kind=False)}, but training.{key} is {shown(current, with_kind=False)}"
-            diagnostics.append(
-                Diagnostic(
-                    mark.source, mark.line, mark.column, f"data.{key}", actual, "one value", "remove one of the two"
-                )
-            )
-    if "training" in root.entries or training.entries:
-        root = with_entry(root, "training", training, root.keys.get("training", root.mark))
-    return with_entry(root, "data", data, root.keys["data"]), renamed, diagnostics
-
-
-def _with_own_method(root: MappingNode) -> tuple[MappingNode, list[str]]:
-    """Replace an alias of a method by the method's own name; also returns a note that says so."""
-    computation = as_mapping(root, "computation")
-    node = None if computation is None else computation.entries.get("method")
-    if computation is None or not isinstance(node, ScalarNode) or node.value not in METHOD_ALIASES:
-        return root, []
-    own = METHOD_ALIASES[node.value]
-    renamed = with_entry(computation, "method", replace(node, value=own), computation.keys["method"])
-    note = f'computation.method "{node.value}" is "{own}"; chats are learned as they are, without steps'
-    return with_entry(root, "computation", renamed, root.keys["computation"]), [note]
-
-
 def _choose(root: MappingNode, methods: Methods) -> tuple[tuple[str, str] | None, list[Diagnostic]]:
     """The (mode, method) that the config names, or one guessed from close names, and diagnostics of the names."""
-    modes = list(dict.fromkeys(mode for mode, _ in methods))
     mode, method = (find(root, ("computation", key)) for key in ("mode", "method"))
     mode_name = mode.value if isinstance(mode, ScalarNode) else None
     method_name = method.value if isinstance(method, ScalarNode) else None
     if isinstance(mode_name, str) and isinstance(method_name, str) and (mode_name, method_name) in methods:
         return (mode_name, method_name), []
+    # Only now: the names of all methods import the packages of users.
+    modes = list(dict.fromkeys(mode for mode, _ in methods))
     diagnostics: list[Diagnostic] = []
     known_mode = mode_name in modes
     if isinstance(mode_name, str) and not known_mode:
@@ -221,9 +209,7 @@ def _choose(root: MappingNode, methods: Methods) -> tuple[tuple[str, str] | None
 def _name_diagnostic(root: MappingNode, key: str, name: str, allowed: Sequence[str], hint: str) -> Diagnostic:
     close = close_matches(name, allowed)
     hint = hint or (f'did you mean "{close[0]}"?' if close else "")
-    expected = (
-        f"one of {', '.join(json.dumps(each) for each in allowed)}" if len(allowed) > 1 else json.dumps(allowed[0])
-    )
+    expected = choices(allowed, own=OF_YOUR_OWN if key == "method" else "")
     node = find(root, ("computation", key))
     assert node is not None
     return _diagnostic_at(
@@ -235,7 +221,7 @@ def _missing_method(root: MappingNode, names: Sequence[str]) -> list[Diagnostic]
     """The diagnostic for a method that is missing, or not text, and cannot be guessed."""
     node = find(root, ("computation", "method"))
     actual = "nothing" if node is None else shown(node, with_kind=True)
-    expected = f"one of {', '.join(json.dumps(name) for name in names)}"
+    expected = choices(names)
     hint = 'a config names its method: "computation": {"mode": "posttraining", "method": "fine_tuning"}'
     return [_diagnostic_at(root, ("computation", "method"), "computation.method", actual, expected, hint)]
 
@@ -247,8 +233,11 @@ def _validated(
     reported: set[str],
     check_files: bool,
     context: Mapping[str, Any] | None = None,
+    methods: Methods | None = None,
 ) -> tuple[MethodConfig | None, list[Diagnostic]]:
-    """The config, if it is valid, and all diagnostics; `reported` are fields that already have one."""
+    """The config, if it is valid, and all diagnostics; `reported` are fields that already have one. `methods`: those
+    that may know a key which this config does not.
+    """
     values = plain(root)
     assert isinstance(values, dict)
     diagnostics: list[Diagnostic] = []
@@ -258,10 +247,13 @@ def _validated(
         config = config_class.model_validate(values, context=context)
         checkable: MethodConfig | None = config
     except ValidationError as error:
-        schema = _schema_of(config_class)
-        described = diagnostics_of(error, root, schema, renamed)
+        schema = _schema_of(config_class, num_registered())
+        others = {name: _schema_of(found, num_registered()) for (_, name), found in (methods or {}).items()}
+        described = diagnostics_of(error, root, schema, renamed, others)
         diagnostics.extend(diagnostic for path, diagnostic in described if diagnostic.field not in reported)
         faulty.update(".".join(str(step) for step in path[:2]) for path, _ in described)
+        # `_repaired` drops the whole of what is no section: a key of a recipe, such as a list with one invalid item.
+        faulty.update(str(path[0]) for path, _ in described if path and not isinstance(values.get(str(path[0])), dict))
         checkable = _repaired(config_class, values, schema, context)
     if checkable is not None:
         problems = [*checkable.check(), *(checkable.check_files() if check_files else ())]
@@ -270,7 +262,8 @@ def _validated(
 
 
 @functools.cache
-def _schema_of(config_class: type[MethodConfig]) -> Schema:
+def _schema_of(config_class: type[MethodConfig], num_variants: int) -> Schema:
+    """The schema lists the names of variants, so that one that is registered later makes another schema."""
     return config_class.model_json_schema()
 
 

@@ -16,16 +16,13 @@ from pydantic import BeforeValidator, Field
 from loopos.config import checks
 from loopos.config.diagnostics import Problem
 from loopos.config.json_text import MappingNode
-from loopos.config.keys import Location, Section, Text
+from loopos.config.keys import Location, Section, Text, VariantName
 from loopos.config.paths import RECIPE, check_output_folder, check_rows, check_weights
 from loopos.config.sections import MethodConfig
+from loopos.config.variants import MERGE_METHODS, MERGE_PARAMETERS, MergeRow
 
 LayerValues: TypeAlias = float | list[float]
 """A number, or anchor values interpolated over the layers."""
-WITHOUT_BASE = ("linear", "greedy_soup", "slerp", "passthrough")
-"""Methods that do not use a base model."""
-ELECTING = ("ties", "dare_ties", "della", "breadcrumbs_ties")
-"""Methods that elect signs; like averages, they normalize weights by default."""
 
 
 def check_recipe(recipe: MergeConfig) -> Iterator[Problem]:
@@ -41,15 +38,17 @@ def check_recipe(recipe: MergeConfig) -> Iterator[Problem]:
 
 
 def _check_number(recipe: MergeConfig) -> Iterator[Problem]:
-    number, method = len(recipe.models), recipe.method
-    if method == "slerp" and number != 2:
-        yield Problem(("models", "method"), f"{number} models with slerp", "2", "linear and ties take any number")
-    if method in ("model_stock", "greedy_soup") and number < 2:
-        yield Problem(("models", "method"), f"1 model with {method}", "at least 2")
+    number, method, row = len(recipe.models), recipe.method, recipe.row
+    if row.most is not None and number != row.most:
+        expected, hint = str(row.most), "linear and ties take any number"
+        yield Problem(("models", "method"), f"{number} models with {method}", expected, hint)
+    elif number < row.fewest:
+        actual = "1 model" if number == 1 else f"{number} models"
+        yield Problem(("models", "method"), f"{actual} with {method}", f"at least {row.fewest}")
 
 
 def _check_base(recipe: MergeConfig) -> Iterator[Problem]:
-    if recipe.base is None and recipe.method not in WITHOUT_BASE and recipe.result == "model":
+    if recipe.base is None and recipe.row.base and recipe.result == "model":
         hint = "the base is the model that the others were fine-tuned from; deltas are relative to its weights"
         yield Problem(("base", "method"), f"nothing with {recipe.method}", "a base model", hint)
 
@@ -66,25 +65,25 @@ def _check_layers(recipe: MergeConfig) -> Iterator[Problem]:
 
 def _check_weights(recipe: MergeConfig) -> Iterator[Problem]:
     actual = [number for number, each in enumerate(recipe.models) if each.weight != 1.0]
-    if recipe.method in ("slerp", "model_stock", "passthrough", "greedy_soup"):
+    if not recipe.row.weighs:
         instead = {"slerp": "t sets the position between the two", "passthrough": "layers are copied"}
         for number in actual:
             expected = "no weight: " + instead.get(recipe.method, "the method weighs the models itself")
             yield Problem((f"models.{number}.weight", "method"), f"a weight with {recipe.method}", expected)
     elif recipe.normalizes:
         weights = [each.weight for each in recipe.models]
-        if all(isinstance(weight, float) for weight in weights) and _total(recipe.method, weights) == 0:
+        if all(isinstance(weight, float) for weight in weights) and _total(recipe.row, weights) == 0:
             yield Problem(("models", "normalize"), "weights that sum to 0", "another sum, or normalize false")
 
 
-def _total(method: str, weights: list[LayerValues]) -> float:
+def _total(row: MergeRow, weights: list[LayerValues]) -> float:
     """The divisor of the weights: their sum, or the sum of their absolute values for methods that elect signs."""
     numbers = [weight for weight in weights if isinstance(weight, float)]
-    return sum(map(abs, numbers) if method in ELECTING else numbers)
+    return sum(map(abs, numbers) if row.elects else numbers)
 
 
 def _check_della(recipe: MergeConfig) -> Iterator[Problem]:
-    if recipe.method not in ("della", "della_linear"):
+    if "epsilon" not in recipe.row.uses or "density" not in recipe.row.uses:
         return
     for prefix, each in _sections(recipe):
         density = each.density if each.density is not None else recipe.density
@@ -103,7 +102,7 @@ def _check_patterns(recipe: MergeConfig) -> Iterator[Problem]:
     if recipe.patterns and recipe.method in ("passthrough", "greedy_soup"):
         yield Problem(("patterns", "method"), f"patterns with {recipe.method}", "no patterns, or another method")
     for number, pattern in enumerate(recipe.patterns):
-        if pattern.weights is not None and recipe.method in ("slerp", "model_stock"):
+        if pattern.weights is not None and not recipe.row.weighs:
             fields = (f"patterns.{number}.weights", "method")
             yield Problem(fields, f"weights with {recipe.method}", "no weights: the method has none")
         if pattern.tensors.startswith("re:"):
@@ -118,7 +117,7 @@ def _check_patterns(recipe: MergeConfig) -> Iterator[Problem]:
 
 
 def _check_breadcrumbs(recipe: MergeConfig) -> Iterator[Problem]:
-    if not recipe.method.startswith("breadcrumbs"):
+    if "drop_smallest" not in recipe.row.uses or "drop_largest" not in recipe.row.uses:
         return
     for prefix, each in _sections(recipe):
         small = max(_values(recipe.drop_smallest if each.drop_smallest is None else each.drop_smallest))
@@ -174,35 +173,7 @@ def _holds_merge(folder: str) -> bool:
     return isinstance(recipe, dict) and "models" in recipe and "output_dir" in recipe
 
 
-MergeMethod: TypeAlias = Literal[
-    "linear",
-    "greedy_soup",
-    "slerp",
-    "task_arithmetic",
-    "ties",
-    "dare_linear",
-    "dare_ties",
-    "della_linear",
-    "della",
-    "breadcrumbs",
-    "breadcrumbs_ties",
-    "model_stock",
-    "passthrough",
-]
-
-_NORMALIZED = ("linear", "greedy_soup", *ELECTING)
-_DENSE = ("ties", "dare_linear", "dare_ties", "della_linear", "della")
-_SCALED = ("task_arithmetic", *_DENSE, "breadcrumbs", "breadcrumbs_ties")
-_USES: dict[str, tuple[str, ...]] = {
-    "t": ("slerp",),
-    "scale": _SCALED,
-    "density": _DENSE,
-    "epsilon": ("della_linear", "della"),
-    "drop_smallest": ("breadcrumbs", "breadcrumbs_ties"),
-    "drop_largest": ("breadcrumbs", "breadcrumbs_ties"),
-    "normalize": (*_NORMALIZED, *_SCALED),
-}
-PARAMETERS = ("t", "scale", "density", "epsilon", "drop_smallest", "drop_largest")
+PARAMETERS = tuple(name for name in MERGE_PARAMETERS if name != "normalize")
 EXAMPLE_ROW = '{"text": "the parcel came late", "label": "complaint"}'
 
 Finite: TypeAlias = float
@@ -251,7 +222,9 @@ class PatternSection(Section):
 class MergeConfig(MethodConfig):
     """Recipe of a merge. A list instead of a number is interpolated over the layers, first to last."""
 
-    method: MergeMethod = Field(description="how tensors are merged")
+    method: Annotated[str, VariantName(MERGE_METHODS)] = Field(
+        description="how tensors are merged (`loopos list merge-methods`)"
+    )
     models: Annotated[list[Entry], Field(min_length=1)] = Field(description="the models, in order")
     output_dir: Location = Field(description="folder to write")
     base: Location | None = Field(default=None, description="model that the others were fine-tuned from")
@@ -292,7 +265,12 @@ class MergeConfig(MethodConfig):
     @property
     def normalizes(self) -> bool:
         """Whether weights are divided by their sum."""
-        return self.method in _NORMALIZED if self.normalize is None else self.normalize
+        return self.row.normalizes if self.normalize is None else self.normalize
+
+    @property
+    def row(self) -> MergeRow:
+        """What the method needs."""
+        return MERGE_METHODS[self.method]
 
     @property
     def model_paths(self) -> list[str]:
@@ -323,10 +301,10 @@ class MergeConfig(MethodConfig):
         fields = type(self).model_fields
         notes = [
             f"{name} has no effect: the method is {self.method}"
-            for name, methods in _USES.items()
-            if self.method not in methods and getattr(self, name) != fields[name].default
+            for name in MERGE_PARAMETERS
+            if name not in self.row.uses and getattr(self, name) != fields[name].default
         ]
-        if self.base is not None and self.method in WITHOUT_BASE and self.tokenizer != "base" and not self._adapters():
+        if self.base is not None and not self.row.base and self.tokenizer != "base" and not self._adapters():
             notes.append(f"base has no effect: the method is {self.method}")
         return notes
 

@@ -10,22 +10,32 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias, TypeVar
 
-from loopos.config.diagnostics import UserError
 from loopos.config.registry import Reference, Registry
 
 if TYPE_CHECKING:
     from loopos.config.sections import MethodConfig
 
 MethodName: TypeAlias = tuple[str, str]
-Rows: TypeAlias = Literal["labeled", "demonstrations", "comparisons", "prompts", "text"]
+Rows: TypeAlias = Literal["labeled", "demonstrations", "comparisons", "thumbs", "prompts", "text"]
+Models: TypeAlias = Literal["head", "scores", "language", "roles"]
+_USUAL_MODELS: Mapping[Rows, Models] = {
+    "labeled": "head",
+    "comparisons": "scores",
+    "thumbs": "language",
+    "demonstrations": "language",
+    "text": "language",
+    "prompts": "roles",
+}
 Trainer = TypeVar("Trainer", bound=type[Any])
 
 
 @dataclass(frozen=True, slots=True)
 class MethodRow:
     """`mode`: the stage of training. `config`, `trainer`: the classes. `summary`: what the method does, in a line.
-    `reads`: the kind of rows that it trains on, by which they are checked before torch is imported; None where that is
-    left to the method.
+    `reads`: the kinds of rows that it trains on, by which they are checked before torch is imported, shown and counted;
+    empty where that is left to the method. `model`: what is trained, by which a run is planned: a head over pooled
+    states, scalar scores of responses, a language model, or the roles of reinforcement learning; None for what the
+    first kind of rows usually trains.
     """
 
     mode: str
@@ -33,6 +43,12 @@ class MethodRow:
     trainer: Reference | type[Any]
     summary: str
     reads: tuple[Rows, ...] = ()
+    model: Models | None = None
+
+    @property
+    def trains(self) -> Models | None:
+        """What is trained; None where neither `model` nor `reads` says it."""
+        return self.model or (_USUAL_MODELS[self.reads[0]] if self.reads else None)
 
     @property
     def config_class(self) -> type[MethodConfig]:
@@ -46,8 +62,9 @@ class MethodRow:
         return self.trainer.load() if isinstance(self.trainer, Reference) else self.trainer
 
 
-def _row(mode: str, config: str, trainer: str, summary: str, *reads: Rows) -> MethodRow:
-    return MethodRow(mode, Reference(f"loopos.config.{config}"), Reference(f"loopos.methods.{trainer}"), summary, reads)
+def _row(mode: str, config: str, trainer: str, summary: str, *reads: Rows, model: Models | None = None) -> MethodRow:
+    config_class, trainer_class = Reference(f"loopos.config.{config}"), Reference(f"loopos.methods.{trainer}")
+    return MethodRow(mode, config_class, trainer_class, summary, reads, model)
 
 
 PREFERENCE_METHODS: Mapping[str, str] = {
@@ -78,11 +95,18 @@ BUILTIN: Mapping[str, MethodRow] = {
         "classification, multi-label classification or regression of texts",
         "labeled",
     ),
+    "sft": _row(
+        "posttraining",
+        "sft:SftConfig",
+        "sft:SftTrainer",
+        "supervised fine-tuning on chats, instructions, completions or texts",
+        "demonstrations",
+    ),
     "chain_of_thought": _row(
         "posttraining",
         "chain_of_thought:ChainOfThoughtConfig",
         "chain_of_thought:ChainOfThought",
-        "supervised fine-tuning (sft): chats, instructions, reasoning in steps",
+        "sft on reasoning in steps, validated by generated answers",
         "demonstrations",
     ),
     "reward_model": _row(
@@ -99,6 +123,7 @@ BUILTIN: Mapping[str, MethodRow] = {
             "preference:PreferenceTrainer",
             f"a policy from comparisons, without reinforcement learning: {summary}",
             "comparisons",
+            model="language",
         )
         for name, summary in PREFERENCE_METHODS.items()
     },
@@ -107,7 +132,8 @@ BUILTIN: Mapping[str, MethodRow] = {
         "preference:PreferenceConfig",
         "kto:KtoTrainer",
         "a policy from single answers with a thumb, up or down: KTO",
-        "comparisons",
+        "thumbs",
+        model="language",
     ),
     "ppo": _row(
         "posttraining",
@@ -133,7 +159,7 @@ BUILTIN: Mapping[str, MethodRow] = {
     ),
 }
 
-METHODS: Registry[MethodRow] = Registry("method", BUILTIN)
+METHODS: Registry[MethodRow] = Registry("method", BUILTIN, decorator="register_method")
 
 
 def register_method(
@@ -143,13 +169,23 @@ def register_method(
     summary: str,
     mode: str = "posttraining",
     reads: tuple[Rows, ...] = (),
+    model: Models | None = None,
 ) -> Callable[[Trainer], Trainer]:
-    """Registers the decorated class, a `loopos.Trainer`, as the method `name`. config: the class of its config; reads:
-    as in `MethodRow`.
+    """Registers the decorated class, a `loopos.Trainer`, as a method that configs can name.
+
+    Args:
+        name: The method's name.
+        config: The class of its config.
+        summary: What it does, in a line.
+        mode: The stage of training, "posttraining" or "pretraining".
+        reads: The kind of rows that it trains on, by which they are checked before torch is imported; empty where that
+            is left to the method.
+        model: The kind of model that it trains, by which its run is planned.
     """
 
     def registered(trainer: Trainer) -> Trainer:
-        METHODS.register(name, MethodRow(mode, config, trainer, summary, reads), source=trainer.__module__)
+        row = MethodRow(mode, config, trainer, summary, reads, model)
+        METHODS.register(name, row, source=trainer.__module__, decorated=trainer)
         return trainer
 
     return registered
@@ -157,14 +193,7 @@ def register_method(
 
 def method_row(name: str) -> MethodRow:
     """The row of a method, by its name or by "module:Class" of a registered trainer. Raises `UserError`."""
-    if ":" not in name:
-        return METHODS[name]
-    trainer = Reference(name).load()
-    for each in METHODS:
-        row = METHODS[each]
-        if row.trainer is trainer:
-            return row
-    raise UserError(f'the method "{name}" is not registered; decorate the class with @loopos.register_method(...)')
+    return METHODS[name]
 
 
 class _ConfigClasses(Mapping[MethodName, "type[MethodConfig]"]):

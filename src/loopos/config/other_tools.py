@@ -13,9 +13,6 @@ from typing import Any
 
 from loopos.config.json_text import MappingNode, Plain, plain
 
-METHOD_ALIASES = {"sft": "chain_of_thought"}
-"""Aliases of methods."""
-
 _SAME_METHOD = {
     "sft": "supervised supervised_fine_tuning supervised_finetuning instruction_tuning instruct chat chat_sft",
     "fine_tuning": "classification classifier classify cls sequence_classification text_classification regression "
@@ -56,6 +53,7 @@ _NAMES: Mapping[str, str] = {
     "training.lora.dropout": "lora_dropout",
     "training.lora.target_modules": "lora_target lora_target_modules lora_target_linear",
     "training.early_stopping.patience": "early_stopping_patience",
+    "reward.center_rewards": "center_rewards_coefficient centering",
     "model.d_model": "hidden_size n_embd",
     "model.num_heads": "num_attention_heads n_head n_heads",
     "model.num_layers": "num_hidden_layers n_layer n_layers",
@@ -80,8 +78,8 @@ OTHER_KEYS = {other: key for key, others in _NAMES.items() for other in others.s
 def method_advice(name: str) -> tuple[str, bool] | None:
     """Advice for another tool's method name, and whether LoopOS has the method; None for an unknown name."""
     folded = name.lower().replace("-", "_").removesuffix("_trainer").removesuffix("trainer")
-    if folded in METHOD_ALIASES:
-        return f'write "{folded}"', True
+    if folded == "sft":
+        return 'write "sft"', True
     if folded in METHODS_HERE:
         here = METHODS_HERE[folded]
         mode = ', and "mode": "pretraining"' if here == "autoregressive" else ""
@@ -215,13 +213,15 @@ def _method_of(values: Mapping[str, Plain]) -> tuple[str | None, str]:
     """Our method name for a tool's config, or None and the reason."""
     named = values.get("stage") or values.get("rl") or ("reward" if values.get("reward_model") is True else "sft")
     name = str(named)
-    if name in METHOD_ALIASES:
-        return name, ""
     advice = method_advice(name)
     folded = METHODS_HERE.get(name.lower())
     if folded is not None:
         return folded, ""
-    return (name, "") if name == "ppo" else (None, advice[0] if advice is not None else f"{name} is not available")
+    return (
+        (name, "")
+        if name in ("sft", "ppo")
+        else (None, advice[0] if advice is not None else f"{name} is not available")
+    )
 
 
 def _setting(key: str, target: str, value: Plain) -> tuple[str, Any] | None:

@@ -9,6 +9,7 @@ from pydantic import Field
 
 from loopos.config import checks
 from loopos.config.diagnostics import Problem
+from loopos.config.learning_rates import rate_notes
 from loopos.config.preferences import (
     check_reward_model,
     check_text_files,
@@ -33,6 +34,7 @@ from loopos.config.sections import (
     MethodConfig,
     check_distributed,
 )
+from loopos.config.variants import ALGORITHMS, AlgorithmRow
 
 EXAMPLE_PROMPT = '{"prompt": "Where is my parcel?"}'
 
@@ -64,6 +66,23 @@ class PpoConfig(MethodConfig):
         return self.data.has_validation and self.training.validate_every != "never" and self.evaluation.prompts > 0
 
     @property
+    def algorithm(self) -> AlgorithmRow:
+        """What the algorithm needs."""
+        return ALGORITHMS[self.training.algorithm]
+
+    @property
+    def value_model(self) -> str | None:
+        """What predicts returns; None for an algorithm without a critic."""
+        return self.training.value_model if self.algorithm.critic else None
+
+    @property
+    def needs_reference(self) -> bool:
+        """Whether the initial policy is needed: by the algorithm, by a penalty on the KL, or by a limit of it."""
+        training, limits = self.training, (self.training.kl_target, self.guards.kl, self.evaluation.kl_limit)
+        has_penalty = training.kl_coefficient > 0 or training.kl_in == "loss"
+        return self.algorithm.reference or has_penalty or any(limit is not None for limit in limits)
+
+    @property
     def old_logprobs(self) -> Literal["forward", "engine"]:
         """The source of the old log-probabilities in the ratio: a forward pass before the update, or generation."""
         if self.rollout.importance_cap is not None:
@@ -89,6 +108,7 @@ class PpoConfig(MethodConfig):
         yield from checks.check_validation(training, has_validation=data.has_validation)
         yield from checks.check_no_head(training)
         yield from _check_answers(self)
+        yield from _check_algorithm(self)
         yield from _check_reward(self)
         yield from _check_penalty(training)
         yield from _check_lengths(self)
@@ -112,7 +132,8 @@ class PpoConfig(MethodConfig):
 
     def notes(self) -> list[str]:
         training, data, generation = self.training, self.data, self.generation
-        notes = checks.without_effect(self, _effects(self)) + checks.rate_notes(training)
+        notes = checks.without_effect(self, _effects(self))
+        notes += rate_notes(self, "policy")
         if training.minibatches > training.batch_size:
             notes.append(
                 f"training.minibatches ({training.minibatches}) is more than training.batch_size "
@@ -152,6 +173,18 @@ def _check_answers(config: PpoConfig) -> Iterator[Problem]:
         yield Problem(fields, '"plateau" with evaluation.prompts 0', f"{expected}, or another schedule")
 
 
+def _check_algorithm(config: PpoConfig) -> Iterator[Problem]:
+    """Check the groups of responses that the algorithm needs."""
+    name, number, size = config.training.algorithm, config.generation.responses_per_prompt, config.training.batch_size
+    if config.algorithm.groups and number == 1:
+        fields = ("generation.responses_per_prompt", "training.algorithm")
+        hint = "it compares responses to the same prompt"
+        yield Problem(fields, f'1 with algorithm "{name}"', "at least 2", hint)
+    if size % number:
+        fields = ("training.batch_size", "generation.responses_per_prompt")
+        yield Problem(fields, f"{size} responses", f"a multiple of responses_per_prompt ({number})")
+
+
 def _check_reward(config: PpoConfig) -> Iterator[Problem]:
     """Refuse a reward that is always 0, and a value model from a missing reward model."""
     reward, model = config.reward, config.data.reward_model
@@ -163,8 +196,8 @@ def _check_reward(config: PpoConfig) -> Iterator[Problem]:
     elif (model is None or reward.model_weight == 0) and all(each.weight == 0 for each in reward.functions):
         fields = ("reward.functions",) if model is None else ("reward.model_weight", "reward.functions")
         yield Problem(fields, "weights that are all 0", "at least one weight other than 0")
-    if model is None and reward.functions and config.training.value_model == "reward":
-        fields = ("training.value_model", "data.reward_model")
+    if model is None and reward.functions and config.value_model == "reward":
+        fields = ("training.value_model", "data.reward_model", "training.algorithm")
         yield Problem(fields, '"reward" without a reward model', '"policy" or "shared", or data.reward_model')
 
 
@@ -198,9 +231,10 @@ def _check_lengths(config: PpoConfig) -> Iterator[Problem]:
 def _effects(config: PpoConfig) -> dict[str, tuple[bool, str]]:
     """Keys that may have no effect → whether they have one, and the reason if not."""
     training, evaluation, guards = config.training, config.evaluation, config.guards
+    critic = (config.algorithm.critic, f'the algorithm "{training.algorithm}" has no critic')
     has_model, has_penalty = config.data.reward_model is not None, training.kl_coefficient > 0
     limits = (guards.kl, guards.entropy_share, guards.length_ratio, guards.repetition)
-    is_guarded = any(limit is not None for limit in (*limits, guards.end_share_drop, guards.judge_drop))
+    is_guarded = any(limit is not None for limit in (*limits, guards.eos_rate_drop, guards.judge_drop))
     unanswered = (config.validates, "no validation prompts are answered")
     return {
         **checks.effects(training),
@@ -208,6 +242,10 @@ def _effects(config: PpoConfig) -> dict[str, tuple[bool, str]]:
         **rollout_effects(config.rollout),
         "training.head_learning_rate": (False, "the value model's rate is value_learning_rate"),
         "training.router_aux_loss": (False, "a policy is trained without it"),
+        "training.value_model": critic,
+        "training.value_learning_rate": critic,
+        "training.value_coefficient": critic,
+        "training.value_clip": critic,
         "training.kl_in": (has_penalty, "kl_coefficient is 0"),
         "training.kl_estimator": (has_penalty, "kl_coefficient is 0"),
         "training.kl_horizon": (training.kl_target is not None, "there is no kl_target"),

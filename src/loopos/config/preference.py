@@ -13,6 +13,7 @@ from pydantic import Field
 from loopos.config import checks
 from loopos.config.diagnostics import Problem
 from loopos.config.keys import AS_IT_IS, MAY_BE_OWN, Location, Section, Text
+from loopos.config.learning_rates import rate_notes
 from loopos.config.preferences import check_text_files, text_effects, validation_notes
 from loopos.config.reward_model import EXAMPLE_LINES, EXAMPLE_ROW, PreferenceDataSection
 from loopos.config.sections import (
@@ -24,6 +25,7 @@ from loopos.config.sections import (
     MethodConfig,
     check_distributed,
 )
+from loopos.config.variants import LOSSES, PREFERENCE
 
 PreferenceMetric = Annotated[Literal["loss", "accuracy", "reward_margin"], MAY_BE_OWN, AS_IT_IS]
 """Validation metrics: the loss, the share of pairs whose chosen response has the larger implicit reward, and the mean
@@ -59,8 +61,6 @@ PRESETS: Mapping[str, Preset] = {
 """Method name → preset. beta is that of the paper's or its authors' code where they give one."""
 
 KTO = "kto"
-SFT = "sft"
-REFERENCE_FREE = ("simpo", "cpo", "orpo", SFT)
 
 
 class PreferenceSection(Section):
@@ -164,7 +164,7 @@ class PreferenceConfig(MethodConfig):
     @property
     def needs_reference(self) -> bool:
         """Whether any loss reads the reference."""
-        return self.computation.method == KTO or any(name not in REFERENCE_FREE for name in self.losses)
+        return self.computation.method == KTO or any(LOSSES[name].reference for name in self.losses)
 
     @property
     def validates(self) -> bool:
@@ -184,6 +184,8 @@ class PreferenceConfig(MethodConfig):
         yield from checks.check_reading(
             streaming=data.streaming, max_rows=data.max_rows, columns=data.columns.items(), encoding=data.encoding
         )
+        for name in self.losses:
+            yield from checks.check_loss("preference.loss", name, PREFERENCE)
         if self.computation.method == KTO and self.preference.loss is not None:
             fields = ("preference.loss", "computation.method")
             yield Problem(fields, f"{self.preference.loss!r} with the method kto", "no such key: KTO is one loss")
@@ -200,6 +202,6 @@ class PreferenceConfig(MethodConfig):
     def notes(self) -> list[str]:
         data, training = self.data, self.training
         effects = {**checks.effects(training), **text_effects(data)}
-        notes = checks.without_effect(self, effects) + checks.rate_notes(training)
+        notes = checks.without_effect(self, effects) + rate_notes(self, "policy")
         source = data.preference_data or data.training_data
         return notes + validation_notes(training, data, source, validates=self.validates)

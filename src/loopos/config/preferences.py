@@ -15,10 +15,11 @@ from pydantic import Field
 
 from loopos.config import checks
 from loopos.config.diagnostics import Problem
-from loopos.config.keys import Count, Location, Section, Text
+from loopos.config.keys import Count, Location, Section, Text, VariantName
 from loopos.config.paths import MODEL_DESCRIPTION, check_output_folder, check_rows, check_tokenizer, check_weights
 from loopos.config.sections import TextSourceSection, TrainingSection
 from loopos.config.source import close_files
+from loopos.config.variants import LOSSES
 
 REWARD_TASK = "reward"
 """The task in the description file of a reward model."""
@@ -78,18 +79,21 @@ class PreferenceTextSection(TextSourceSection):
 class RewardSection(Section):
     """What a reward model learns from a comparison (Christiano et al. 2017; Ouyang et al. 2022)."""
 
-    centring: Annotated[float, Field(ge=0)] = Field(
+    center_rewards: Annotated[float, Field(ge=0)] = Field(
         default=0.0, description="coefficient of the mean squared sum of a pair's two scores (per squared reward)"
+    )
+    loss: Annotated[str, VariantName(LOSSES, only=lambda row: "reward_model" in row.methods)] = Field(
+        default="bradley_terry", description="loss of a pair of scores (`loopos list losses`)"
     )
     heads: Count = Field(default=1, description="scalar heads, an ensemble whose mean is the score")
     margins: bool = Field(default=False, description="subtract the rows' margins from the gap of the scores")
     soft_labels: bool = Field(
         default=True, description="use p_human, the share of people who preferred the chosen response, as the target"
     )
-    normalise: bool = Field(
+    normalize: bool = Field(
         default=True, description="normalize scores to mean 0, standard deviation 1 over training responses"
     )
-    normalise_over: Count = Field(
+    normalize_over: Count = Field(
         default=1024, description="training comparisons, drawn at random, whose responses give the mean and deviation"
     )
 

@@ -11,6 +11,7 @@ from pydantic import Field
 from loopos.config import checks
 from loopos.config.diagnostics import Problem
 from loopos.config.keys import Location, Text
+from loopos.config.learning_rates import rate_notes
 from loopos.config.paths import check_output_folder, check_rows, check_tokenizer
 from loopos.config.sections import (
     ComputationSection,
@@ -120,7 +121,7 @@ class PretrainingConfig(MethodConfig):
             "training.head_learning_rate": (False, "a language model has no separate head"),
             "data.validation_share": (data.validation_data is None, "validation_data is set"),
         }
-        notes = checks.without_effect(self, has_effect) + checks.rate_notes(training)
+        notes = checks.without_effect(self, has_effect) + rate_notes(self, "new model")
         if training.save_every == "validation" and not self.validates:
             notes.append(
                 "training.save_every is validation, but nothing is validated: checkpoints follow save_interval"

@@ -10,6 +10,7 @@ from pydantic import Field
 from loopos.config import checks
 from loopos.config.diagnostics import Problem
 from loopos.config.keys import AS_IT_IS, MAY_BE_OWN, Location
+from loopos.config.learning_rates import rate_notes
 from loopos.config.preferences import (
     PreferenceTextSection,
     RewardSection,
@@ -99,6 +100,7 @@ class RewardModelConfig(MethodConfig):
         yield from checks.check_optimizer(training)
         yield from check_distributed(self.distributed, training.optimizer)
         yield from checks.check_validation(training, has_validation=data.has_validation)
+        yield from checks.check_loss("reward.loss", self.reward.loss, "reward_model")
         yield from checks.check_source({"preference_data": data.preference_data, "training_data": data.training_data})
         yield from checks.check_reading(
             streaming=data.streaming, max_rows=data.max_rows, columns=data.columns.items(), encoding=data.encoding
@@ -113,8 +115,8 @@ class RewardModelConfig(MethodConfig):
     def notes(self) -> list[str]:
         data, training, reward = self.data, self.training, self.reward
         effects = {**checks.effects(training), **text_effects(data)}
-        effects["reward.normalise_over"] = (reward.normalise, "reward.normalise is false")
-        notes = checks.without_effect(self, effects) + checks.rate_notes(training)
+        effects["reward.normalize_over"] = (reward.normalize, "reward.normalize is false")
+        notes = checks.without_effect(self, effects) + rate_notes(self, "reward model", has_head=True)
         if "margin" in data.columns and not reward.margins:
             notes.append("data.columns.margin has no effect: reward.margins is false")
         if "p_human" in data.columns and not reward.soft_labels:

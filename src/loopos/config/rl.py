@@ -13,14 +13,23 @@ from typing import Annotated, ClassVar, Literal, TypeAlias
 from pydantic import Field
 
 from loopos.config.diagnostics import Problem
-from loopos.config.keys import AS_IT_IS, MAY_BE_OWN, Count, Duration, Fraction, Location, Schedule, Section, Text
+from loopos.config.keys import (
+    AS_IT_IS,
+    MAY_BE_OWN,
+    Count,
+    Duration,
+    Fraction,
+    Location,
+    Section,
+    Text,
+    VariantName,
+    Warmup,
+)
 from loopos.config.preferences import PreferenceTextSection
 from loopos.config.sections import EarlyStoppingSection, LanguageTrainingSection
+from loopos.config.variants import ALGORITHMS, REWARDS
 
 _FUNCTION = r"[A-Za-z_][\w.]*:[A-Za-z_]\w*"
-FunctionName: TypeAlias = Annotated[
-    str, Field(pattern=f"^{_FUNCTION}$", json_schema_extra={"examples": ["module:function"]})
-]
 KlEstimator: TypeAlias = Literal["k1", "k2", "k3"]
 AboveZero: TypeAlias = Annotated[float, Field(gt=0)]
 PolicyMetric: TypeAlias = Annotated[Literal["reward"], MAY_BE_OWN, AS_IT_IS]
@@ -40,12 +49,18 @@ class PolicyEarlyStoppingSection(EarlyStoppingSection):
 class PpoTrainingSection(LanguageTrainingSection):
     """The optimizer, the losses of policy and values, the KL penalty, and when to validate, save and stop."""
 
+    algorithm: Annotated[str, VariantName(ALGORITHMS)] = Field(
+        default="ppo", description="how scores become advantages and advantages a loss (`loopos list algorithms`)"
+    )
     batch_size: Count = Field(default=16, description="responses of an iteration, per process")
     gradient_accumulation: Count = Field(default=1, description="forward passes per minibatch")
     num_epochs: Count = Field(default=3, description="passes over the prompts")
     max_iterations: Count | None = Field(default=None, description="iterations after which training ends")
     epsilon: AboveZero = Field(default=1e-5, description="added to the second moment's root (unit of the gradient)")
-    schedule: Schedule = Field(default="linear", description="shape of the learning rate over the steps")
+    # Adam's averages are warm after a few of the many small steps of PPO.
+    warmup: Warmup = Field(
+        default=0, description="linear warmup: whole steps, or a share of all steps below 1; 0 is none"
+    )
     value_learning_rate: AboveZero | None = Field(
         default=None,
         description="peak learning rate of the value model (only of its head if the backbone is shared); "
@@ -87,8 +102,8 @@ class PpoTrainingSection(LanguageTrainingSection):
     )
     value_model: Literal["reward", "policy", "shared"] = Field(
         default="reward",
-        description="what predicts returns: a separate backbone from the reward model or from the policy's weights, "
-        "or a head on the policy's backbone",
+        description="what predicts returns, for an algorithm with a critic: a separate backbone from the reward model "
+        "or from the policy's weights, or a head on the policy's backbone",
     )
     value_coefficient: ZeroOrMore = Field(default=0.1, description="weight of the value loss")
     value_clip: AboveZero | None = Field(
@@ -124,6 +139,9 @@ class PpoTrainingSection(LanguageTrainingSection):
 class RolloutSection(Section):
     """How responses are generated."""
 
+    responses_per_prompt: Count = Field(
+        default=1, description="responses to each prompt of an iteration; training.batch_size counts responses"
+    )
     max_new_tokens: Count = Field(default=64, description="longest response (tokens)")
     temperature: AboveZero = Field(default=1.0, description="divisor of the logits of policy and reference")
     top_k: Count | None = Field(default=None, description="sample from the k most likely tokens; null is all")
@@ -137,9 +155,11 @@ class RolloutSection(Section):
 
 
 class RewardFunctionSection(Section):
-    """A user's function that scores a response."""
+    """A function that scores a response."""
 
-    name: FunctionName = Field(description='the function, as "module:function"')
+    name: Annotated[str, VariantName(REWARDS, imports=False)] = Field(
+        description='a function of `loopos list rewards`, or "module:function"'
+    )
     weight: float = Field(default=1.0, description="factor of its score in the sum")
 
 
@@ -207,7 +227,7 @@ class GuardSection(Section):
     repetition: Fraction | None = Field(
         default=None, description="alert if the fraction of repeated 4-grams of tokens is above this"
     )
-    end_share_drop: Fraction | None = Field(
+    eos_rate_drop: Fraction | None = Field(
         default=None,
         description="alert if the fraction of finished responses is lower than the first by more than this",
     )

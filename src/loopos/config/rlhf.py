@@ -42,7 +42,7 @@ _SHARED_KEYS = (
     *("validation_share", "split_by", "max_line_bytes", "max_expansion", "max_prompt_tokens", "output_dir"),
 )
 _SOURCE_KEYS = (
-    *("columns", "encoding", "streaming", "max_rows", "training_split", "validation_split", "subset"),
+    *("columns", "format", "encoding", "streaming", "max_rows", "training_split", "validation_split", "subset"),
     "validation_data",
 )
 _OF_BOTH_PHASES = ("data.validation_share", "data.max_dropped_share")
@@ -57,8 +57,9 @@ class RlhfDataSection(PreferenceDataSection):
 
     prompts: Location | None = Field(
         default=None,
-        description='file, folder, glob or hub id "org/name" of the prompts to answer; those of the preferences when '
-        "absent; columns, encoding, splits, streaming, max_rows and validation_data are only of the preferences",
+        description='file, folder, glob or hub id "org/name" of the prompts to answer; those of the preferences '
+        "when absent; columns, format, encoding, splits, streaming, max_rows and validation_data are only of the "
+        "preferences",
     )
     max_prompt_tokens: Count | None = Field(
         default=None, description="longest prompt (tokens); max_length - max_new_tokens when absent"
@@ -96,6 +97,10 @@ class RlhfConfig(MethodConfig):
     def reward_model_dir(self) -> str:
         """The folder of the first phase's run."""
         return os.path.join(self.data.output_dir, "reward_model")
+
+    @property
+    def phases(self) -> tuple[MethodConfig, ...]:
+        return (self.reward_model_config(), self.ppo_config())
 
     @property
     def validates(self) -> bool:

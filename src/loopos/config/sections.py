@@ -29,8 +29,10 @@ from loopos.config.keys import (
     Task,
     Text,
     Trainable,
+    VariantName,
     Warmup,
 )
+from loopos.config.variants import FORMATS, LOSSES, TASK_LOSSES, TRACKERS
 
 MAX_LINE_BYTES = 64 << 20
 MAX_EXPANSION = 200
@@ -83,7 +85,17 @@ class ModelSection(SizesSection):
         default=None, description="weight of each class in the loss (factor), or from the classes' counts"
     )
     label_smoothing: Fraction = Field(default=0.0, description="fraction of the target spread over all classes")
-    regression_loss: Literal["mse", "huber"] = Field(default="mse", description="loss of a regression head")
+    loss: Annotated[str, VariantName(LOSSES, only=lambda row: "fine_tuning" in row.methods)] | None = Field(
+        default=None, description="loss of the head (`loopos list losses`); that of the task when absent"
+    )
+    regression_loss: Literal["mse", "huber"] = Field(
+        default="mse", description="loss of a regression head without model.loss"
+    )
+
+    def loss_of(self, task: str) -> str:
+        """The name of the loss of a task."""
+        return self.loss or TASK_LOSSES.get(task, self.regression_loss)
+
     huber_delta: Annotated[float, Field(gt=0)] = Field(
         default=1.0, description="error at which the Huber loss turns linear (standard deviations of the targets)"
     )
@@ -134,7 +146,7 @@ class TrainingSection(Section):
     max_time: Duration | None = Field(
         default=None, description='time after which training ends (seconds, or "90s", "30m", "2h")'
     )
-    optimizer: Optimizer = Field(default="sgd", description="rule of the weight updates")
+    optimizer: Optimizer = Field(default="adamw", description="rule of the weight updates")
     momentum: Fraction = Field(default=0.0, description="fraction of the last update kept (sgd and muon)")
     betas: Annotated[tuple[Fraction, Fraction], Field(strict=False)] = Field(
         default=(0.9, 0.999), description="decay per step of the two moment averages (adam, adamw, muon's adamw part)"
@@ -145,9 +157,9 @@ class TrainingSection(Section):
     weight_decay: Annotated[float, Field(ge=0)] = Field(
         default=0.0, description="fraction of each weight taken off per unit of learning rate"
     )
-    schedule: Schedule = Field(default="constant", description="shape of the learning rate over the steps")
+    schedule: Schedule = Field(default="linear", description="shape of the learning rate over the steps")
     warmup: Warmup = Field(
-        default=0, description="linear warmup: whole steps, or a share of all steps below 1; 0 is none"
+        default=0.05, description="linear warmup: whole steps, or a share of all steps below 1; 0 is none"
     )
     minimum_ratio: Annotated[float, Field(ge=0, le=1)] = Field(
         default=0.0, description="last learning rate / peak learning rate"
@@ -181,10 +193,6 @@ class TrainingSection(Section):
         default=False, description="keep weights that are zero at the start at zero (pruned models)"
     )
     shuffle: bool = Field(default=True, description="new order of the rows in each epoch")
-    num_workers: Annotated[int, Field(ge=0)] = Field(default=0, description="accepted for compatibility; has no effect")
-    prefetch_batches: Annotated[int, Field(ge=0)] = Field(
-        default=2, description="accepted for compatibility; has no effect"
-    )
     max_length: Count | None = Field(
         default=None, description="longest sequence (tokens); the model's limit when absent"
     )
@@ -215,7 +223,15 @@ class TrainingSection(Section):
     keep_best: bool = Field(default=True, description="keep the best checkpoint too, and export it")
     export_start: bool = Field(default=False, description="export the initial weights if no later validation is better")
     log_every: Count = Field(default=1, description="optimizer steps between two lines of the log")
-    tensorboard: bool = Field(default=False, description="write TensorBoard files too (extra: track)")
+    tensorboard: bool = Field(default=False, description="the same as trackers: [tensorboard]")
+    trackers: list[Annotated[str, VariantName(TRACKERS)]] = Field(
+        default=[], description="what records the numbers of events.jsonl too (`loopos list trackers`)"
+    )
+
+    @property
+    def all_trackers(self) -> tuple[str, ...]:
+        """The trackers, under either of the two keys."""
+        return tuple(dict.fromkeys([*self.trackers, *(["tensorboard"] if self.tensorboard else [])]))
 
 
 class ReadingSection(Section):
@@ -230,6 +246,9 @@ class ReadingSection(Section):
     row_keys: ClassVar[tuple[str, ...]] = ("training_data", "validation_data")
     """All keys that name rows."""
 
+    format: Annotated[str, VariantName(FORMATS, only=lambda row: row.function is not None)] | None = Field(
+        default=None, description="format of a package that the rows are in; found by their columns when absent"
+    )
     encoding: Text | None = Field(
         default=None,
         description='encoding of text files, such as "cp1252"; UTF-8, or UTF-16 with a byte order mark, when absent',
@@ -282,6 +301,16 @@ class MethodConfig(Section):
 
     section_order: ClassVar[tuple[str, ...]] = ("model", "computation", "training", "data")
 
+    @property
+    def phases(self) -> tuple[MethodConfig, ...]:
+        """The configs of the trainings that the method runs, one after another; itself for a method that is one."""
+        return (self,)
+
+    @property
+    def generates(self) -> bool:
+        """Whether validation generates answers."""
+        return False
+
     def check(self) -> Iterator[Problem]:
         """Contradictions between keys."""
         return iter(())
@@ -307,9 +336,7 @@ class LanguageModelSection(SizesSection):
 
 
 class LanguageTrainingSection(TrainingSection):
-    """The optimizer, its schedule, what trains, and when to validate, save and stop; the default is AdamW."""
-
-    optimizer: Optimizer = Field(default="adamw", description="rule of the weight updates")
+    """The optimizer, its schedule, what trains, and when to validate, save and stop."""
 
 
 class TextSourceSection(ReadingSection):

@@ -11,7 +11,7 @@ import json
 import os
 import re
 import stat
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from loopos.config.diagnostics import ConfigError, Diagnostic
@@ -89,25 +89,46 @@ def read_source(path: str | os.PathLike[str]) -> Source:
 
 def source_of(values: Mapping[str, object]) -> Source:
     """The source of a config from Python. Raises `ConfigError` for values that a config file cannot express."""
-    root = _node_of(values, (), 0)
+    root = _node_of(values, (), Mark(IN_PYTHON))
     assert isinstance(root, MappingNode), "a mapping becomes a MappingNode"
     return Source(IN_PYTHON, json.dumps(plain(root), indent=2, ensure_ascii=False), root)
 
 
-def _node_of(value: object, path: tuple[str, ...], depth: int) -> Node:
-    mark = Mark(IN_PYTHON)
+def source_on_command_line(values: Mapping[str, object], overrides: Sequence[str] = ()) -> Source:
+    """The source of a recipe that is written on the command line: keys with their values, then `key=value` arguments.
+    Raises `ConfigError`.
+    """
+    root = with_values(MappingNode({}, {}, Mark(COMMAND_LINE)), values)
+    return Source(COMMAND_LINE, "", apply_overrides(root, overrides))
+
+
+def with_values(root: MappingNode, values: Mapping[str, object]) -> MappingNode:
+    """Set values of the command line in `root`: dotted key → value. Raises `ConfigError` for a path that does not
+    exist.
+    """
+    mark = Mark(COMMAND_LINE)
+    nodes = {key: _node_of(value, tuple(key.split(".")), mark) for key, value in values.items()}
+    root, diagnostics = _with_nodes(root, nodes.items())
+    if diagnostics:
+        raise ConfigError(diagnostics)
+    return root
+
+
+def _node_of(value: object, path: tuple[str, ...], mark: Mark, depth: int = 0) -> Node:
     if isinstance(value, os.PathLike):
         value = os.fspath(value)
     if value is None or isinstance(value, bool | int | float | str):
         return ScalarNode(value, json.dumps(value, ensure_ascii=False), mark)
     if depth < MOST_LEVELS and isinstance(value, list | tuple):
-        return ListNode(tuple(_node_of(item, (*path, str(index)), depth + 1) for index, item in enumerate(value)), mark)
+        return ListNode(
+            tuple(_node_of(item, (*path, str(index)), mark, depth + 1) for index, item in enumerate(value)), mark
+        )
     if depth < MOST_LEVELS and isinstance(value, Mapping) and all(isinstance(key, str) for key in value):
-        entries = {key: _node_of(item, (*path, key), depth + 1) for key, item in value.items()}
+        entries = {key: _node_of(item, (*path, key), mark, depth + 1) for key, item in value.items()}
         return MappingNode(entries, dict.fromkeys(entries, mark), mark)
     got = f"{value!r:.80} ({type(value).__name__})"
     expected = "text, a number, true, false, None, a list or a dict with text as keys"
-    raise ConfigError([Diagnostic(IN_PYTHON, None, None, ".".join(path), got, expected)])
+    raise ConfigError([Diagnostic(mark.source, None, None, ".".join(path), got, expected)])
 
 
 def parse_text(text: str, name: str) -> Node | None:
@@ -130,6 +151,7 @@ def apply_overrides(root: MappingNode, overrides: Sequence[str]) -> MappingNode:
     with every override that has another form or whose path does not exist.
     """
     diagnostics: list[Diagnostic] = []
+    nodes: list[tuple[str, Node]] = []
     for override in overrides:
         key, equals, text = override.partition("=")
         if not equals or not _OVERRIDE_KEY.fullmatch(key):
@@ -138,16 +160,25 @@ def apply_overrides(root: MappingNode, overrides: Sequence[str]) -> MappingNode:
                 _override_diagnostic("", actual, "key.path=value", "for example training.learning_rate=1e-5")
             )
             continue
+        nodes.append((key, _override_value(text)))
+    root, misplaced = _with_nodes(root, nodes)
+    if diagnostics or misplaced:
+        raise ConfigError([*diagnostics, *misplaced])
+    return root
+
+
+def _with_nodes(root: MappingNode, nodes: Iterable[tuple[str, Node]]) -> tuple[MappingNode, list[Diagnostic]]:
+    """`root` with each value at its dotted key, and diagnostics of the keys that have no place in it."""
+    diagnostics: list[Diagnostic] = []
+    for key, node in nodes:
         try:
-            changed = _with_value(root, key.split("."), _override_value(text), ())
+            changed = _with_value(root, key.split("."), node, ())
         except ConfigError as error:
             diagnostics.extend(error.diagnostics)
             continue
-        assert isinstance(changed, MappingNode)
+        assert isinstance(changed, MappingNode), "no path is empty"
         root = changed
-    if diagnostics:
-        raise ConfigError(diagnostics)
-    return root
+    return root, diagnostics
 
 
 def special_file(path: str) -> str:
@@ -206,12 +237,16 @@ def _data_file_error(name: str) -> ConfigError:
     """The error for a data file in place of a config, with an example of a config for it."""
     with open(name, "rb") as file:
         start = file.read(4096).decode("utf-8", errors="replace").lower()
-    methods = {"sft": ("messages", "conversations"), "reward_model": ("chosen",), "chain_of_thought": ("problem",)}
+    methods = {
+        "sft": ("messages", "conversations", "instruction", "completion"),
+        "reward_model": ("chosen",),
+        "chain_of_thought": ("problem",),
+    }
     method = next((name for name, columns in methods.items() if any(f'"{each}"' in start for each in columns)), "")
     run = os.path.basename(name).partition(".")[0] or "run"
     example = {
         "computation": {"mode": "posttraining", "method": method or "fine_tuning"},
-        "training": {"learning_rate": 5e-5, "optimizer": "adamw"},
+        "training": {"learning_rate": 5e-5},
         "data": {"pretrained_weights": "smollm2-135m", "training_data": name, "output_dir": f"outputs/{run}"},
     }
     hint = f"write a config that names it, for example {run}.json:\n{json.dumps(example, ensure_ascii=False)}"

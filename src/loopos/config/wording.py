@@ -9,27 +9,39 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from types import MappingProxyType
 from typing import Any, TypeAlias
 
 from pydantic import ValidationError
 
 from loopos.config.diagnostics import Diagnostic
 from loopos.config.json_text import ListNode, MappingNode, Node, Path, ScalarNode, dotted, find, key_mark, value_mark
+from loopos.config.keys import MISSING_VARIANT
 from loopos.config.other_tools import OTHER_KEYS
+from loopos.config.registry import OF_YOUR_OWN
 from loopos.config.source import COMMAND_LINE, close_matches
 
 Schema: TypeAlias = dict[str, Any]
 
-_BOUND_ERRORS = ("greater_than", "greater_than_equal", "less_than", "less_than_equal", "literal_error", "value_error")
+_BOUND_ERRORS = (
+    *("greater_than", "greater_than_equal", "less_than", "less_than_equal"),
+    *("literal_error", "value_error", MISSING_VARIANT),
+)
 _BOUNDS = (("minimum", ">="), ("exclusiveMinimum", ">"), ("maximum", "<="), ("exclusiveMaximum", "<"))
 
 
 def diagnostics_of(
-    error: ValidationError, root: MappingNode, schema: Schema, renamed: Mapping[str, str]
+    error: ValidationError,
+    root: MappingNode,
+    schema: Schema,
+    renamed: Mapping[str, str],
+    others: Mapping[str, Schema] = MappingProxyType({}),
 ) -> list[tuple[Path, Diagnostic]]:
     """One diagnostic for each invalid path of `error`, in its order.
 
-    `renamed` maps a moved key to the name that the user wrote. Of a union's errors only the deepest is reported.
+    `renamed` maps a moved key to the name that the user wrote; `others` holds the schemas of all methods, which may
+    know a key. Of a union's errors only the deepest is reported.
     """
     found: dict[Path, Diagnostic] = {}
     for detail in error.errors(include_url=False, include_context=False, include_input=False):
@@ -38,9 +50,27 @@ def diagnostics_of(
             location = location[:-1]  # a list that is too short is an error of the list
         path, allowed = _follow(location, root, schema)
         if path not in found:
-            found[path] = _diagnostic(detail["type"], path, "[key]" in location, allowed, root, schema, renamed)
+            kind, at_key = detail["type"], "[key]" in location
+            found[path] = (
+                _unknown_key(path, root, schema, renamed, others)
+                if kind == "extra_forbidden"
+                else _diagnostic(kind, path, at_key, allowed, root, schema, renamed)
+            )
+            if kind == MISSING_VARIANT:
+                found[path] = replace(found[path], actual=f"{found[path].actual} ({detail['msg']})")
     inner = {path[:length] for path in found for length in range(len(path))}
     return [(path, diagnostic) for path, diagnostic in found.items() if path not in inner]
+
+
+def _unknown_key(
+    path: Path, root: MappingNode, schema: Schema, renamed: Mapping[str, str], others: Mapping[str, Schema]
+) -> Diagnostic:
+    key, mark = str(path[-1]), key_mark(root, path)
+    name, section = renamed.get(dotted(path), dotted(path)), dotted(path[:-1]) or "the top level"
+    owners = [f'"{method}"' for method, other in others.items() if key in _properties_at(path[:-1], other)]
+    hint = _hint_for_key(key, path, schema, owners)
+    actual = f"the unknown key {json.dumps(key, ensure_ascii=False)}"
+    return Diagnostic(mark.source, mark.line, mark.column, name, actual, f"a key of {section}", hint)
 
 
 def _diagnostic(
@@ -50,11 +80,6 @@ def _diagnostic(
     node = find(root, path)
     key = str(path[-1]) if path else ""
     section = dotted(path[:-1]) or "the top level"
-    if kind == "extra_forbidden":
-        mark = key_mark(root, path)
-        hint = _hint_for_key(key, path, schema)
-        actual = f"the unknown key {json.dumps(key, ensure_ascii=False)}"
-        return Diagnostic(mark.source, mark.line, mark.column, name, actual, f"a key of {section}", hint)
     if at_key:
         mark = key_mark(root, path)
         allowed = _variant(_follow(path[:-1], root, schema)[1], "propertyNames", schema).get("propertyNames", {})
@@ -96,7 +121,8 @@ def describe(schema: Schema, whole: Schema) -> str:
 
 
 def _join_choices(choices: Sequence[str]) -> str:
-    unique = list(dict.fromkeys(choices))
+    # Names that users make themselves come last, after null too.
+    unique = sorted(dict.fromkeys(choices), key=lambda choice: choice == OF_YOUR_OWN)
     return unique[0] if len(unique) == 1 else f"{', '.join(unique[:-1])} or {unique[-1]}"
 
 
@@ -112,6 +138,8 @@ def _choices(schema: Schema, whole: Schema) -> list[str]:
         noun = "a whole number" if kind == "integer" else "a number"
         return [f"{noun} {bounds}" if bounds else noun]
     if kind == "string":
+        if "$comment" in schema:
+            return [str(schema["$comment"])]
         if "examples" in schema:
             return [f"text such as {_join_choices([json.dumps(example) for example in schema['examples']])}"]
         return ["text that is not empty" if schema.get("minLength") else "text"]
@@ -175,8 +203,8 @@ def _follow(location: Sequence[str | int], root: MappingNode, schema: Schema) ->
     return path, here
 
 
-def _hint_for_key(key: str, path: Path, schema: Schema) -> str:
-    """A suggestion for an unknown key: a close key of this section or of another."""
+def _hint_for_key(key: str, path: Path, schema: Schema, methods: Sequence[str]) -> str:
+    """A suggestion for an unknown key: a close key of this section or of another. `methods`: those that have it."""
     own = list(_properties_at(path[:-1], schema))
     owners: dict[str, str] = {}
     for section in schema.get("properties", {}):
@@ -188,6 +216,8 @@ def _hint_for_key(key: str, path: Path, schema: Schema) -> str:
     if meant in owners:
         owner = owners[meant]
         return f'it belongs under "{owner}"' if meant == key else f'did you mean "{meant}" under "{owner}"?'
+    if methods:
+        return f"it belongs to the method{'s' if len(methods) > 1 else ''} {' and '.join(methods)}"
     close = close_matches(key, own)
     if close:
         return f"did you mean {_join_choices([json.dumps(match) for match in close[:2]])}?"

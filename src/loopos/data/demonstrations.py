@@ -41,7 +41,7 @@ def demonstration(fields: RowFields, step_format: StepFormat) -> Demonstration |
         reason = step_format.problem(steps, answer)
         if reason is not None:
             role = "reasoning" if reason.startswith("step ") and fields.has("reasoning") else "answer"
-            hint = "write one step an entry, or choose another data.step_format"
+            hint = "write one step an entry, or choose another data.step_format (chain_of_thought)"
             expected = "steps and an answer that the step format can hold"
             fields.add("reasoning does not fit the step format", fields.field(role), reason, expected, hint)
     if fields.problems:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from array import array
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
@@ -60,6 +60,15 @@ def prompts_digest(prompts: Iterable[Sequence[int]]) -> str:
     for ids in prompts:
         digest.update(array("q", [len(ids)]).tobytes())
         digest.update(array("i", ids).tobytes())
+    return digest.hexdigest()
+
+
+def records_digest(rows: Iterable[Mapping[str, object]]) -> str:
+    """Rows of data, with all their columns, in their order."""
+    digest = hashlib.sha256()
+    for row in rows:
+        # Values of tables, such as dates, have no form in JSON.
+        digest.update(json.dumps(dict(row), sort_keys=True, default=repr).encode() + b"\n")
     return digest.hexdigest()
 
 

@@ -26,7 +26,7 @@ from loopos.data.columns import (
     recalled,
     unread,
 )
-from loopos.data.reading import FormatReport, Unusable, read_examples
+from loopos.data.reading import DataReport, Unusable, read_examples
 from loopos.data.record import Problem, kind_name, shown, structure_of, text_problem, unicode_problem
 from loopos.data.rows import Row, RowReader
 
@@ -125,7 +125,7 @@ def read_labeled(
     require_label: bool = True,
     *,
     remembered: Mapping[str, str | None] | None = None,
-) -> tuple[list[Labeled], FormatReport]:
+) -> tuple[list[Labeled], DataReport]:
     """Read a source into labeled examples, in its order. remembered: as `detect`.
 
     Raises:
@@ -147,7 +147,7 @@ def read_labeled(
     return _accepted(examples, form, replace(report, class_names=names))
 
 
-def _accepted(examples: list[Labeled], form: LabeledFormat, report: FormatReport) -> tuple[list[Labeled], FormatReport]:
+def _accepted(examples: list[Labeled], form: LabeledFormat, report: DataReport) -> tuple[list[Labeled], DataReport]:
     """The examples that an annotator accepted, where the rows are Prodigy's; else all of them."""
     if form.verdict is None:
         return examples, report

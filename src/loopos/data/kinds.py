@@ -5,7 +5,7 @@ Each kind is detected as its method detects it; if several fit, the more specifi
     comparisons > demonstrations, conversations, instructions, completions > labelled > prompts > texts
 
 But a question and an answer with a column "label" are a labeled pair of texts, and a text next to a prompt is a
-generated response.
+generated response. Apart from `data check`, its only user, because it knows the formats and prints nothing.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from loopos.data.columns import LABEL_TIERS, TEXT_TIERS, candidates, likely, lis
 from loopos.data.formats import read_labeled
 from loopos.data.preferences import read_comparisons
 from loopos.data.prompts import read_prompts
-from loopos.data.reading import FormatReport
+from loopos.data.reading import DataReport
 from loopos.data.rows import RowReader
 from loopos.data.step_format import NAMED_FORMATS
 from loopos.data.supervised_rows import read_supervised
@@ -29,8 +29,8 @@ Family: TypeAlias = Literal["labelled", "texts", "language", "comparisons", "pro
 
 _OF_COMPARISONS = frozenset({"chosen", "rejected", "responses", "response_j", "response_k"})
 _EXPECTED = (
-    "text and label (fine_tuning); messages, prompt and completion, instruction and output, or problem, reasoning and "
-    "answer (chain_of_thought); prompt, chosen and rejected (reward_model); or prompt (ppo)"
+    "text and label (fine_tuning); messages, prompt and completion, or instruction and output (sft); problem, "
+    "reasoning and answer (chain_of_thought); prompt, chosen and rejected (reward_model); or prompt (ppo)"
 )
 
 
@@ -56,21 +56,21 @@ def kind_of(columns: Sequence[str], overrides: Mapping[str, str], source: str) -
 
     compared = attempt("comparisons", lambda: preference_formats.detect(columns, overrides, source=source))
     language = attempt("language", lambda: supervised_rows.detect(columns, overrides, source=source))
-    labelled = attempt("labelled", lambda: formats.detect(columns, overrides, require_label=False, source=source))
+    labeled = attempt("labelled", lambda: formats.detect(columns, overrides, require_label=False, source=source))
     prompts = attempt("prompts", lambda: preference_formats.detect(columns, overrides, source=source, prompts=True))
     if compared is not None:
         return Kind("comparisons", compared.kind, compared.columns)
     if any(plain_name(name) in _OF_COMPARISONS for name in columns) and not overrides:
         raise refused["comparisons"]
-    has_label = labelled is not None and labelled.label is not None
+    has_label = labeled is not None and labeled.label is not None
     is_pair_with_label = has_label and language is not None and language.kind == "demonstrations"
-    is_pair_with_label = is_pair_with_label and plain_name(labelled.label) in ("label", "labels")
+    is_pair_with_label = is_pair_with_label and plain_name(labeled.label) in ("label", "labels")
     if language is not None and language.kind != "text" and not is_pair_with_label:
         return Kind("language", language.kind, language.columns)
     if prompts is not None and not has_label and any(plain_name(name) == "text" for name in columns):
         return Kind("prompts", "samples", prompts.columns)
-    if labelled is not None and (has_label or prompts is None or plain_name(labelled.text) == "text"):
-        served = {"text": labelled.text, "text_pair": labelled.text_pair, "label": labelled.label}
+    if labeled is not None and (has_label or prompts is None or plain_name(labeled.text) == "text"):
+        served = {"text": labeled.text, "text_pair": labeled.text_pair, "label": labeled.label}
         roles = {role: name for role, name in served.items() if name is not None}
         return Kind("labelled" if has_label else "texts", "labelled" if has_label else "texts", roles)
     if language is not None:
@@ -80,7 +80,7 @@ def kind_of(columns: Sequence[str], overrides: Mapping[str, str], source: str) -
     raise _no_kind(columns, overrides, refused, source)
 
 
-def read_kind(reader: RowReader, kind: Kind, overrides: Mapping[str, str]) -> tuple[list[Any], FormatReport]:
+def read_kind(reader: RowReader, kind: Kind, overrides: Mapping[str, str]) -> tuple[list[Any], DataReport]:
     """The examples, read as the method that trains on them reads them. Raises `DataError`."""
     match kind.family:
         case "labelled" | "texts":

@@ -11,7 +11,7 @@ from loopos.config.sections import DataSection, ModelSection
 from loopos.data.formats import Labeled, read_labeled
 from loopos.data.labels import LabelSpace, infer_task
 from loopos.data.read_ahead import reusable
-from loopos.data.reading import FormatReport, account, opened, validation_source
+from loopos.data.reading import DataReport, opened, validation_source
 from loopos.data.record import SKIP_ROWS, BadRows
 from loopos.data.repeats import key_of_prompt, repeats_summary
 from loopos.data.split import split_off
@@ -31,7 +31,7 @@ class LabeledData:
     validation: list[Labeled]
     validation_targets: list[Target]
     summary: list[str]
-    reports: list[FormatReport]
+    reports: list[DataReport]
 
 
 @reusable
@@ -52,7 +52,7 @@ def load_labeled(data: DataSection, model: ModelSection, *, seed: int) -> Labele
         on_bad_row=data.on_bad_row,
     )
     examples, targets, report = encode_all(space, examples, report, on_bad_row=data.on_bad_row)
-    summary, reports = [*report.summary, space.summary, account(report)], [report]
+    summary, reports = [*report.notes, space.summary, report.summary()], [report]
     held_out: list[Labeled] = []
     held_out_targets: list[Target] = []
     own = validation_source(data, data.training_data)
@@ -61,7 +61,7 @@ def load_labeled(data: DataSection, model: ModelSection, *, seed: int) -> Labele
         held_out, held_out_targets, held_out_report = encode_all(
             space, held_out, held_out_report, on_bad_row=data.on_bad_row
         )
-        summary.append(f"validation: {own[0]}, {account(held_out_report)}")
+        summary.append(f"validation: {own[0]}, {held_out_report.summary()}")
         reports.append(held_out_report)
     elif data.validation_share > 0:
         split = split_off(
@@ -93,8 +93,8 @@ def check_for_task(config: FineTuningConfig, space: LabelSpace) -> None:
 
 
 def encode_all(
-    space: LabelSpace, examples: Sequence[Labeled], report: FormatReport, *, on_bad_row: str
-) -> tuple[list[Labeled], list[Target], FormatReport]:
+    space: LabelSpace, examples: Sequence[Labeled], report: DataReport, *, on_bad_row: str
+) -> tuple[list[Labeled], list[Target], DataReport]:
     """The label of every example in the space's numbers; the examples and the account with those dropped whose label
     the space does not hold.
 
@@ -115,5 +115,5 @@ def encode_all(
     if diagnostics:
         reason = "label that is no number" if space.task == "regression" else "label of no class"
         dropped = {**report.dropped, reason: len(diagnostics)}
-        report = replace(report, used=len(kept_rows), dropped=dropped, diagnostics=(*report.diagnostics, *diagnostics))
+        report = replace(report, used=len(kept_rows), dropped=dropped, diagnostics=[*report.diagnostics, *diagnostics])
     return kept_rows, targets, report

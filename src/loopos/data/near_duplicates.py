@@ -4,7 +4,8 @@ Enters: texts. Leaves: index pairs. Two texts are near where their sets of 5 cha
 and white space aside, have at least `NEAR` of their union in common (Jaccard). Candidates are found by MinHash (Broder
 1997) with bands (Leskovec et al., Mining of Massive Datasets, section 3.4): 16 bands of 4 hashes find a pair at 0.8
 with probability 0.9998; each is then compared exactly. Memory: some 700 bytes a text beside the texts themselves.
-Left out: texts that are equal (`repeats`), which are near too.
+Left out: texts that are equal (`repeats`), which are near too. Apart from `data check`, its only user, as pure
+mathematics of texts.
 """
 
 from __future__ import annotations

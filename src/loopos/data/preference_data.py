@@ -7,7 +7,7 @@ neither torch nor transformers: the rows are checked before them. Left out: toke
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Generic, TypeVar
 
 from loopos.config.preferences import PreferenceTextSection
@@ -15,14 +15,14 @@ from loopos.data.columns import Overrides
 from loopos.data.preferences import Comparison, read_comparisons
 from loopos.data.prompts import Prompt, read_prompts
 from loopos.data.read_ahead import reusable
-from loopos.data.reading import FormatReport, account, opened, validation_source
+from loopos.data.reading import DataReport, opened, validation_source
 from loopos.data.repeats import key_of_prompt, repeats_summary
 from loopos.data.rows import RowReader
 from loopos.data.split import split_off
 from loopos.data.thumbs import Thumbs, read_thumbs
 
 ExampleT = TypeVar("ExampleT", Comparison, Prompt, Thumbs)
-_Read = Callable[..., tuple[list[ExampleT], FormatReport]]
+_Read = Callable[..., tuple[list[ExampleT], DataReport]]
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ class PreferenceData(Generic[ExampleT]):
     train: list[ExampleT]
     validation: list[ExampleT]
     summary: list[str]
-    reports: list[FormatReport]
+    reports: list[DataReport]
 
 
 @reusable
@@ -51,25 +51,30 @@ def load_thumbs(data: PreferenceTextSection, source: str, *, seed: int) -> Prefe
 
 @reusable
 def load_prompts(data: PreferenceTextSection, source: str, *, seed: int) -> PreferenceData[Prompt]:
-    """`load_comparisons` for the prompts that a policy answers."""
-    return _load(data, source, read_prompts, seed=seed)
+    """`load_comparisons` for the prompts that a policy answers; reward functions may read all columns."""
+
+    def read(reader: RowReader, columns: Overrides, *, as_text: bool) -> tuple[list[Prompt], DataReport]:
+        prompts, report = read_prompts(reader, columns, as_text=as_text)
+        return prompts, replace(report, unread_note="for reward functions only")
+
+    return _load(data, source, read, seed=seed)
 
 
 def _load(data: PreferenceTextSection, source: str, read: _Read[ExampleT], *, seed: int) -> PreferenceData[ExampleT]:
     columns: Overrides = {str(role): column for role, column in data.columns.items()}
 
-    def examples(reader: RowReader) -> tuple[list[ExampleT], FormatReport]:
+    def examples(reader: RowReader) -> tuple[list[ExampleT], DataReport]:
         return read(reader, columns, as_text=data.chat_template == "none")
 
     train: list[ExampleT]
-    report: FormatReport
+    report: DataReport
     train, report = examples(opened(data, source, data.training_split))
-    summary, reports = [*report.summary, account(report)], [report]
+    summary, reports = [*report.notes, report.summary()], [report]
     validation: list[ExampleT] = []
     own = validation_source(data, source)
     if own is not None:
         validation, validation_report = examples(opened(data, *own))
-        summary.append(f"validation: {own[0]}, {account(validation_report)}")
+        summary.append(f"validation: {own[0]}, {validation_report.summary()}")
         reports.append(validation_report)
     elif data.validation_share > 0:
         keys = [key_of_prompt(example) for example in train]

@@ -10,22 +10,21 @@ the end token; there are no pads. The report states read = used + dropped.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, field
-from typing import Literal, NamedTuple
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import NamedTuple
 
 from transformers import PreTrainedTokenizerBase
 
-from loopos.config.diagnostics import DataError, Diagnostic
+from loopos.config.diagnostics import Diagnostic
 from loopos.config.preferences import PreferenceTextSection
 from loopos.data.piece_tokens import SegmentTokenizer
 from loopos.data.preferences import Comparison, Pair
 from loopos.data.prompts import Prompt, PromptContent, prompt_text
-from loopos.data.reading import FormatReport, account
-from loopos.data.record import SKIP_ROWS, BadRows
-from loopos.data.supervised_tokens import CHUNK, OVER_LENGTH, REFUSED, OverLength, check_over, over_length_diagnostic
+from loopos.data.reading import DataReport
+from loopos.data.supervised_tokens import CHUNK, DEFAULT_POLICY, OVER_LENGTH, RowPolicy, finish, over_length_diagnostic
 from loopos.data.templates import ChatTemplate, Segment, TemplateRefusal
-from loopos.data.tokens import length_spread
 from loopos.data.tool_schemas import Tool
 
 PROMPT_OVER, SAME_TOKENS = "prompt over max_length", "two responses of the same tokens"
@@ -46,66 +45,26 @@ class EncodedComparison:
         return len(self.prompt) + sum(map(len, self.responses))
 
 
-@dataclass
-class PreferenceReport:
-    """Counts of tokenizing: `read` = `used` + the sum of `dropped`, which counts rows by reason.
-
-    `responses` and `pairs` are of the used rows (0 for prompts); `tokens` counts each prompt once. `cut`: truncated
-    responses; `tokens_cut`: tokens they lost. `lengths`: of each prompt with its longest response; `indices`: of the
-    used rows among the read ones.
-    """
-
-    read: int = 0
-    used: int = 0
-    dropped: dict[str, int] = field(default_factory=dict)
-    responses: int = 0
-    pairs: int = 0
-    tokens: int = 0
-    cut: int = 0
-    tokens_cut: int = 0
-    max_length: int | None = None
-    diagnostics: list[Diagnostic] = field(default_factory=list)
-    lengths: list[int] = field(default_factory=list, repr=False)
-    indices: list[int] = field(default_factory=list, repr=False)
-
-    def counts(self) -> dict[str, object]:
-        """The counts as values for logs."""
-        values = asdict(self)
-        return {name: value for name, value in values.items() if name not in ("diagnostics", "lengths", "indices")}
-
-    def summary(self) -> str:
-        """The counts as text."""
-        spread = length_spread(self.lengths) or "no rows"
-        pair_counts = f"{self.responses} responses, {self.pairs} pairs, " if self.responses else ""
-        cut = f"; {self.cut} cut at {self.max_length} ({self.tokens_cut} tokens lost)" if self.cut else ""
-        values = account(FormatReport(self.read, self.used, self.dropped, ()))
-        return f"{values}; {pair_counts}{self.tokens:,} tokens, {spread}{cut}"
-
-
 def encode_comparisons(
     tokenizer: PreTrainedTokenizerBase,
     examples: Sequence[Comparison],
     *,
     template: ChatTemplate | None,
     max_length: int | None,
-    over_length: OverLength = "drop",
-    max_dropped_share: float = 0.01,
-    on_bad_row: Literal["error", "skip"] = "error",
-) -> tuple[list[EncodedComparison], PreferenceReport]:
+    policy: RowPolicy = DEFAULT_POLICY,
+) -> tuple[list[EncodedComparison], DataReport]:
     """Tokenize prompts and their responses.
 
     Args:
         template: the tokenizer's own if None.
         max_length: tokens of a prompt with its longest response at most.
-        over_length: a comparison over `max_length` is dropped, has its responses cut at their end (so that the end
-            token is lost; dropped if the prompt leaves no room or the responses become equal), or is an error.
-        max_dropped_share: largest fraction of comparisons that "drop" may remove.
-        on_bad_row: what happens to messages that the template refuses.
+        policy: a comparison over `max_length` is dropped, has its responses cut at their end (so that the end token is
+            lost; dropped if the prompt leaves no room or the responses become equal), or is an error.
     Raises:
         DataError: refused messages, rows over `max_length` with "error", too many of them with "drop", or no rows left;
             each diagnostic has file and line.
     """
-    report = PreferenceReport(read=len(examples), max_length=max_length)
+    report = DataReport(read=len(examples), max_length=max_length)
     rows: list[EncodedComparison] = []
     dropped: Counter[str] = Counter()
     over: list[Diagnostic] = []
@@ -115,8 +74,8 @@ def encode_comparisons(
             over.append(
                 over_length_diagnostic(examples[index].row, len(prompt) + longest, max_length, at_least=is_short)
             )
-            if over_length == "drop" or len(prompt) >= max_length:
-                dropped[OVER_LENGTH if over_length == "drop" else PROMPT_OVER] += 1
+            if policy.over_length == "drop" or len(prompt) >= max_length:
+                dropped[OVER_LENGTH if policy.over_length == "drop" else PROMPT_OVER] += 1
                 continue
             responses = [response[: max_length - len(prompt)] for response in whole]
         if len(set(map(tuple, responses))) < len(responses):
@@ -129,7 +88,7 @@ def encode_comparisons(
     report.tokens = sum(row.num_tokens for row in rows)
     report.lengths = [len(row.prompt) + max(map(len, row.responses)) for row in rows]
     report.indices = [row.index for row in rows]
-    _finish(report, dropped, over, over_length, max_dropped_share, on_bad_row)
+    finish(report, dropped, over, policy, "at least one row that fits")
     return rows, report
 
 
@@ -139,20 +98,18 @@ def encode_prompts(
     *,
     template: ChatTemplate | None,
     max_length: int | None,
-    over_length: OverLength = "drop",
-    max_dropped_share: float = 0.01,
-    on_bad_row: Literal["error", "skip"] = "error",
-) -> tuple[list[list[int]], PreferenceReport]:
+    policy: RowPolicy = DEFAULT_POLICY,
+) -> tuple[list[list[int]], DataReport]:
     """Tokenize prompts: the ids that generation starts from.
 
     Args:
         max_length: tokens of a prompt at most.
-        over_length: as in `encode_comparisons`; but a prompt is never truncated, because the model answers its end:
+        policy: as in `encode_comparisons`; but a prompt is never truncated, because the model answers its end:
             "cut" drops it, without a limit on their number.
     Raises:
         DataError: as `encode_comparisons`.
     """
-    report = PreferenceReport(read=len(prompts), max_length=max_length)
+    report = DataReport(read=len(prompts), max_length=max_length)
     rows: list[list[int]] = []
     dropped: Counter[str] = Counter()
     over: list[Diagnostic] = []
@@ -165,7 +122,8 @@ def encode_prompts(
         report.indices.append(index)
     report.lengths = list(map(len, rows))
     report.tokens = sum(report.lengths)
-    _finish(report, dropped, over, over_length, max_dropped_share, on_bad_row)
+    report.responses = report.pairs = 0
+    finish(report, dropped, over, policy, "at least one row that fits")
     return rows, report
 
 
@@ -173,7 +131,7 @@ def _tokenized(
     tokenizer: PreTrainedTokenizerBase,
     examples: Sequence[Comparison] | Sequence[Prompt],
     template: ChatTemplate | None,
-    report: PreferenceReport,
+    report: DataReport,
 ) -> Iterator[tuple[int, list[list[int]], bool]]:
     """Yield the index of each rendered example, the ids of its prompt and responses, and whether a text was shortened.
 
@@ -219,30 +177,12 @@ def _groups(
     return groups
 
 
-def _finish(
-    report: PreferenceReport,
-    dropped: Counter[str],
-    over: Sequence[Diagnostic],
-    over_length: OverLength,
-    max_dropped_share: float,
-    on_bad_row: Literal["error", "skip"],
-) -> None:
-    """Complete the report, and raise if the policies are violated or no row is left."""
-    dropped.update({REFUSED: len(report.diagnostics)} if report.diagnostics else {})
-    report.used, report.dropped = len(report.lengths), dict(dropped)
-    assert report.read == report.used + sum(report.dropped.values()), report
-    if report.diagnostics and on_bad_row == "error":
-        raise BadRows(report.diagnostics, len(report.diagnostics), "correct the rows", SKIP_ROWS)
-    check_over(over, report.read, report.max_length, over_length, max_dropped_share)
-    if not report.used:
-        raise DataError([Diagnostic("data", None, None, "rows", report.summary(), "at least one row that fits")])
-
-
 class Origin(NamedTuple):
-    """The source of a prompt: its `text` in the file, and the file and line."""
+    """The source of a prompt: its `text` in the file, the file and line, and the columns of its row."""
 
     text: str
     location: str
+    row: Mapping[str, object] = MappingProxyType({})
 
 
 class PreferenceEncoder:
@@ -259,7 +199,7 @@ class PreferenceEncoder:
         self.origins: dict[tuple[int, ...], Origin] = {}
         """The source of each tokenized prompt, by its ids."""
 
-    def comparisons(self, examples: Sequence[Comparison]) -> tuple[list[EncodedComparison], PreferenceReport]:
+    def comparisons(self, examples: Sequence[Comparison]) -> tuple[list[EncodedComparison], DataReport]:
         """Raises `DataError` as `encode_comparisons`."""
         data = self.data
         return encode_comparisons(
@@ -267,12 +207,10 @@ class PreferenceEncoder:
             examples,
             template=self.template,
             max_length=self.max_length,
-            over_length=data.over_length,
-            max_dropped_share=data.max_dropped_share,
-            on_bad_row=data.on_bad_row,
+            policy=RowPolicy(data.over_length, data.max_dropped_share, data.on_bad_row),
         )
 
-    def prompts(self, examples: Sequence[Prompt]) -> tuple[list[list[int]], PreferenceReport]:
+    def prompts(self, examples: Sequence[Prompt]) -> tuple[list[list[int]], DataReport]:
         """Raises `DataError` as `encode_prompts`."""
         data = self.data
         ids, report = encode_prompts(
@@ -280,10 +218,9 @@ class PreferenceEncoder:
             examples,
             template=self.template,
             max_length=self.max_length,
-            over_length=data.over_length,
-            max_dropped_share=data.max_dropped_share,
-            on_bad_row=data.on_bad_row,
+            policy=RowPolicy(data.over_length, data.max_dropped_share, data.on_bad_row),
         )
         for tokens, index in zip(ids, report.indices, strict=True):
-            self.origins[tuple(tokens)] = Origin(prompt_text(examples[index].prompt), examples[index].row.location)
+            example = examples[index]
+            self.origins[tuple(tokens)] = Origin(prompt_text(example.prompt), example.row.location, example.row.values)
         return ids, report

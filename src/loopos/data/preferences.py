@@ -24,7 +24,7 @@ from loopos.data.prompts import (
     read_prompt,
     untemplated_note,
 )
-from loopos.data.reading import FormatReport, Unusable, read_examples
+from loopos.data.reading import DataReport, Unusable, read_examples
 from loopos.data.record import is_number, kind_name, shown
 from loopos.data.row_fields import RowFields
 from loopos.data.rows import Row, RowReader
@@ -99,7 +99,7 @@ class Comparison:
 
 def read_comparisons(
     reader: RowReader, overrides: Overrides, *, as_text: bool = False
-) -> tuple[list[Comparison], FormatReport]:
+) -> tuple[list[Comparison], DataReport]:
     """Read a source into comparisons of one format, in order.
 
     Args:
@@ -114,11 +114,11 @@ def read_comparisons(
         example = comparison_of(fields, form, as_text=as_text)
         return example if example is not None else Unusable(fields.problems[0][0], [f for _, f in fields.problems])
 
-    found: tuple[list[Comparison], PreferenceFormat, FormatReport]
+    found: tuple[list[Comparison], PreferenceFormat, DataReport]
     found = read_examples(reader, lambda columns, source: detect(columns, overrides, source=source), from_row)
     examples, _, report = found
     note = untemplated_note([example.prompt for example in examples])
-    return examples, replace(report, summary=(*report.summary, *note))
+    return examples, replace(report, notes=(*report.notes, *note))
 
 
 def comparison_of(fields: RowFields, form: PreferenceFormat, *, as_text: bool) -> Comparison | None:

@@ -16,7 +16,7 @@ from loopos.data.columns import COLUMN, Overrides, column_remedy
 from loopos.data.context import CONTEXT_ROLES, with_context
 from loopos.data.conversations import ASSISTANT, Message, message_of, messages_of, with_system
 from loopos.data.preference_formats import PreferenceFormat, detect
-from loopos.data.reading import FormatReport, Unusable, read_examples
+from loopos.data.reading import DataReport, Unusable, read_examples
 from loopos.data.record import kind_name, shown
 from loopos.data.row_fields import RowFields
 from loopos.data.rows import Row, RowReader
@@ -41,9 +41,7 @@ class Prompt:
     tools: tuple[Tool, ...] = ()
 
 
-def read_prompts(
-    reader: RowReader, overrides: Overrides, *, as_text: bool = False
-) -> tuple[list[Prompt], FormatReport]:
+def read_prompts(reader: RowReader, overrides: Overrides, *, as_text: bool = False) -> tuple[list[Prompt], DataReport]:
     """Read a source into prompts, in order; preference rows work too.
 
     The assistant's last turns of a conversation are removed. Repeated prompts are dropped and counted.
@@ -57,7 +55,7 @@ def read_prompts(
     def from_row(row: Row, form: PreferenceFormat) -> Prompt | Unusable:
         return prompt_of(row, form, as_text=as_text)
 
-    found: tuple[list[Prompt], PreferenceFormat, FormatReport]
+    found: tuple[list[Prompt], PreferenceFormat, DataReport]
     found = read_examples(
         reader, lambda columns, source: detect(columns, overrides, source=source, prompts=True), from_row
     )
@@ -68,9 +66,7 @@ def read_prompts(
     repeated = len(examples) - len(distinct)
     dropped = {**report.dropped, REPEATED: repeated} if repeated else report.dropped
     note = untemplated_note([prompt.prompt for prompt in distinct.values()])
-    return list(distinct.values()), replace(
-        report, used=len(distinct), dropped=dropped, summary=(*report.summary, *note)
-    )
+    return list(distinct.values()), replace(report, used=len(distinct), dropped=dropped, notes=(*report.notes, *note))
 
 
 def prompt_of(row: Row, form: PreferenceFormat, *, as_text: bool) -> Prompt | Unusable:

@@ -11,12 +11,16 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Literal, Protocol, TypeVar
 
-from loopos.config.diagnostics import DataError, Diagnostic
+from loopos.config.diagnostics import DataError, Diagnostic, UserError
+from loopos.config.own_function import OwnFunction
+from loopos.config.registry import loaded
+from loopos.config.variants import FORMATS
 from loopos.data import rows
 from loopos.data.columns import named, unread
 from loopos.data.decoding import TextRules
 from loopos.data.preference_formats import NAMES
-from loopos.data.rows import Lines, Row, RowReader
+from loopos.data.record import shown
+from loopos.data.rows import Convert, Lines, Row, RowReader
 
 PAIRWISE = "preference"
 """The column of a pairwise comparison, for any name of its control."""
@@ -99,6 +103,8 @@ class SourceKeys(Protocol):
     plain_lines: ClassVar[str | None]
 
     @property
+    def format(self) -> str | None: ...
+    @property
     def encoding(self) -> str | None: ...
     @property
     def max_line_bytes(self) -> int: ...
@@ -129,38 +135,96 @@ class Unusable:
     diagnostics: list[Diagnostic]
 
 
-@dataclass(frozen=True, slots=True)
-class FormatReport:
-    """Counts of a pass: `read` = `used` + the sum of `dropped`, which counts rows by reason.
+@dataclass(kw_only=True)
+class DataReport:
+    """What was used of data, by reading a file or by tokenizing examples: `read` = `used` + the sum of `dropped`, which
+    counts rows by reason. `summary()` is its text.
 
-    `class_names`: names that the data set itself keeps for the whole numbers of its label column, if any. `columns`:
-    role → column; `unread`: the columns that no role reads.
+    Of reading: `notes`: the reader's decisions. `class_names`: names that the data set itself keeps for the whole
+    numbers of its label column, if any. `columns`: role → column; `unread`: the columns that no role reads, and
+    `unread_note` what becomes of them.
+
+    Of tokenizing: `lengths` of the used rows (of preferences, of each prompt with its longest response), None before;
+    `indices` of the used rows among the read ones. `tokens` counts each prompt once. `trained_tokens`, and `responses`
+    and `pairs`, are None where the data has none. `cut`: truncated rows or responses; `tokens_cut`: the tokens that
+    they lost, a lower bound if `shortened` texts were not tokenized to their end.
     """
 
-    read: int
-    used: int
-    dropped: dict[str, int]
-    summary: tuple[str, ...]
-    diagnostics: tuple[Diagnostic, ...] = field(default=())
-    class_names: tuple[str, ...] = field(default=())
+    read: int = 0
+    used: int = 0
+    dropped: dict[str, int] = field(default_factory=dict)
+    diagnostics: list[Diagnostic] = field(default_factory=list)
+    notes: tuple[str, ...] = ()
+    class_names: tuple[str, ...] = ()
     columns: Mapping[str, str] = field(default_factory=dict)
-    unread: tuple[str, ...] = field(default=())
+    unread: tuple[str, ...] = ()
+    unread_note: str = "not read"
+    responses: int | None = None
+    pairs: int | None = None
+    tokens: int = 0
+    trained_tokens: int | None = None
+    cut: int = 0
+    tokens_cut: int = 0
+    max_length: int | None = None
+    shortened: int = 0
+    lengths: list[int] | None = field(default=None, repr=False)
+    indices: list[int] = field(default_factory=list, repr=False)
+
+    def counts(self) -> dict[str, object]:
+        """The counts of rows and tokens as values for logs, without those that the data has not."""
+        values = {name: getattr(self, name) for name in _COUNTS}
+        return {name: value for name, value in values.items() if value is not None or name == "max_length"}
+
+    def summary(self) -> str:
+        """The report as text: rows, tokens where rows were tokenized, and unread columns."""
+        dropped = "".join(f", {count} dropped ({reason})" for reason, count in sorted(self.dropped.items()))
+        rows = f"{self.read} rows read, {self.used} used{dropped}"
+        return "; ".join([rows, *self._of_tokens(), *left_out(self)])
+
+    def _of_tokens(self) -> list[str]:
+        if self.lengths is None:
+            return []
+        counts = [f"{self.responses} responses, {self.pairs} pairs"] if self.responses else []
+        counts.append(f"{self.tokens:,} tokens")
+        if self.trained_tokens is not None:
+            fraction = f" ({self.trained_tokens / self.tokens:.0%})" if self.tokens else ""
+            counts.append(f"{self.trained_tokens:,} trained{fraction}")
+        counts.append(length_spread(self.lengths) or "no rows")
+        at_least = "at least " if self.shortened else ""
+        lost = f"{self.cut} cut at {self.max_length} ({at_least}{self.tokens_cut} tokens lost)"
+        return [", ".join(counts), *([lost] if self.cut else [])]
 
 
-def account(report: FormatReport) -> str:
-    """read = used + dropped, and the unread columns, as text."""
-    dropped = "".join(f", {count} dropped ({reason})" for reason, count in sorted(report.dropped.items()))
-    return "; ".join([f"{report.read} rows read, {report.used} used{dropped}", *left_out(report)])
+_COUNTS = (
+    "read",
+    "used",
+    "dropped",
+    "responses",
+    "pairs",
+    "tokens",
+    "trained_tokens",
+    "cut",
+    "tokens_cut",
+    "max_length",
+)
 
 
-def left_out(report: FormatReport) -> list[str]:
+def length_spread(lengths: Sequence[int]) -> str:
+    """Shortest, longest and median length as text; empty without lengths."""
+    if not lengths:
+        return ""
+    ordered = sorted(lengths)
+    return f"length {ordered[0]} to {ordered[-1]}, median {ordered[len(ordered) // 2]}"
+
+
+def left_out(report: DataReport) -> list[str]:
     """A note on the columns that no role reads; empty if all are read."""
-    return [f"not read: {named(report.unread)}"] if report.unread else []
+    return [f"{report.unread_note}: {named(report.unread)}"] if report.unread else []
 
 
 def opened(data: SourceKeys, source: str, split: str) -> RowReader:
     """Open a source with the settings of the config. Raises like `rows.read`."""
-    return rows.read(
+    reader = rows.read(
         source,
         split=split,
         subset=data.subset,
@@ -170,6 +234,33 @@ def opened(data: SourceKeys, source: str, split: str) -> RowReader:
         rules=text_rules(data),
         lines=Lines(data.plain_lines, _KNOWN_NAMES) if data.plain_lines is not None else None,
     )
+    reader.convert = converter_of(data.format)
+    return reader
+
+
+def converter_of(name: str | None) -> Convert | None:
+    """The function of a format, by name or "module:name"; None without a name. Raises `UserError` for a format that is
+    found by its columns.
+    """
+    if name is None:
+        return None
+    function = FORMATS[name].function
+    if function is None:
+        raise UserError(f'data.format: got "{name}", which is found by its columns; leave the key out')
+    own = OwnFunction(f"format {name}", loaded(function))
+
+    def convert(values: Mapping[str, object], location: str) -> Mapping[str, object]:
+        try:
+            found = own(dict(values), about=location)
+        except UserError as problem:
+            if isinstance(problem.__cause__, ValueError):
+                raise problem.__cause__ from None
+            raise
+        if not isinstance(found, Mapping) or not all(isinstance(key, str) for key in found):
+            raise own.error(f"returned {shown(found)}; expected a dict of columns\n    for {location}")
+        return found
+
+    return convert
 
 
 def text_rules(data: SourceKeys) -> TextRules:
@@ -188,7 +279,7 @@ def read_examples(
     reader: RowReader,
     detect: Callable[[Sequence[str], str], Form],
     example_of: Callable[[Row, Form], Example | Unusable],
-) -> tuple[list[Example], Form, FormatReport]:
+) -> tuple[list[Example], Form, DataReport]:
     """Read a source into examples of one format.
 
     Args:
@@ -223,13 +314,13 @@ def read_examples(
         actual = f"{report.rows_read} rows, none of which can be used"
         first = f"first problem: {report.diagnostics[0]}" if report.diagnostics else ""
         raise DataError([Diagnostic(report.source, None, None, "rows", actual, "at least one good row", first)])
-    summary = (*report.summary, form.summary)
-    counted = FormatReport(
-        report.rows_read,
-        len(examples),
-        dict(dropped),
-        summary,
-        tuple(report.diagnostics),
+    notes = (*report.summary, form.summary)
+    counted = DataReport(
+        read=report.rows_read,
+        used=len(examples),
+        dropped=dict(dropped),
+        notes=notes,
+        diagnostics=list(report.diagnostics),
         columns=form.columns,
         unread=unread(columns, form.columns.values()),
     )

@@ -18,7 +18,7 @@ from loopos.data.preference_formats import PreferenceFormat
 from loopos.data.preference_formats import detect as detect_comparisons
 from loopos.data.preferences import Comparison, comparison_of
 from loopos.data.prompts import PromptContent, read_prompt
-from loopos.data.reading import FormatReport, Unusable, read_examples
+from loopos.data.reading import DataReport, Unusable, read_examples
 from loopos.data.record import shown
 from loopos.data.row_fields import RowFields
 from loopos.data.rows import Row, RowReader
@@ -65,7 +65,7 @@ class ResponseFormat:
 
 def read_responses(
     reader: RowReader, overrides: Mapping[str, str], *, as_text: bool = False
-) -> tuple[list[Comparison], FormatReport]:
+) -> tuple[list[Comparison], DataReport]:
     """Reads a whole source of one format, in its order.
 
     Args:
@@ -87,7 +87,7 @@ def read_responses(
             else Unusable(fields.problems[0][0], [diagnostic for _, diagnostic in fields.problems])
         )
 
-    examples: tuple[list[Comparison], PreferenceFormat | ResponseFormat, FormatReport]
+    examples: tuple[list[Comparison], PreferenceFormat | ResponseFormat, DataReport]
     examples = read_examples(reader, lambda columns, source: detect(columns, overrides, source), from_row)
     return examples[0], examples[2]
 

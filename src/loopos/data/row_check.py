@@ -74,7 +74,7 @@ def check_responses(source: str, columns: Mapping[str, str], rules: TextRules = 
     """Raises `DataError` where a source lacks the columns of responses that can be scored."""
     from loopos.data import responses_to_score  # 50 ms that only one command pays
 
-    _check_one(source, lambda names, place: responses_to_score.detect(names, columns, place), rules)
+    _check_one(source, lambda names, source: responses_to_score.detect(names, columns, source), rules)
 
 
 def check_supervised(
@@ -106,6 +106,12 @@ def _preferences(columns: Mapping[str, str], *, prompts: bool = False) -> Detect
     return lambda names, source: preference_formats.detect(names, columns, source=source, prompts=prompts)
 
 
+def _thumbs(columns: Mapping[str, str]) -> Detect:
+    from loopos.data import thumbs  # only one method pays for its import
+
+    return lambda names, source: thumbs.detect(names, columns, source)
+
+
 def _supervised(columns: Mapping[str, str], remembered: Mapping[str, str | None] | None = None) -> Detect:
     return lambda names, source: supervised_rows.detect(names, columns, remembered=remembered, source=source)
 
@@ -116,9 +122,9 @@ def sources_of(config: Any) -> Iterator[tuple[str, Callable[[], RowReader], Dete
     By the kind of rows that the method reads: importing the configs of all methods to tell them by class takes longer
     than the check. The columns of a method that names no kind are left to it.
     """
-    if config.computation.method == "rlhf":
-        yield from sources_of(config.reward_model_config())
-        yield from sources_of(config.ppo_config())
+    if len(config.phases) > 1:
+        for phase in config.phases:
+            yield from sources_of(phase)
         return
     data = config.data
     columns: dict[str, str] = {**getattr(data, "columns", {})}
@@ -133,6 +139,8 @@ def sources_of(config: Any) -> Iterator[tuple[str, Callable[[], RowReader], Dete
                 yield from _both(data, data.source, _supervised(columns))
             case "comparisons":
                 yield from _both(data, data.source, _preferences(columns))
+            case "thumbs":
+                yield from _both(data, data.source, _thumbs(columns))
             case "prompts":
                 yield from _both(data, data.source, _preferences(columns, prompts=True))
 
@@ -189,12 +197,14 @@ def check_rows(config: MethodConfig) -> None:
             _check_phase(resumed_config(phase, Path(phase.data.output_dir)))
 
 
-def _phases(config: Any) -> list[Any]:
-    """The configs of the trainings that are to come: of rlhf the policy's alone where the reward model is there."""
-    if config.computation.method != "rlhf":
-        return [config]
-    is_judged = (Path(config.reward_model_dir) / "model" / MODEL_DESCRIPTION).is_file()
-    return [*([] if is_judged else [config.reward_model_config()]), config.ppo_config()]
+def _phases(config: MethodConfig) -> list[Any]:
+    """The configs of the trainings that are to come: without the earlier phases whose model is there."""
+    *earlier, last = config.phases
+    return [*(phase for phase in earlier if not _has_model(phase)), last]
+
+
+def _has_model(phase: Any) -> bool:
+    return (Path(phase.data.output_dir) / "model" / MODEL_DESCRIPTION).is_file()
 
 
 def _check_phase(config: Any) -> None:
@@ -222,6 +232,10 @@ def _check_phase(config: Any) -> None:
                 from loopos.data.preference_data import load_comparisons
 
                 read_for_reuse(load_comparisons, data, data.source, seed=seed)
+            case "thumbs":
+                from loopos.data.preference_data import load_thumbs
+
+                read_for_reuse(load_thumbs, data, data.source, seed=seed)
             case "prompts":
                 from loopos.data.preference_data import load_prompts
 

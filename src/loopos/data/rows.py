@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import itertools
 import re
-from collections.abc import Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -25,7 +25,6 @@ from loopos.data.record import MAXIMUM_DIAGNOSTICS, SKIP_ROWS, BadRows, ReadRepo
 from loopos.data.sources import FileFormat, Location, locate
 from loopos.data.tables import (
     arrow_records,
-    check_columns,
     hub_records,
     parquet_records,
     saved_records,
@@ -150,6 +149,10 @@ class Lines:
     unless: frozenset[str]
 
 
+Convert: TypeAlias = Callable[[Mapping[str, object], str], Mapping[str, object]]
+"""The values of a row and its location → its values in other columns; raises ValueError for a row that has none."""
+
+
 class RowReader:
     """An iterable of the rows of one source; each pass reads the source again and fills a new `report`.
 
@@ -161,7 +164,6 @@ class RowReader:
         self,
         location: Location,
         *,
-        columns: Sequence[str] | None,
         split: str,
         subset: str | None,
         streaming: bool,
@@ -172,9 +174,10 @@ class RowReader:
     ) -> None:
         assert on_bad_row in ("error", "skip"), on_bad_row
         assert max_rows is None or max_rows > 0, max_rows
-        self.location, self.columns, self.split, self.subset, self.rules = location, columns, split, subset, rules
+        self.location, self.split, self.subset, self.rules = location, split, subset, rules
         self.streaming, self.max_rows, self.on_bad_row = streaming, max_rows, on_bad_row
         self.lines = lines
+        self.convert: Convert | None = None
         self.report = self._new_report()
 
     def __iter__(self) -> Iterator[Row]:
@@ -190,8 +193,17 @@ class RowReader:
                 if isinstance(record, Diagnostic):
                     numbered = record if record.line is not None else replace(record, source=f"{source} (row {index})")
                     self.reject([numbered])
-                else:
+                elif self.convert is None:
                     yield Row(record.values, source, record.line, index)
+                else:
+                    yield from self._converted(self.convert, Row(record.values, source, record.line, index))
+
+    def _converted(self, convert: Convert, row: Row) -> Iterator[Row]:
+        """The row in other columns, if the format accepts it."""
+        try:
+            yield replace(row, values=dict(convert(row.values, row.location)))
+        except ValueError as problem:
+            self.reject([Diagnostic(row.source_label, row.line, None, "row", str(problem), "")])
 
     def reject(self, diagnostics: Sequence[Diagnostic]) -> None:
         """Count one row of the current pass as bad, with `diagnostics` from the reader or from `formats`.
@@ -221,34 +233,27 @@ class RowReader:
             empty = True
             for record in records:
                 empty = False
-                yield source, self._select(record, source)
+                yield source, record
             if empty:
                 raise file_error(
                     source, "no rows", "at least one row", "a header without rows is not data", field="rows"
                 )
 
     def _sources(self, report: ReadReport) -> Iterator[tuple[str, Records]]:
-        name, columns = self.location.name, self.columns
+        name = self.location.name
         match self.location.kind:
             case "files":
                 for path, file_format in self.location.files:
-                    yield path, _file_records(path, file_format, columns, self.rules, self.lines, report)
+                    yield path, _file_records(path, file_format, self.rules, self.lines, report)
             case "saved":
-                yield name, saved_records(name, self.split, columns, report)
+                yield name, saved_records(name, self.split, report)
             case "hub":
-                yield name, hub_records(name, self.split, self.subset, columns, self.streaming, report)
-
-    def _select(self, record: Record | Diagnostic, source: str) -> Record | Diagnostic:
-        if self.columns is None or isinstance(record, Diagnostic):
-            return record
-        check_columns(list(record.values), self.columns, source, record.line)
-        return Record(record.line, {name: record.values[name] for name in self.columns})
+                yield name, hub_records(name, self.split, self.subset, self.streaming, report)
 
 
 def read(
     source: str,
     *,
-    columns: Sequence[str] | None = None,
     split: str = "train",
     subset: str | None = None,
     streaming: bool = False,
@@ -261,7 +266,6 @@ def read(
 
     Args:
         source: a file, a folder, a glob or a hub id "org/name".
-        columns: names of the columns to keep; all if None.
         split: which split of a hub id, of a saved data set, or of a folder whose file names state one.
         subset: the configuration of a hub id that has several.
         streaming: read a hub id while it downloads; raise at the first bad row instead of the end.
@@ -275,7 +279,6 @@ def read(
     """
     return RowReader(
         locate(expanded(source), split),
-        columns=columns,
         split=split,
         subset=subset,
         streaming=streaming,
@@ -289,7 +292,6 @@ def read(
 def _file_records(
     path: str,
     file_format: FileFormat,
-    columns: Sequence[str] | None,
     rules: TextRules,
     plain: Lines | None,
     report: ReadReport,
@@ -317,9 +319,9 @@ def _file_records(
         case "preferences":
             yield from preference_records(read_lines(path, rules), path, report)
         case "parquet":
-            yield from parquet_records(path, columns, report)
+            yield from parquet_records(path, report)
         case "arrow":
-            yield from arrow_records(path, columns, report)
+            yield from arrow_records(path, report)
         case "xlsx":
             yield from spreadsheet_records(path, rules, report)
 

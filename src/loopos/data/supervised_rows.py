@@ -9,7 +9,7 @@ Left out: how the format is found (`format_detection`), the rows themselves (`de
 Rows → examples that a language model learns from, whatever their format.
 
 Enters: the rows of a reader, the user's choice of columns, the `StepFormat` of the run. Leaves: examples in the rows'
-order and a `FormatReport` in which read = used + dropped. Left out: templates and tokens (`templates`,
+order and a `DataReport` in which read = used + dropped. Left out: templates and tokens (`templates`,
 `supervised_tokens`).
 """
 
@@ -23,7 +23,7 @@ from loopos.data.columns import COLUMN, Family, Fit, Overrides, Shape, detected
 from loopos.data.context import CONTEXT_NAMES, CONTEXT_ROLES
 from loopos.data.conversations import Conversation, conversation, instruction, prompted
 from loopos.data.demonstrations import Demonstration, demonstration
-from loopos.data.reading import FormatReport, Unusable, read_examples
+from loopos.data.reading import DataReport, Unusable, read_examples
 from loopos.data.record import kind_name
 from loopos.data.row_fields import RowFields
 from loopos.data.rows import Row, RowReader
@@ -148,7 +148,7 @@ def read_supervised(
     *,
     step_format: StepFormat,
     remembered: Mapping[str, str | None] | None = None,
-) -> tuple[list[Example], FormatReport]:
+) -> tuple[list[Example], DataReport]:
     """Read a source into examples of one format, in its order. remembered: as `supervised_formats.detect`.
 
     Raises:
@@ -160,7 +160,7 @@ def read_supervised(
         example = example_of(fields, form, step_format)
         return example if example is not None else Unusable(fields.problems[0][0], [f for _, f in fields.problems])
 
-    found: tuple[list[Example], SupervisedFormat, FormatReport]
+    found: tuple[list[Example], SupervisedFormat, DataReport]
     found = read_examples(
         reader, lambda columns, source: detect(columns, overrides, remembered=remembered, source=source), from_row
     )

@@ -14,23 +14,24 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
 from transformers import PreTrainedTokenizerBase
 
-from loopos.config.chain_of_thought import ReasoningDataSection
 from loopos.config.diagnostics import DataError, Diagnostic
+from loopos.config.sft import SftDataSection
 from loopos.data.conversations import ASSISTANT, Conversation, Message, Question
 from loopos.data.demonstrations import Demonstration
 from loopos.data.piece_tokens import SegmentTokenizer
+from loopos.data.reading import DataReport
 from loopos.data.record import SKIP_ROWS, BadRows
 from loopos.data.rows import Row
 from loopos.data.step_format import StepFormat
 from loopos.data.supervised_rows import Completion, Example, PlainText
 from loopos.data.template_checks import check_reasoning
 from loopos.data.templates import ChatTemplate, Segment, TemplateRefusal
-from loopos.data.tokens import Encoded, length_spread
+from loopos.data.tokens import Encoded
 from loopos.data.tool_schemas import Tool
 
 TrainOn: TypeAlias = Literal["all", "assistant", "answer"]
@@ -115,39 +116,18 @@ class Supervised:
         return Encoded(self.ids, None, self.index, weights=weights)
 
 
-@dataclass
-class SupervisedReport:
-    """Counts of tokenizing: `read` = `used` + the sum of `dropped`, which counts rows by reason.
-
-    `cut`: rows truncated to `max_length`; `tokens_cut`: the tokens that they lost.
+@dataclass(frozen=True)
+class RowPolicy:
+    """What happens to rows that do not fit. over_length: to those over the maximum length. max_dropped_share: the
+    largest fraction of rows that "drop" may remove. on_bad_row: to messages that the template refuses.
     """
 
-    read: int = 0
-    used: int = 0
-    dropped: dict[str, int] = field(default_factory=dict)
-    tokens: int = 0
-    trained_tokens: int = 0
-    cut: int = 0
-    tokens_cut: int = 0
-    max_length: int | None = None
-    diagnostics: list[Diagnostic] = field(default_factory=list)
-    lengths: list[int] = field(default_factory=list, repr=False)
+    over_length: OverLength = "drop"
+    max_dropped_share: float = 0.01
+    on_bad_row: Literal["error", "skip"] = "error"
 
-    def counts(self) -> dict[str, object]:
-        """The counts as values for logs."""
-        values = asdict(self)
-        return {name: value for name, value in values.items() if name not in ("diagnostics", "lengths")}
 
-    def summary(self) -> str:
-        """The counts as text."""
-        spread = length_spread(self.lengths) or "no rows"
-        dropped = "".join(f", {count} dropped ({reason})" for reason, count in sorted(self.dropped.items()))
-        cut = f"; {self.cut} cut at {self.max_length} ({self.tokens_cut} tokens lost)" if self.cut else ""
-        trained_fraction = f" ({self.trained_tokens / self.tokens:.0%})" if self.tokens else ""
-        return (
-            f"{self.read} examples, {self.used} used{dropped}; {self.tokens:,} tokens, {self.trained_tokens:,} "
-            f"trained{trained_fraction}, {spread}{cut}"
-        )
+DEFAULT_POLICY = RowPolicy()
 
 
 def encode_supervised(
@@ -157,19 +137,15 @@ def encode_supervised(
     step_format: StepFormat,
     train_on: TrainOn = "assistant",
     max_length: int | None,
-    over_length: OverLength = "drop",
-    max_dropped_share: float = 0.01,
-    on_bad_row: Literal["error", "skip"] = "error",
+    policy: RowPolicy = DEFAULT_POLICY,
     template: ChatTemplate | None = None,
-) -> tuple[list[Supervised], SupervisedReport]:
+) -> tuple[list[Supervised], DataReport]:
     """Tokenize examples and mark the trained tokens.
 
     Args:
         train_on: "assistant" trains the assistant's turns with their end tokens (the completion of prompt and
             completion, all of plain text); "answer" only the answer of the last turn; "all" every token.
-        over_length: a row over `max_length` is dropped, truncated at its end (without the end token), or an error.
-        max_dropped_share: largest fraction of rows that "drop" may remove.
-        on_bad_row: what happens to a conversation that the template refuses.
+        policy: a row over `max_length` is dropped, truncated at its end (without the end token), or an error.
         template: the tokenizer's own if None.
     Raises:
         DataError: refused rows, rows over `max_length` with "error", too many of them with "drop", or no rows left;
@@ -177,7 +153,7 @@ def encode_supervised(
     """
     template = template or ChatTemplate(tokenizer)
     encoder = SegmentTokenizer(tokenizer)
-    report = SupervisedReport(max_length=max_length)
+    report = DataReport(read=len(examples), max_length=max_length)
     rows: list[Supervised] = []
     dropped: Counter[str] = Counter()
     over: list[Diagnostic] = []
@@ -192,7 +168,7 @@ def encode_supervised(
             length = len(row.ids)
             if max_length is not None and length > max_length:
                 over.append(over_length_diagnostic(examples[index].row, length, max_length, at_least=is_short))
-                if over_length == "drop":
+                if policy.over_length == "drop":
                     dropped[OVER_LENGTH] += 1
                     continue
                 report.cut, report.tokens_cut = report.cut + 1, report.tokens_cut + length - max_length
@@ -201,18 +177,9 @@ def encode_supervised(
                 dropped[UNTRAINED] += 1
                 continue
             rows.append(row)
-    refused = list(report.diagnostics)
-    dropped.update({REFUSED: len(refused)} if refused else {})
-    report.read, report.used, report.dropped = len(examples), len(rows), dict(dropped)
-    _fill(report, rows)
-    assert report.read == report.used + sum(report.dropped.values()), report
-    if refused and on_bad_row == "error":
-        raise BadRows(refused, len(refused), "correct the rows", SKIP_ROWS)
-    check_over(over, len(examples), max_length, over_length, max_dropped_share)
-    if not rows:
-        raise DataError(
-            [Diagnostic("data", None, None, "rows", report.summary(), "at least one row with a token to learn")]
-        )
+    report.lengths = [len(row.ids) for row in rows]
+    report.tokens, report.trained_tokens = sum(report.lengths), sum(sum(row.mask) for row in rows)
+    finish(report, dropped, over, policy, "at least one row with a token to learn")
     return rows, report
 
 
@@ -263,7 +230,7 @@ def _chunk_parts(
     template: ChatTemplate,
     step_format: StepFormat,
     train_on: TrainOn,
-    report: SupervisedReport,
+    report: DataReport,
 ) -> tuple[list[list[Part]], list[int]]:
     """The parts of a chunk's examples and their indices; refused examples become diagnostics of the report."""
     found, indices = [], []
@@ -303,9 +270,23 @@ def _truncated(row: Supervised, length: int) -> Supervised:
     return Supervised(row.ids[:length], row.mask[:length], weights, row.index)
 
 
-def _fill(report: SupervisedReport, rows: Sequence[Supervised]) -> None:
-    report.lengths = [len(row.ids) for row in rows]
-    report.tokens, report.trained_tokens = sum(report.lengths), sum(sum(row.mask) for row in rows)
+def finish(
+    report: DataReport, dropped: Counter[str], over: Sequence[Diagnostic], policy: RowPolicy, expected: str
+) -> None:
+    """Complete a report that has its lengths and its diagnostics of refused rows: read = used + dropped.
+
+    over: rows over the maximum length. expected: of which there must be one. Raise `DataError` if a policy is violated
+    or no row is left.
+    """
+    refused = report.diagnostics
+    dropped.update({REFUSED: len(refused)} if refused else {})
+    report.used, report.dropped = len(report.lengths or ()), dict(dropped)
+    assert report.read == report.used + sum(report.dropped.values()), report
+    if refused and policy.on_bad_row == "error":
+        raise BadRows(refused, len(refused), "correct the rows", SKIP_ROWS)
+    check_over(over, report.read, report.max_length, policy)
+    if not report.used:
+        raise DataError([Diagnostic("data", None, None, "rows", report.summary(), expected)])
 
 
 def over_length_diagnostic(row: Row, length: int, max_length: int, *, at_least: bool) -> Diagnostic:
@@ -317,22 +298,20 @@ def over_length_diagnostic(row: Row, length: int, max_length: int, *, at_least: 
     return Diagnostic(row.source_label, row.line, None, "row", actual, f"at most {max_length} (max_length)")
 
 
-def check_over(
-    over: Sequence[Diagnostic], read: int, max_length: int | None, over_length: OverLength, max_dropped_share: float
-) -> None:
+def check_over(over: Sequence[Diagnostic], read: int, max_length: int | None, policy: RowPolicy) -> None:
     """Raise `BadRows` if the policy does not allow the rows over `max_length` (diagnostics `over`).
 
     "error" allows none, "drop" at most the fraction `max_dropped_share` of the rows `read`.
     """
-    if over and over_length == "error":
+    if over and policy.over_length == "error":
         advice = f'{len(over)} of {read} rows are over max_length {max_length}, and data.over_length is "error": '
         advice += 'raise training.max_length, shorten these rows, or set data.over_length to "drop"'
         raise BadRows(over[:MOST_LONG_SHOWN], len(over), advice)
-    if over_length == "drop" and len(over) > max_dropped_share * read:
+    if policy.over_length == "drop" and len(over) > policy.max_dropped_share * read:
         advice = (
             f"{len(over)} of {read} rows are over max_length {max_length}, more than data.max_dropped_share "
-            f"({max_dropped_share:g}) allows to drop: raise training.max_length, or data.max_dropped_share to at least "
-            f"{math.ceil(len(over) / read * 100) / 100:g}"
+            f"({policy.max_dropped_share:g}) allows to drop: raise training.max_length, or data.max_dropped_share to "
+            f"at least {math.ceil(len(over) / read * 100) / 100:g}"
         )
         raise BadRows(over[:MOST_LONG_SHOWN], len(over), advice)
 
@@ -342,7 +321,7 @@ class SupervisedEncoder:
 
     def __init__(
         self,
-        data: ReasoningDataSection,
+        data: SftDataSection,
         step_format: StepFormat,
         tokenizer: PreTrainedTokenizerBase,
         *,
@@ -352,7 +331,7 @@ class SupervisedEncoder:
         self.data, self.step_format, self.tokenizer, self.max_length = data, step_format, tokenizer, max_length
         self.template = ChatTemplate(tokenizer, data.chat_template)
 
-    def __call__(self, examples: Sequence[Example]) -> tuple[list[Supervised], SupervisedReport]:
+    def __call__(self, examples: Sequence[Example]) -> tuple[list[Supervised], DataReport]:
         """Raises `DataError` like `encode_supervised`."""
         return encode_supervised(
             self.tokenizer,
@@ -360,8 +339,6 @@ class SupervisedEncoder:
             step_format=self.step_format,
             train_on=self.data.train_on,
             max_length=self.max_length,
-            over_length=self.data.over_length,
-            max_dropped_share=self.data.max_dropped_share,
-            on_bad_row=self.data.on_bad_row,
+            policy=RowPolicy(self.data.over_length, self.data.max_dropped_share, self.data.on_bad_row),
             template=self.template,
         )

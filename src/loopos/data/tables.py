@@ -155,11 +155,11 @@ def _letters(index: int) -> str:
 BATCH_ROWS = 1024
 
 
-def parquet_records(path: str, columns: Sequence[str] | None, report: ReadReport) -> Records:
-    """Yield the rows of a parquet file, reading only `columns` if given.
+def parquet_records(path: str, report: ReadReport) -> Records:
+    """Yield the rows of a parquet file.
 
     Raises:
-        DataError: a damaged file, a missing column.
+        DataError: a damaged file.
     """
     import pyarrow
     import pyarrow.parquet
@@ -170,25 +170,25 @@ def parquet_records(path: str, columns: Sequence[str] | None, report: ReadReport
         pyarrow.parquet.ParquetFile(path) as table,
     ):
         schema = table.schema_arrow
-        _note_schema(schema, path, columns, report)
-        for batch in table.iter_batches(batch_size=BATCH_ROWS, columns=list(columns) if columns is not None else None):
-            yield from _batch_records(batch, None)
+        _note_schema(schema, report)
+        for batch in table.iter_batches(batch_size=BATCH_ROWS):
+            yield from _batch_records(batch)
 
 
-def arrow_records(path: str, columns: Sequence[str] | None, report: ReadReport) -> Records:
+def arrow_records(path: str, report: ReadReport) -> Records:
     """Yield the rows of an arrow file, in the file format (feather too) or the stream format (as `datasets` writes).
 
     Raises:
-        DataError: a damaged file, a missing column.
+        DataError: a damaged file.
     """
     import pyarrow
 
     require_regular(path)
     with _damage(path, "arrow", (pyarrow.ArrowException, OSError, ValueError)), pyarrow.memory_map(path) as memory:
         schema, batches = _arrow_batches(memory)
-        _note_schema(schema, path, columns, report)
+        _note_schema(schema, report)
         for batch in batches:
-            yield from _batch_records(batch, columns)
+            yield from _batch_records(batch)
 
 
 def _arrow_batches(memory: pyarrow.NativeFile) -> tuple[pyarrow.Schema, Iterator[pyarrow.RecordBatch]]:
@@ -205,15 +205,14 @@ def _arrow_batches(memory: pyarrow.NativeFile) -> tuple[pyarrow.Schema, Iterator
     return stream.schema, iter(stream)
 
 
-def _batch_records(batch: pyarrow.RecordBatch, columns: Sequence[str] | None) -> Records:
+def _batch_records(batch: pyarrow.RecordBatch) -> Records:
     """The rows of a batch, after a full validation: Arrow follows damaged offsets anywhere in memory and crashes."""
     batch.validate(full=True)
-    chosen = batch.select(list(columns)) if columns is not None else batch
-    for values in chosen.to_pylist():
+    for values in batch.to_pylist():
         yield Record(None, values)
 
 
-def saved_records(folder: str, split: str, columns: Sequence[str] | None, report: ReadReport) -> Records:
+def saved_records(folder: str, split: str, report: ReadReport) -> Records:
     """Yield the rows of a folder written by `save_to_disk`; of `split`, if it holds several.
 
     Raises:
@@ -240,12 +239,10 @@ def saved_records(folder: str, split: str, columns: Sequence[str] | None, report
                 field="split",
             )
         table = table[split]
-    yield from _dataset_records(table, folder, columns, report)
+    yield from _dataset_records(table, report)
 
 
-def hub_records(
-    name: str, split: str, subset: str | None, columns: Sequence[str] | None, streaming: bool, report: ReadReport
-) -> Records:
+def hub_records(name: str, split: str, subset: str | None, streaming: bool, report: ReadReport) -> Records:
     """Yield the rows of a data set on the hub; `streaming` reads them while they download, without a copy on disk.
 
     Raises:
@@ -258,7 +255,7 @@ def hub_records(
     try:
         with quiet_datasets():
             table = datasets.load_dataset(name, name=subset, split=split, streaming=streaming)
-        yield from _dataset_records(table, name, columns, report)
+        yield from _dataset_records(table, report)
     except failures as error:
         expected = f"the split {shown(split)}" + (f" of the subset {shown(subset)}" if subset else "")
         first = (str(error).strip() or "?").splitlines()[0][:200]
@@ -273,30 +270,16 @@ def hub_records(
         ) from error
 
 
-def check_columns(present: Sequence[str], columns: Sequence[str] | None, source: str, line: int | None = None) -> None:
-    """Raises a `DataError` if one of `columns` is not among those `present`."""
-    for name in columns or ():
-        if name not in present:
-            names = ", ".join(shown(column) for column in present[:12])
-            raise file_error(source, f"no column {shown(name)}", f"one of the columns: {names}", line=line, field=name)
-
-
-def _dataset_records(table: Any, source: str, columns: Sequence[str] | None, report: ReadReport) -> Records:
-    features = table.features or {}
-    if features:
-        check_columns(list(features), columns, source)
-    for name, feature in features.items():
+def _dataset_records(table: Any, report: ReadReport) -> Records:
+    for name, feature in (table.features or {}).items():
         names = getattr(feature, "names", None) or getattr(getattr(feature, "feature", None), "names", None)
         if names:
             report.class_names[name] = tuple(names)
-    if columns is not None:
-        table = table.select_columns(list(columns))
     for values in table:
         yield Record(None, values)
 
 
-def _note_schema(schema: pyarrow.Schema, path: str, columns: Sequence[str] | None, report: ReadReport) -> None:
-    check_columns(schema.names, columns, path)
+def _note_schema(schema: pyarrow.Schema, report: ReadReport) -> None:
     stored = (schema.metadata or {}).get(b"huggingface")
     features: Any = json.loads(stored) if stored is not None else {}
     for key in ("info", "features"):

@@ -19,7 +19,7 @@ from loopos.data.preference_formats import PreferenceFormat
 from loopos.data.preference_formats import detect as detect_comparisons
 from loopos.data.preferences import Comparison, comparison_of
 from loopos.data.prompts import PromptContent, check_response, read_prompt
-from loopos.data.reading import FormatReport, Unusable, read_examples
+from loopos.data.reading import DataReport, Unusable, read_examples
 from loopos.data.record import is_number, kind_name, shown
 from loopos.data.row_fields import RowFields
 from loopos.data.rows import Row, RowReader
@@ -84,7 +84,7 @@ class Thumbs:
         return self.comparison.prompt
 
 
-def read_thumbs(reader: RowReader, overrides: Overrides, *, as_text: bool = False) -> tuple[list[Thumbs], FormatReport]:
+def read_thumbs(reader: RowReader, overrides: Overrides, *, as_text: bool = False) -> tuple[list[Thumbs], DataReport]:
     """Reads a source of one format, in its order.
 
     Args:
@@ -103,7 +103,7 @@ def read_thumbs(reader: RowReader, overrides: Overrides, *, as_text: bool = Fals
             found = _answer(fields, form, as_text=as_text)
         return Unusable(fields.problems[0][0], [each for _, each in fields.problems]) if found is None else found
 
-    examples: tuple[list[Thumbs], PreferenceFormat | ThumbFormat, FormatReport]
+    examples: tuple[list[Thumbs], PreferenceFormat | ThumbFormat, DataReport]
     examples = read_examples(reader, lambda columns, source: detect(columns, overrides, source), from_row)
     return examples[0], examples[2]
 

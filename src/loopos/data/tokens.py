@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -19,6 +19,7 @@ from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from loopos.config.diagnostics import DataError, Diagnostic, UserError
 from loopos.data.formats import Labeled
+from loopos.data.reading import DataReport
 
 SHORT_CHARACTERS = 1 << 17
 """Texts up to this are tokenized whole, so that what is lost of them is counted exactly (characters)."""
@@ -107,40 +108,6 @@ class Encoded:
     weights: list[float] | None = None
 
 
-@dataclass
-class TokenReport:
-    """Counts of tokenizing: examples, tokens, truncated examples and the tokens they lost.
-
-    `shortened`: texts whose ends were never tokenized; `tokens_cut` is then a lower bound.
-    """
-
-    examples: int = 0
-    tokens: int = 0
-    truncated: int = 0
-    tokens_cut: int = 0
-    max_length: int | None = None
-    shortened: int = 0
-    lengths: list[int] = field(default_factory=list, repr=False)
-
-    def summary(self) -> str:
-        middle = length_spread(self.lengths) or "no tokens"
-        cut = (
-            f"; {self.truncated} cut at {self.max_length} "
-            f"({'at least ' if self.shortened else ''}{self.tokens_cut} tokens lost)"
-            if self.truncated
-            else "; none cut"
-        )
-        return f"{self.examples} examples, {self.tokens:,} tokens, {middle}{cut}"
-
-
-def length_spread(lengths: Sequence[int]) -> str:
-    """Shortest, longest and median length as text; empty without lengths."""
-    if not lengths:
-        return ""
-    ordered = sorted(lengths)
-    return f"length {ordered[0]} to {ordered[-1]}, median {ordered[len(ordered) // 2]}"
-
-
 def longest(tokenizer: PreTrainedTokenizerBase, max_positions: int | None, requested: int | None) -> int | None:
     """The maximum length of an example: the requested one, limited by the model's positions; None = no limit."""
     limits = [
@@ -157,7 +124,7 @@ def encode_labeled(
     *,
     max_length: int | None,
     on_truncation: str = "truncate",
-) -> tuple[list[Encoded], TokenReport]:
+) -> tuple[list[Encoded], DataReport]:
     """Tokenize texts, and text pairs, with the special tokens that the tokenizer itself adds.
 
     Raises `DataError` naming file and line for an example that gives no token, and for every example over `max_length`
@@ -165,7 +132,7 @@ def encode_labeled(
     """
     encoded: list[Encoded] = []
     diagnostics: list[Diagnostic] = []
-    report = TokenReport(max_length=max_length)
+    report = DataReport(max_length=max_length)
     bound = TextBound(tokenizer)
     # Truncation on the left needs the end of the text.
     expected = max_length if tokenizer.truncation_side == "right" else None
@@ -191,12 +158,13 @@ def encode_labeled(
                     )
                 )
             encoded.append(Encoded(cut_ids, cut_types, first + i, len(ids) - len(cut_ids)))
-            report.truncated += i in cut
+            report.cut += i in cut
             report.shortened += long[i]
     if diagnostics:
         raise DataError(diagnostics)
-    report.examples, report.lengths = len(encoded), [len(example.ids) for example in encoded]
-    report.tokens, report.tokens_cut = sum(report.lengths), sum(example.cut for example in encoded)
+    lengths = [len(example.ids) for example in encoded]
+    report.read, report.used, report.lengths = len(examples), len(encoded), lengths
+    report.tokens, report.tokens_cut = sum(lengths), sum(example.cut for example in encoded)
     return encoded, report
 
 

@@ -11,6 +11,7 @@ from typing import Any, TypeAlias
 
 from loopos.config.chain_of_thought import AnswerEvaluationSection, ReasoningGenerationSection
 from loopos.config.keys import Strategy
+from loopos.config.sft import SftGenerationSection
 from loopos.data.conversations import ASSISTANT, Conversation
 from loopos.data.demonstrations import Demonstration
 from loopos.data.step_format import StepFormat
@@ -19,7 +20,7 @@ from loopos.data.supervised_tokens import prompt_tokens
 from loopos.data.templates import TemplateRefusal
 from loopos.evaluation.checkers import RIGHT, Checker, Verdict, answer_metrics, checker, judge
 from loopos.evaluation.reasoning import Answered, Reasoner
-from loopos.generation.settings import SamplingSettings
+from loopos.generation.settings import SamplingParams
 from loopos.generation.steps import StepLimits
 
 
@@ -108,33 +109,12 @@ def _answer_index(chat: Conversation) -> int:
     return max(index for index, message in enumerate(chat.messages) if message.role == ASSISTANT)
 
 
-class AnswerCheck:
-    """Generates answers to problems and checks them."""
+class SampleAnswers:
+    """Generates answers to conversations and prompts, beside the reference answers of the data."""
 
-    def __init__(
-        self,
-        reasoner: Reasoner,
-        generation: ReasoningGenerationSection,
-        evaluation: AnswerEvaluationSection,
-        *,
-        seed: int,
-    ) -> None:
-        """Raises `UserError` for an unknown checker."""
+    def __init__(self, reasoner: Reasoner, generation: SftGenerationSection, *, seed: int) -> None:
         self.reasoner, self.seed = reasoner, seed
-        self.sampling, self.limits = sampling_of(generation, seed=seed), limits_of(generation)
-        self.strategy = Strategy.parse(generation.strategy)
-        self.checker = checker(evaluation.checker, tolerance=evaluation.tolerance)
-
-    def validate(
-        self,
-        problems: Sequence[Demonstration],
-        chats: Sequence[Chat],
-        shard: tuple[int, int],
-        gather: Callable[[object], list[object]],
-    ) -> tuple[dict[str, float], list[dict[str, Any]]]:
-        """`measure` of the problems and `samples` of the conversations, if there are any."""
-        metrics, records = self.measure(problems, shard=shard, gather=gather) if problems else ({}, [])
-        return metrics, [*records, *(self.samples(chats, shard=shard, gather=gather) if chats else ())]
+        self.sampling = sampling_of(generation, seed=seed)
 
     def samples(
         self, chats: Sequence[Chat], *, shard: tuple[int, int], gather: Callable[[object], list[object]]
@@ -170,6 +150,35 @@ class AnswerCheck:
         most = reasoner.engine.max_positions
         return prompt if prompt and (most is None or len(prompt) < most) else None
 
+
+class AnswerCheck(SampleAnswers):
+    """Generates answers to problems too, and checks them."""
+
+    def __init__(
+        self,
+        reasoner: Reasoner,
+        generation: ReasoningGenerationSection,
+        evaluation: AnswerEvaluationSection,
+        *,
+        seed: int,
+    ) -> None:
+        """Raises `UserError` for an unknown checker."""
+        super().__init__(reasoner, generation, seed=seed)
+        self.limits = limits_of(generation)
+        self.strategy = Strategy.parse(generation.strategy)
+        self.checker = checker(evaluation.checker, tolerance=evaluation.tolerance)
+
+    def validate(
+        self,
+        problems: Sequence[Demonstration],
+        chats: Sequence[Chat],
+        shard: tuple[int, int],
+        gather: Callable[[object], list[object]],
+    ) -> tuple[dict[str, float], list[dict[str, Any]]]:
+        """`measure` of the problems and `samples` of the conversations, if there are any."""
+        metrics, records = self.measure(problems, shard=shard, gather=gather) if problems else ({}, [])
+        return metrics, [*records, *(self.samples(chats, shard=shard, gather=gather) if chats else ())]
+
     def measure(
         self,
         problems: Sequence[Demonstration],
@@ -193,9 +202,9 @@ class AnswerCheck:
         return metrics, [record(found, judged, example) for found, judged, example in merged]
 
 
-def sampling_of(section: ReasoningGenerationSection, *, seed: int) -> SamplingSettings:
-    """The sampling settings of a chain."""
-    return SamplingSettings(
+def sampling_of(section: SftGenerationSection, *, seed: int) -> SamplingParams:
+    """The sampling settings of a response or chain."""
+    return SamplingParams(
         temperature=section.temperature,
         top_k=section.top_k or 0,
         top_p=section.top_p,

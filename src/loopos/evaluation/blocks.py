@@ -16,7 +16,7 @@ from typing import Any, TypeAlias
 
 from loopos.config.changed_settings import changed_settings
 from loopos.config.figures import figure
-from loopos.evaluation.run_folder import Run
+from loopos.evaluation.run_folder import RunFolder
 
 
 def number(value: object) -> float | None:
@@ -181,7 +181,7 @@ _PAGE = """<!DOCTYPE html>
 _TRAINED = "rows trained on"
 
 
-def opening(run: Run) -> list[Block]:
+def opening(run: RunFolder) -> list[Block]:
     """The most important sentences, facts, and settings."""
     description = str(run.config.get("description") or run.config.get("computation", {}).get("description") or "")
     parts: list[Block] = [Paragraph(description)] if description else []
@@ -204,7 +204,7 @@ def opening(run: Run) -> list[Block]:
     return parts
 
 
-def _facts(run: Run) -> Iterator[tuple[str, str]]:
+def _facts(run: RunFolder) -> Iterator[tuple[str, str]]:
     yield "method", run.method or "unknown"
     yield from _times(run)
     sessions = [event["metrics"] for event in run.events if event["event"] == "session"]
@@ -227,7 +227,7 @@ def _facts(run: Run) -> Iterator[tuple[str, str]]:
     yield from _machine(last)
 
 
-def _times(run: Run) -> Iterator[tuple[str, str]]:
+def _times(run: RunFolder) -> Iterator[tuple[str, str]]:
     sessions = [event for event in run.events if event["event"] == "session"]
     times = [value for event in run.events if (value := number(event["timing"].get("time"))) is not None]
     if times:

@@ -17,10 +17,11 @@ from typing import Any, TypeAlias
 
 from loopos.config.diagnostics import MissingRequirement, UserError
 from loopos.config.extras import install_command
+from loopos.config.own_function import own_function
 from loopos.data.record import shown
 from loopos.data.step_format import Parsed, StepFormat
 from loopos.evaluation.answers import automatic, choice, exact, numeric, vote_key
-from loopos.evaluation.own_code import number_of, own_function
+from loopos.evaluation.own_code import number_of
 from loopos.functional.comparing import plurality
 
 Checker: TypeAlias = Callable[[str, str, Mapping[str, object]], float]

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from loopos.evaluation.outputs import Meaning, interpret
+from loopos.models.resolve import HEAD_METHODS
 
 Floats: TypeAlias = NDArray[numpy.float64]
 Derivatives: TypeAlias = Callable[[Floats], tuple[float, Floats, Floats]]
@@ -114,9 +115,6 @@ def _on_the_plane(matrix: Floats, slope: Floats, weights: Floats) -> Floats:
     return found
 
 
-METHODS = ("mean", "logits", "weighted", "majority")
-
-
 @dataclass(frozen=True)
 class Combined:
     """meaning: probabilities `[N, C]` or values `[N]`. uncertainty: name → `[N]`. votes `[N, C]`: how many members
@@ -141,7 +139,7 @@ class Tally:
     """
 
     def __init__(self, task: str, method: str) -> None:
-        assert method in METHODS, method
+        assert method in HEAD_METHODS, method
         self.task, self.method = task, method
         self._members = 0
         self._first: Floats | None = None

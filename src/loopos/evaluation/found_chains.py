@@ -20,7 +20,7 @@ from loopos.data.step_format import StepFormat
 from loopos.evaluation.answer_check import AnswerCheck
 from loopos.evaluation.checkers import Verdict, judge
 from loopos.evaluation.reasoning import Answered
-from loopos.generation.settings import SamplingSettings
+from loopos.generation.settings import SamplingParams
 
 # Problems sampled together; a killed run restarts with the first incomplete chunk.
 _CHUNK = 64
@@ -103,7 +103,7 @@ def find_chains(
     if not combined.chains:
         raise UserError(
             f"self_improvement: {combined.summary()}; train longer before the first round, raise "
-            "self_improvement.samples_per_problem, or set self_improvement.rationalise to true"
+            "self_improvement.samples_per_problem, or set self_improvement.rationalize to true"
         )
     return combined
 
@@ -124,7 +124,7 @@ def _whole_chunks(file: Path, sizes: Sequence[int]) -> list[bytes]:
 class _Sampler:
     """Samples correct chains for problems, chunk by chunk."""
 
-    def __init__(self, check: AnswerCheck, section: SelfImprovementSection, settings: SamplingSettings) -> None:
+    def __init__(self, check: AnswerCheck, section: SelfImprovementSection, settings: SamplingParams) -> None:
         self._check, self._section, self._settings = check, section, settings
 
     def sample(self, chunk: Sequence[Demonstration]) -> list[dict[str, Any]]:
@@ -135,7 +135,7 @@ class _Sampler:
             for example, (right, chains) in zip(chunk, found, strict=True)
         ]
         unsolved = [index for index, (_, chains) in enumerate(found) if not chains]
-        if self._section.rationalise and unsolved:
+        if self._section.rationalize and unsolved:
             hard = [chunk[index] for index in unsolved]
             hinted = self._right_chains(hard, [e.problem + _HINT.format(answer=e.answer) for e in hard])
             for index, (_, chains) in zip(unsolved, hinted, strict=True):

@@ -21,7 +21,7 @@ from loopos.config.diagnostics import UserError
 from loopos.data.batches import in_packs
 from loopos.evaluation.reasoning import Reasoner
 from loopos.functional.packing import PackedLayout
-from loopos.generation.settings import SamplingSettings
+from loopos.generation.settings import SamplingParams
 from loopos.models.language_ensemble import TokenScores
 
 # Tokens of one forward pass.
@@ -138,7 +138,7 @@ class EngineModel(TemplateLM):  # type: ignore[misc]
     def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[str]:
         """Completions, each up to its first stop string; contexts that leave no room lose their beginning."""
         prompts: list[list[int]] = []
-        settings: list[SamplingSettings] = []
+        settings: list[SamplingParams] = []
         for context, request_settings in (request.args for request in requests):
             chosen = self._settings(request_settings)
             room = self.max_length - chosen.max_new_tokens
@@ -151,7 +151,7 @@ class EngineModel(TemplateLM):  # type: ignore[misc]
         self.note(f"completions of {len(prompts):,} prompts")
         return [each.text for each in self.reasoner.engine.generate(prompts, settings, logprobs=False)]
 
-    def _settings(self, request_settings: Mapping[str, Any]) -> SamplingSettings:
+    def _settings(self, request_settings: Mapping[str, Any]) -> SamplingParams:
         """A task's sampling settings. Raises `UserError` for an unknown setting."""
         actual = normalize_gen_kwargs(dict(request_settings), _NEW_TOKENS)
         until, most = actual.pop("until", None) or [], actual.pop("max_gen_toks")
@@ -162,7 +162,7 @@ class EngineModel(TemplateLM):  # type: ignore[misc]
             raise UserError(
                 f"a task generates with {', '.join(unknown)}; supported are temperature, {', '.join(_SAMPLING)}"
             )
-        return SamplingSettings(
+        return SamplingParams(
             temperature=float(temperature) if does_sample else 0.0,
             max_new_tokens=int(most),
             stop=tuple(dict.fromkeys(stop for stop in stops if stop)),

@@ -16,8 +16,7 @@ from loopos.config.figures import figure
 from loopos.data.formats import Labeled
 from loopos.data.labelled import Target
 from loopos.data.labels import LabelSpace
-from loopos.data.reading import FormatReport
-from loopos.data.tokens import TokenReport
+from loopos.data.reading import DataReport
 from loopos.evaluation.blocks import Block, Grid, Heading, Paragraph
 from loopos.evaluation.outputs import Meaning, confusion, measure, residual_points
 from loopos.evaluation.task_report import ClassFigures, class_figures, class_grid, confusion_blocks, residual_blocks
@@ -37,8 +36,8 @@ class Judgement:
     examples: Sequence[Labeled]
     targets: Sequence[Target]
     meaning: Meaning
-    report: FormatReport
-    tokens: TokenReport
+    report: DataReport
+    tokens: DataReport
     threshold: float
 
     @cached_property
@@ -51,8 +50,8 @@ class Judgement:
         metrics["rows"] = self.report.used
         if self.report.dropped:
             metrics["dropped"] = dict(self.report.dropped)
-        if self.tokens.truncated:
-            metrics["truncated"] = self.tokens.truncated
+        if self.tokens.cut:
+            metrics["truncated"] = self.tokens.cut
         if space.task == "classification":
             metrics["class_names"], metrics["confusion"] = list(space.class_names), self._confusion()
         if space.task != "regression":
@@ -86,7 +85,7 @@ class Judgement:
         """Metrics, classes, confusion or residuals, and the rows with the worst mistakes."""
         figures = [(name, figure(value)) for name, value in self.metrics.items() if isinstance(value, float)]
         lost = [f"{count} dropped ({reason})" for reason, count in self.report.dropped.items()]
-        lost += [f"{self.tokens.truncated} cut at the model's length"] if self.tokens.truncated else []
+        lost += [f"{self.tokens.cut} cut at the model's length"] if self.tokens.cut else []
         counted = ", ".join([f"{self.report.used:,} rows", *lost]) + "."
         parts: list[Block] = [Paragraph(counted), Grid(("metric", "value"), figures, numbers=(1,))]
         if self.space.task == "classification":

@@ -13,12 +13,12 @@ from typing import Any, Literal, SupportsFloat, TypeAlias
 import numpy
 
 from loopos.config.diagnostics import UserError
+from loopos.config.own_function import OwnFunction
 from loopos.data.record import shown
 from loopos.evaluation.metrics import METRIC_DIRECTION, METRIC_MEANING
-from loopos.evaluation.own_code import OwnFunction
 from loopos.evaluation.policy_metrics import POLICY_METRIC_DIRECTION
 from loopos.evaluation.preference_metrics import PREFERENCE_METRIC_DIRECTION
-from loopos.evaluation.run_folder import FLAGS
+from loopos.evaluation.run_outcome import FLAGS
 
 Direction: TypeAlias = Literal["min", "max"]
 MetricFunction: TypeAlias = Callable[[Any, Any], SupportsFloat]

@@ -15,7 +15,7 @@ from typing import Any
 from loopos.config.figures import figure
 from loopos.evaluation.blocks import Block, Grid, Heading, Paragraph, Picture, number, spread
 from loopos.evaluation.drawing import curves_svg, drawing, svg_of
-from loopos.evaluation.run_folder import Run
+from loopos.evaluation.run_folder import RunFolder
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,7 +87,7 @@ _PANELS = {
     "reward_win_rate": "Win rate against the start, by the reward",
     "entropy": "Entropy, nats per token",
     "response_length": "Response length, tokens",
-    "end_share": "Fraction of finished responses",
+    "eos_rate": "Fraction of finished responses",
     "repetition": "Repetition",
     "clip_share": "Clipped fraction",
     "approximate_kl": "Approximate KL of the updates",
@@ -101,7 +101,7 @@ _LISTED = (
     "kl",
     "entropy",
     "response_length",
-    "end_share",
+    "eos_rate",
     "repetition",
     "clip_share",
     "kl_coefficient",
@@ -114,7 +114,7 @@ _MONITORS = {
     "entropy_share": ("entropy", "entropy at least {limit} of its start"),
     "length_ratio": ("response_length", "mean length within a factor of {limit} of its start"),
     "repetition": ("repetition", "repetition at most {limit}"),
-    "end_share_drop": ("end_share", "fraction of finished responses at most {limit} below its start"),
+    "eos_rate_drop": ("eos_rate", "fraction of finished responses at most {limit} below its start"),
     "judge_drop": ("judge", "judge at most {limit} below its best while the reward has risen"),
 }
 
@@ -134,7 +134,7 @@ class _Iteration:
         return statistics.fmean(values) if values else None
 
 
-def policy_blocks(run: Run) -> list[Block]:
+def policy_blocks(run: RunFolder) -> list[Block]:
     """The report of a run with rollouts; nothing for other runs."""
     iterations, validations = _by_iteration(run.events)
     if not iterations:
@@ -220,10 +220,10 @@ def _frontier(
     return parts
 
 
-def _monitor_blocks(run: Run) -> list[Block]:
+def _monitor_blocks(run: RunFolder) -> list[Block]:
     """All monitors with their limits, and when they alerted."""
     section: Mapping[str, Any] = run.config.get("guards") or {}
-    alerts = [event for event in run.events if event["event"] == "alarm"]
+    alerts = [event for event in run.events if event["event"] == "alert"]
     if not section and not alerts:
         return []
     rows = [_monitor_row(key, section.get(key), alerts) for key in _MONITORS]

@@ -19,16 +19,17 @@ from loopos.data.decoding import PLAIN_RULES, TextRules
 from loopos.data.formats import Labeled, read_labeled
 from loopos.data.label_space import LabelSpace, label_space_of
 from loopos.data.labelled import Target, encode_all
+from loopos.data.reading import DataReport
 from loopos.data.rows import Row
-from loopos.data.tokens import TokenReport, encode_labeled
-from loopos.evaluation.combining import METHODS, Combined, Tally, in_order, tied
+from loopos.data.tokens import encode_labeled
+from loopos.evaluation.combining import Combined, Tally, in_order, tied
 from loopos.evaluation.judgement import Judgement
 from loopos.evaluation.outputs import Meaning, interpret, measure, outputs_of
 from loopos.evaluation.progress import OnProgress, silent
 from loopos.models.folders import open_task_model
 from loopos.models.heads import PooledModel
 from loopos.models.load import NUMBER_FORMATS, cast_parameters
-from loopos.models.model_folder import ENSEMBLE, model_folder, read_description, remembered_columns
+from loopos.models.resolve import EnsembleRecipe, ModelRef, resolve_trained
 
 
 class Predictor:
@@ -45,25 +46,26 @@ class Predictor:
         device: torch.device,
     ) -> None:
         self.model, self.tokenizer, self.description, self.device = model.eval(), tokenizer, description, device
-        self.tokens = TokenReport()
+        self.tokens = DataReport()
         self.space = space_of(description)
         self.columns: dict[str, str | None] = dict(description.get("columns", {}))
 
     @classmethod
-    def open(cls, source: str | Path, *, device: str = "cpu", precision: str | None = None) -> Predictor:
+    def open(cls, source: str | Path | ModelRef, *, device: str = "cpu", precision: str | None = None) -> Predictor:
         """source: a run's output folder or its model folder. precision: fp32, bf16 or fp16; default: that of the
         training. Raises `UserError`, also for a reward model, whose scores are no labels.
         """
-        model, tokenizer, description = open_task_model(source)
-        if "label_space" not in description:
+        ref = resolve_trained(source)
+        if ref.kind == "reward":
             raise UserError(
-                f"{source}: a reward model, which scores responses; use it with: loopos score {source} FILE"
+                f"{ref.name}: a reward model, which scores responses; use it with: loopos score {ref.name} FILE"
             )
+        model, tokenizer, description = open_task_model(ref)
         chosen = precision or description["precision"]
         if chosen not in NUMBER_FORMATS:
             raise UserError(f"precision: got {chosen}, expected one of {', '.join(NUMBER_FORMATS)}")
         cast_parameters(model.backbone.model, NUMBER_FORMATS[chosen])
-        description = {**description, "columns": remembered_columns(source)}
+        description = {**description, "columns": ref.columns}
         return cls(model.to(device), tokenizer, description, torch.device(device))
 
     def predict(self, texts: Sequence[str | tuple[str, str]]) -> list[dict[str, Any]]:
@@ -115,7 +117,11 @@ def space_of(description: Mapping[str, Any]) -> LabelSpace:
 
 
 def examples_of(texts: Sequence[str | tuple[str, str]]) -> list[Labeled]:
-    """Texts or text pairs as examples without labels."""
+    """Texts or text pairs as examples without labels. Raises `UserError` for a text alone, whose characters would be
+    predicted one by one.
+    """
+    if isinstance(texts, str):
+        raise UserError(f"texts: got the text {texts!r:.60}; expected a list of texts, such as [{texts!r:.60}]")
     return [
         Labeled(
             text if isinstance(text, str) else text[0],
@@ -155,45 +161,38 @@ class EnsemblePredictor:
 
     def __init__(
         self,
-        folder: Path,
+        recipe: EnsembleRecipe,
         description: Mapping[str, Any],
         *,
         device: str = "cpu",
         precision: str | None = None,
-        on_progress: OnProgress | None = None,
+        on_progress: OnProgress = silent,
     ) -> None:
-        """on_progress: called with the numbers of finished members and of all, and the name of the next."""
-        self.folder, self.description, self.device, self.precision = folder, description, device, precision
-        self.on_progress = on_progress or silent
-        self.tokens = TokenReport()
+        """As `open`."""
+        self.recipe, self.description, self.device, self.precision = recipe, description, device, precision
+        self.on_progress = on_progress
+        self.tokens = DataReport()
         self.space = space_of(description)
         self.columns: dict[str, str | None] = dict(description.get("columns", {}))
-        settings = description[ENSEMBLE]
-        self.method = str(settings["method"])
-        self.member_folders = [folder / member_folder for member_folder in settings["members"]]
-        self.weights = [float(weight) for weight in settings["weights"]]
+        self.members = [resolve_trained(member) for member in recipe.members]
 
     @classmethod
-    def open(cls, source: str | Path, *, device: str = "cpu", precision: str | None = None) -> EnsemblePredictor:
-        """source: an ensemble's folder. precision: as in `Predictor.open`, for every member. Raises `UserError` for
-        other folders, and for a missing member.
+    def open(
+        cls,
+        source: str | Path | ModelRef,
+        *,
+        device: str = "cpu",
+        precision: str | None = None,
+        on_progress: OnProgress = silent,
+    ) -> EnsemblePredictor:
+        """source: an ensemble's folder. precision: as in `Predictor.open`, for every member. on_progress: called with
+        the numbers of finished members and of all, and the name of the next. Raises `UserError` for other folders, and
+        for a missing member.
         """
-        folder = model_folder(source)
-        description = read_description(folder)
-        settings = description.get(ENSEMBLE)
-        if not isinstance(settings, dict) or settings.get("method") not in METHODS:
-            raise UserError(f"{source}: not an ensemble; make one: loopos ensemble A B -o OUT")
-        if len(settings["members"]) != len(settings["weights"]):
-            raise UserError(
-                f"{source}: broken: {len(settings['members'])} members and {len(settings['weights'])} weights"
-            )
-        opened = cls(folder, description, device=device, precision=precision)
-        for member in opened.member_folders:
-            if not member.is_dir():
-                raise UserError(
-                    f"{source}: its member {member} is missing; restore it, or make the ensemble again with --copy"
-                )
-        return opened
+        ref = resolve_trained(source)
+        if ref.kind != "ensemble" or ref.ensemble is None:
+            raise UserError(f"{ref.name}: not an ensemble; make one: loopos ensemble A B -o OUT")
+        return cls(ref.ensemble, ref.description, device=device, precision=precision, on_progress=on_progress)
 
     def predict(self, texts: Sequence[str | tuple[str, str]]) -> list[dict[str, Any]]:
         """As `Predictor.predict`, with "variance", "entropy" and "mutual_information" for every row (for regressors
@@ -243,10 +242,10 @@ class EnsemblePredictor:
         """The combined prediction. visit: called with the meaning of each member in turn, classes in this ensemble's
         order.
         """
-        tally = Tally(self.space.task, self.method)
-        for number, (member_folder, weight) in enumerate(zip(self.member_folders, self.weights, strict=True)):
-            self.on_progress(number, len(self.member_folders), str(member_folder))
-            member = Predictor.open(member_folder, device=self.device, precision=self.precision)
+        tally = Tally(self.space.task, self.recipe.method)
+        for number, (ref, weight) in enumerate(zip(self.members, self.recipe.weights, strict=True)):
+            self.on_progress(number, len(self.members), ref.name)
+            member = Predictor.open(ref, device=self.device, precision=self.precision)
             outputs = member.outputs(examples)
             if self.space.task != "regression":
                 outputs = in_order(outputs, [member.space.keys.index(key) for key in self.space.keys])
@@ -257,7 +256,7 @@ class EnsemblePredictor:
             self.tokens = member.tokens
             # Freed before the next one is opened.
             del member
-        self.on_progress(len(self.member_folders), len(self.member_folders), "")
+        self.on_progress(len(self.members), len(self.members), "")
         return tally.result()
 
     def predict_examples(self, examples: Sequence[Labeled]) -> list[dict[str, Any]]:
@@ -269,7 +268,7 @@ class EnsemblePredictor:
                 answer[name] = float(value)
         if found.votes is not None:
             names = self.space.class_names
-            ties = tied(found.votes, len(self.member_folders), task=self.space.task)
+            ties = tied(found.votes, len(self.members), task=self.space.task)
             for answer, votes, indices in zip(answers, found.votes, ties, strict=True):
                 answer["votes"] = dict(zip(names, map(int, votes), strict=True))
                 answer["tied"] = [names[index] for index in indices]
@@ -277,12 +276,13 @@ class EnsemblePredictor:
 
 
 def open_predictor(
-    source: str | Path, *, device: str = "cpu", precision: str | None = None
+    source: str | Path | ModelRef, *, device: str = "cpu", precision: str | None = None
 ) -> Predictor | EnsemblePredictor:
     """Opens a task model, or an ensemble of them. Raises `UserError`."""
-    if ENSEMBLE in read_description(model_folder(source)):
-        return EnsemblePredictor.open(source, device=device, precision=precision)
-    return Predictor.open(source, device=device, precision=precision)
+    ref = resolve_trained(source)
+    if ref.kind == "ensemble":
+        return EnsemblePredictor.open(ref, device=device, precision=precision)
+    return Predictor.open(ref, device=device, precision=precision)
 
 
 MeaningOf: TypeAlias = Callable[[Sequence[Labeled], Sequence[Target]], Meaning]
@@ -295,7 +295,7 @@ class TaskModel(Protocol):
     description: Mapping[str, Any]
     space: LabelSpace
     columns: dict[str, str | None]
-    tokens: TokenReport
+    tokens: DataReport
 
     def meaning_of(self, examples: Sequence[Labeled], targets: Sequence[Target]) -> Meaning: ...
 

@@ -23,18 +23,18 @@ from loopos.data.corpus import read_corpus
 from loopos.data.demonstrations import Demonstration
 from loopos.data.rows import is_plain_text, read_plain_text
 from loopos.data.supervised_rows import Example, read_supervised
-from loopos.data.supervised_tokens import encode_supervised
+from loopos.data.supervised_tokens import RowPolicy, encode_supervised
 from loopos.evaluation.answer_check import judge_all, problem_metrics
 from loopos.evaluation.checkers import checker
 from loopos.evaluation.perplexity import text_loss
 from loopos.evaluation.predictor import Predictor
 from loopos.evaluation.reasoning import Reasoner
 from loopos.evaluation.reward_predictor import RewardPredictor
+from loopos.models.folders import OpenedModel
 from loopos.models.language_ensemble import next_token_loss
 from loopos.models.load import NUMBER_FORMATS
-from loopos.models.model_folder import described, kind_of
-from loopos.models.opened import OpenedModel
 from loopos.models.quantized import num_weights
+from loopos.models.resolve import ModelRef, resolve_trained
 
 LOWER_IS_BETTER = frozenset({"loss", "perplexity", "mae", "rmse", "log_loss", "ece"})
 # The metric that represents a model by default: the first of these that it has.
@@ -63,7 +63,9 @@ def sizes_of(opened: OpenedModel, precision: str) -> tuple[int, int]:
     return num_weights(opened.model) + head, codes + others * NUMBER_FORMATS[precision].itemsize
 
 
-def metrics_of(opened: OpenedModel, source: str, recipe: Recipe, *, precision: str | None) -> dict[str, float]:
+def metrics_of(
+    opened: OpenedModel, source: str | ModelRef, recipe: Recipe, *, precision: str | None
+) -> dict[str, float]:
     """The model's metrics on the data that the recipe names: labeled rows, comparisons, or running text for a language
     model; empty without data. precision: of a model with a head, which is opened again; None for its own. Raises
     `UserError` for data that does not fit the model.
@@ -78,13 +80,14 @@ def metrics_of(opened: OpenedModel, source: str, recipe: Recipe, *, precision: s
     return {name: float(value) for name, value in found.items() if isinstance(value, int | float)}
 
 
-def row_metrics(source: str, data: str, *, device: str = "cpu") -> dict[str, float]:
+def row_metrics(source: str | ModelRef, data: str, *, device: str = "cpu") -> dict[str, float]:
     """The metrics of a model on rows: labeled, comparisons, or training rows of a language model. For the last, rows
     that the loss skips are counted as `dropped_rows` (see `dropped_summary`). Raises `UserError` and `DataError`.
     """
-    if kind_of(described(source)) == "language":
-        return _language_metrics(Reasoner.open(source, device=device), data)
-    found = _task_metrics(source, data, device)
+    ref = resolve_trained(source)
+    if ref.kind == "language":
+        return _language_metrics(Reasoner.open(ref, device=device), data)
+    found = _task_metrics(ref, data, device)
     return {name: value for name, value in found.items() if isinstance(value, float)}
 
 
@@ -131,11 +134,12 @@ def _text_metrics(opened: OpenedModel, source: str, recipe: Recipe) -> dict[str,
     return {name: value for name, value in found.to_dict().items() if name not in ("window", "stride")}
 
 
-def _task_metrics(location: str, source: str, device: str, precision: str | None = None) -> Mapping[str, Any]:
+def _task_metrics(model: str | ModelRef, source: str, device: str, precision: str | None = None) -> Mapping[str, Any]:
     """All metrics of a model with a head, names and tables included."""
-    if kind_of(described(location)) == "reward":
-        return RewardPredictor.open(location, device=device).score_file(source, {}).metrics
-    return Predictor.open(location, device=device, precision=precision).evaluate_file(source)
+    ref = resolve_trained(model)
+    if ref.kind == "reward":
+        return RewardPredictor.open(ref, device=device).score_file(source, {}).metrics
+    return Predictor.open(ref, device=device, precision=precision).evaluate_file(source)
 
 
 @torch.no_grad()
@@ -163,8 +167,7 @@ def _loss(reasoner: Reasoner, examples: Sequence[Example], data: str) -> tuple[f
         examples,
         step_format=reasoner.step_format,
         max_length=reasoner.engine.max_positions,
-        over_length="drop",
-        max_dropped_share=1.0,
+        policy=RowPolicy(max_dropped_share=1.0),
         template=reasoner.template,
     )
     if not encoded:

@@ -24,11 +24,11 @@ from loopos.data.templates import ChatTemplate, TemplateRefusal
 from loopos.evaluation.checkers import Sample, majority
 from loopos.generation.engine import Engine
 from loopos.generation.search import best_of_n, step_beam_search
-from loopos.generation.settings import SamplingSettings
+from loopos.generation.settings import SamplingParams
 from loopos.generation.steps import Chain, StepLimits, reason
-from loopos.models.ensemble_recipe import read_ensemble
+from loopos.models.folders import open_generation_model
 from loopos.models.language_ensemble import LanguageEnsemble
-from loopos.models.opened import open_generation_model
+from loopos.models.resolve import ModelRef, resolve_trained
 
 Ranker: TypeAlias = Callable[[Sequence[tuple[PromptContent, str]]], list[float]]
 """Pairs of prompt and response → a score each; higher is better."""
@@ -50,7 +50,7 @@ class Answered:
 
     def samples(self) -> list[Sample]:
         """The chains as `answer_metrics` takes them."""
-        return [Sample(c.text, len(c.token_ids), c.finish_reason == "stop token") for c in self.chains]
+        return [Sample(c.text, len(c.token_ids), c.finish_reason == "stop") for c in self.chains]
 
 
 class Reasoner:
@@ -76,7 +76,7 @@ class Reasoner:
     @classmethod
     def open(
         cls,
-        source: str,
+        source: str | ModelRef,
         *,
         device: str = "cpu",
         precision: str | None = None,
@@ -89,8 +89,10 @@ class Reasoner:
         precision: fp32, bf16 or fp16; default: that of the training, bf16 for quantized models and fp32 for others.
         step_format: default: that of the training, "think" for other models. Raises `UserError`.
         """
-        recipe = read_ensemble(source)
-        members = recipe.members if recipe is not None and recipe.votes else (source,)
+        ref = resolve_trained(source)
+        members: Sequence[str | ModelRef] = (
+            ref.ensemble.members if ref.ensemble is not None and ref.ensemble.votes else (ref,)
+        )
         voters: list[Reasoner] = []
         # The first is opened last, and gets the others as voters.
         for each in reversed(members):
@@ -107,7 +109,7 @@ class Reasoner:
             )
             if voters and voters[0].step_format != reasoner.step_format:
                 raise UserError(
-                    f"{source}: its members use different step formats ({voters[0].step_format} and "
+                    f"{ref.name}: its members use different step formats ({voters[0].step_format} and "
                     f"{reasoner.step_format}); expected members with one step format, so that their answers can be "
                     "compared"
                 )
@@ -121,14 +123,14 @@ class Reasoner:
         except TemplateRefusal as refusal:
             raise UserError(f"{refusal}; {refusal.hint}" if refusal.hint else str(refusal)) from refusal
 
-    def sampling(self, settings: SamplingSettings) -> SamplingSettings:
+    def sampling(self, settings: SamplingParams) -> SamplingParams:
         """The settings with the stop tokens of this model's template."""
         return replace(settings, stop_token_ids=(*settings.stop_token_ids, *self.template.stop_tokens))
 
     def answer(
         self,
         problems: Sequence[Problem],
-        settings: SamplingSettings = SamplingSettings(),
+        settings: SamplingParams = SamplingParams(),
         *,
         strategy: Strategy = Strategy(),
         limits: StepLimits = StepLimits(),
@@ -138,6 +140,7 @@ class Reasoner:
         chains for a strategy that chooses one. ranker: ranks for `best_of_n`, instead of the chains' mean logprob.
         Raises `UserError` for prompts that the model cannot take, and for several chains at temperature 0.
         """
+        _require_list("problems", problems)
         assert ranker is None or strategy.kind == "best_of_n", "a ranker ranks the chains of best_of_n"
         found = self._answer(problems, settings, strategy, limits, ranker)
         others = [each._answer(problems, settings, strategy, limits, ranker) for each in self.voters]
@@ -147,28 +150,27 @@ class Reasoner:
         return [_together(speakers, each) for each in zip(found, *others, strict=True)]
 
     def generate(
-        self, prompts: Sequence[Problem], settings: SamplingSettings = SamplingSettings(), *, n: int = 1
+        self, prompts: Sequence[Problem], settings: SamplingParams = SamplingParams(), *, n: int = 1
     ) -> list[str]:
         """n texts for every prompt, in order: all of the first prompt, then all of the second. A prompt is a user
         message or a list of messages; a `loopos.data.supervised_rows.Completion` is continued without a template.
         Raises `UserError` for prompts that the model cannot take, and for an ensemble that votes.
         """
+        _require_list("prompts", prompts)
         self._refuse_voters()
         tokens = [self.prompt(prompt) for prompt in prompts]
         return [each.text for each in self.engine.generate(tokens, self.sampling(settings), n=n, logprobs=False)]
 
-    def chat(
-        self, messages: str | Sequence[Mapping[str, object]], settings: SamplingSettings = SamplingSettings()
-    ) -> str:
+    def chat(self, messages: str | Sequence[Mapping[str, object]], settings: SamplingParams = SamplingParams()) -> str:
         """The reply to a user message, or to messages {"role", "content"}. Raises as `generate`."""
-        return self.generate([_messages(messages)], settings)[0]
+        return self.generate([messages_of(messages)], settings)[0]
 
     def stream(
-        self, messages: str | Sequence[Mapping[str, object]], settings: SamplingSettings = SamplingSettings()
+        self, messages: str | Sequence[Mapping[str, object]], settings: SamplingParams = SamplingParams()
     ) -> Iterator[str]:
         """Streams the reply; the deltas together are the text of `chat`."""
         self._refuse_voters()
-        tokens = self.prompt(_messages(messages))
+        tokens = self.prompt(messages_of(messages))
         return (delta.text for delta in self.engine.stream([tokens], self.sampling(settings)))
 
     def _refuse_voters(self) -> None:
@@ -185,7 +187,7 @@ class Reasoner:
     def _answer(
         self,
         problems: Sequence[Problem],
-        settings: SamplingSettings,
+        settings: SamplingParams,
         strategy: Strategy,
         limits: StepLimits,
         ranker: Ranker | None,
@@ -210,7 +212,7 @@ class Reasoner:
     def sample(
         self,
         prompts: Sequence[Sequence[int]],
-        settings: SamplingSettings,
+        settings: SamplingParams,
         *,
         n: int,
         limits: StepLimits = StepLimits(),
@@ -251,7 +253,13 @@ class Reasoner:
         return _of_most(chains, answers)
 
 
-def _messages(actual: str | Sequence[Mapping[str, object]]) -> Problem:
+def _require_list(name: str, actual: Sequence[Problem]) -> None:
+    """Raises `UserError` for a text alone, whose characters would be prompts of their own."""
+    if isinstance(actual, str):
+        raise UserError(f"{name}: got the text {actual!r:.60}; expected a list, such as [{actual!r:.60}]")
+
+
+def messages_of(actual: str | Sequence[Mapping[str, object]]) -> str | list[Message]:
     """A user message as it is, or messages from dicts. Raises `UserError` for one without role or content."""
     if isinstance(actual, str):
         return actual

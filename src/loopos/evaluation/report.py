@@ -5,13 +5,11 @@ report.html contains all pictures; those of report.md are in `curves/`. Equal ev
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeAlias
 
-from loopos.config.diagnostics import UserError
 from loopos.config.figures import figure, once
 from loopos.evaluation.blocks import (
     Block,
@@ -32,19 +30,19 @@ from loopos.evaluation.policy_metrics import POLICY_METRIC_DIRECTION
 from loopos.evaluation.policy_report import policy_blocks
 from loopos.evaluation.preference_metrics import PREFERENCE_METRIC_DIRECTION
 from loopos.evaluation.preference_report import preference_blocks
-from loopos.evaluation.run_folder import FLAGS, Run, read_run
+from loopos.evaluation.run_folder import RunFolder, read_run
+from loopos.evaluation.run_outcome import FLAGS
 from loopos.evaluation.task_report import task_blocks
 from loopos.storage.durable import write_whole
 
-SAMPLES = "samples.jsonl"
 # Default number of samples.
 _SHOWN = 3
 _MOST_CHARACTERS = 2000
 
 
-def samples_blocks(run: Run) -> list[Block]:
+def samples_blocks(run: RunFolder) -> list[Block]:
     """The first prompts, with the answers before training and at the last validation; nothing without samples."""
-    records = _records(run.path / SAMPLES)
+    records = run.samples
     steps = sorted({each["step"] for each in records})
     if not steps:
         return []
@@ -81,23 +79,6 @@ def _short(text: str) -> str:
     return text if len(text) <= _MOST_CHARACTERS else f"{text[: _MOST_CHARACTERS - 1]}…"
 
 
-def _records(file: Path) -> list[dict[str, Any]]:
-    """All records; ignores a last line that a killed process left incomplete."""
-    if not file.is_file():
-        return []
-    found = []
-    for index, line in enumerate(file.read_text(encoding="utf-8").splitlines(keepends=True), start=1):
-        if not line.endswith("\n"):
-            break
-        try:
-            record = json.loads(line)
-        except ValueError as error:
-            raise UserError(f"{file}:{index}: not JSON ({error}); expected one object per line") from error
-        if isinstance(record, dict) and isinstance(record.get("step"), int):
-            found.append(record)
-    return found
-
-
 Event: TypeAlias = dict[str, Any]
 Series: TypeAlias = list[tuple[int, float]]
 
@@ -128,7 +109,7 @@ def write_report(run_dir: Path, output: Path | None = None) -> Path:
     return folder / "report.md"
 
 
-def report_blocks(run: Run) -> list[Block]:
+def report_blocks(run: RunFolder) -> list[Block]:
     """The whole report of a run."""
     steps = [event for event in run.events if event["event"] == "step"]
     validations = [event for event in run.events if event["event"] == "validation"]
@@ -155,7 +136,7 @@ def metric_names(events: Sequence[Event]) -> list[str]:
     return [name for name in dict.fromkeys(names) if name in numeric and name not in FLAGS]
 
 
-def _against_start(run: Run, validations: Sequence[Event]) -> Grid:
+def _against_start(run: RunFolder, validations: Sequence[Event]) -> Grid:
     """Every metric before training, at its best after it, and for the exported weights."""
     rows = []
     sessions = [event["metrics"] for event in run.events if event["event"] == "session"]

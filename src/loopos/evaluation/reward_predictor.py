@@ -24,7 +24,7 @@ from loopos.data.prompts import PromptContent
 from loopos.data.prompts import prompt_text as text_of
 from loopos.data.responses_to_score import read_responses
 from loopos.data.rows import Row
-from loopos.data.supervised_tokens import OverLength
+from loopos.data.supervised_tokens import OverLength, RowPolicy
 from loopos.data.templates import ChatTemplate
 from loopos.data.tokens import Encoded
 from loopos.evaluation.outputs import NonFiniteOutputs
@@ -33,6 +33,7 @@ from loopos.functional.packing import PackedLayout
 from loopos.models.attention import prompt_runs_once
 from loopos.models.backbone import Backbone
 from loopos.models.folders import OpenedReward, open_reward_model
+from loopos.models.resolve import ModelRef
 
 Scorer = Callable[[Tensor, PackedLayout], Tensor]
 """ids `[T]`, layout → raw scores `[N, k]`."""
@@ -160,7 +161,7 @@ class RewardPredictor:
         self.normalization = Normalization.read(opened.description)
 
     @classmethod
-    def open(cls, source: str, *, device: str = "cpu", ensemble_penalty: float = 0.0) -> RewardPredictor:
+    def open(cls, source: str | ModelRef, *, device: str = "cpu", ensemble_penalty: float = 0.0) -> RewardPredictor:
         """source: the output folder of a reward_model run, or its model/ folder. Raises `UserError`."""
         return cls(open_reward_model(source), torch.device(device), ensemble_penalty=ensemble_penalty)
 
@@ -186,8 +187,7 @@ class RewardPredictor:
             examples,
             template=self.template,
             max_length=self.opened.description["max_length"],
-            over_length="error",
-            on_bad_row=on_bad_row,
+            policy=RowPolicy("error", on_bad_row=on_bad_row),
         )
         raw = comparison_scores(self.model, self._rows(encoded))
         scores = [self.normalization(torch.tensor(raw[position]), ensemble_penalty=self.ensemble_penalty).tolist()
@@ -251,8 +251,7 @@ class RewardPredictor:
             examples,
             template=self.template,
             max_length=self.opened.description["max_length"],
-            over_length=over_length,
-            max_dropped_share=1.0,
+            policy=RowPolicy(over_length, max_dropped_share=1.0),
         )
         raw = comparison_scores(self.model, ComparisonRows(encoded, self.device))
         judged = {}

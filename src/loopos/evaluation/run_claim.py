@@ -32,7 +32,8 @@ def refuse_started(folder: Path) -> None:
     """Raises `UserError` if `folder` contains a run: nothing is overwritten."""
     if holds_run(folder):
         raise UserError(
-            f"data.output_dir: {folder} already contains a run; continue it with --resume or choose another output_dir"
+            f"data.output_dir: {folder} already contains a run; continue it with --resume (in Python: resume=True), or "
+            "choose another output_dir"
         )
 
 

@@ -13,9 +13,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias
 
+from loopos.config.own_function import OwnFunction, own_function
 from loopos.data.prompts import PromptContent, prompt_text
 from loopos.data.record import shown
-from loopos.evaluation.own_code import OwnFunction, called_for, number_of, own_function, plain
+from loopos.evaluation.own_code import called_for, number_of, plain
 from loopos.evaluation.policy_metrics import WinRate, wilson_interval
 from loopos.evaluation.reward_predictor import RewardPredictor, judged_content
 

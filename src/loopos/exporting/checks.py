@@ -27,11 +27,11 @@ from loopos.data.tokens import encode_labeled
 from loopos.evaluation.outputs import interpret, outputs_of
 from loopos.evaluation.reward_predictor import Normalization
 from loopos.exporting import onnx as onnx_file
+from loopos.models.description import read_description
 from loopos.models.folders import open_task_model
 from loopos.models.load import load_pretrained
-from loopos.models.model_folder import read_description
 from loopos.models.modeling_loopos import LoopOSForSequenceClassification
-from loopos.models.resolve import ModelKind
+from loopos.models.resolve import Architecture
 from loopos.models.task_layout import layout_in
 
 LEAST_SAME: Mapping[str, float] = {"q8_0": 0.9, "q4_0": 0.8}
@@ -137,7 +137,7 @@ PROBE = (
 
 
 @torch.no_grad()
-def outputs_at(folder: Path, kind: ModelKind, rounded_to: torch.dtype | None = None) -> Tensor:
+def outputs_at(folder: Path, kind: Architecture, rounded_to: torch.dtype | None = None) -> Tensor:
     """Outputs of a model folder for the probe: hidden states `[T, d]`, or `[1, C]` of a head. rounded_to: a number
     format to which the weights, except a head's, are rounded first.
     """

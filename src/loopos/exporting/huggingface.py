@@ -31,11 +31,10 @@ from loopos.config.paths import MANIFEST, MODEL_DESCRIPTION, RECIPE
 from loopos.evaluation.progress import OnProgress
 from loopos.models.adapter_folder import ADAPTER_WEIGHTS, open_adapter_folder
 from loopos.models.backbone import Backbone
-from loopos.models.folders import HEAD, open_task_model, read_head, save_task_model
+from loopos.models.folders import HEAD, OpenedModel, open_task_model, read_head, save_task_model
 from loopos.models.heads import PooledModel
 from loopos.models.load import NUMBER_FORMATS, Pretrained, load_adapted
-from loopos.models.opened import OpenedModel
-from loopos.models.resolve import ADAPTER_CONFIG, ResolvedModel
+from loopos.models.resolve import ADAPTER_CONFIG, ModelRef
 from loopos.models.task_layout import SCORE, layout_at
 from loopos.storage.json_files import read_object, save_json
 from loopos.storage.tensor_files import (
@@ -73,7 +72,7 @@ _WRITTEN_HERE = frozenset({_CONFIG, MANIFEST, MODEL_DESCRIPTION, RECIPE, INDEX, 
 
 
 def write_hugging_face(folder: Path, out: Path, kind: str, dtype: torch.dtype | None, on_progress: OnProgress) -> None:
-    """Fills the empty folder `out`. kind: see `ResolvedModel`. dtype: the number format of the weights; None copies
+    """Fills the empty folder `out`. kind: see `ModelRef`. dtype: the number format of the weights; None copies
     them unchanged, which quantized weights require. Raises `UserError` if f16 is too narrow, `OSError` if the disk is
     full.
     """
@@ -162,11 +161,11 @@ def write_cast(
 _TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
 
 
-def require_adapter(model: ResolvedModel) -> Path:
+def require_adapter(model: ModelRef) -> Path:
     """The model's adapter. Raises `UserError` where it was not trained as one."""
     if model.adapter is None:
         raise UserError(
-            f'{model.source}: no adapter here; expected the folder of a run with "trainable": "lora", or that of an '
+            f'{model.name}: no adapter here; expected the folder of a run with "trainable": "lora", or that of an '
             "adapter: export the whole model with --format huggingface"
         )
     if not (model.adapter / ADAPTER_WEIGHTS).is_file():
@@ -174,7 +173,7 @@ def require_adapter(model: ResolvedModel) -> Path:
     return model.adapter
 
 
-def write_adapter(model: ResolvedModel, out: Path, dtype: torch.dtype | None) -> None:
+def write_adapter(model: ModelRef, out: Path, dtype: torch.dtype | None) -> None:
     """Fills the empty folder `out`. dtype: the format of its tensors; their own when None. Raises `UserError` where
     f16 is too narrow, `OSError` when the disk is full.
     """
@@ -197,7 +196,7 @@ _OPENERS = {
 }
 
 
-def weights_folder(model: ResolvedModel, dtype: torch.dtype | None, scratch: Path) -> tuple[Path, str]:
+def weights_folder(model: ModelRef, dtype: torch.dtype | None, scratch: Path) -> tuple[Path, str]:
     """The folder to ship from, and what was done to get it; empty where it is the model's own. dtype: the format that
     will be asked of the weights; None for that of the folder. scratch: an empty folder that may be written into.
 
@@ -219,22 +218,22 @@ def weights_folder(model: ResolvedModel, dtype: torch.dtype | None, scratch: Pat
         return model.folder, f"merged weights of the run, which are {stored}: its base cannot be opened ({first})"
 
 
-def _merged(model: ResolvedModel, scratch: Path) -> Path:
+def _merged(model: ModelRef, scratch: Path) -> Path:
     assert model.adapter is not None
     adapter = open_adapter_folder(model.adapter)
-    folded = load_adapted(adapter, base=model.base, causal=model.kind == "language")
+    folded = load_adapted(adapter, base=model.base, causal=model.architecture == "language")
     merged = OpenedModel(
         model=folded.model,
         tokenizer=_tokenizer(model, folded),
         description={**model.description, "precision": "fp32"} if model.description else {},
         precision="fp32",
-        pooled=_with_head(model, folded) if model.kind in ("head", "reward") else None,
+        pooled=_with_head(model, folded) if model.architecture in ("head", "reward") else None,
     )
     merged.save(scratch / "merged")
     return scratch / "merged"
 
 
-def _tokenizer(model: ResolvedModel, folded: Pretrained) -> PreTrainedTokenizerBase:
+def _tokenizer(model: ModelRef, folded: Pretrained) -> PreTrainedTokenizerBase:
     """That of the run, which knows its chat template, before that of the adapter or its base."""
     if model.folder is None or not (model.folder / "tokenizer_config.json").is_file():
         return folded.tokenizer
@@ -242,7 +241,7 @@ def _tokenizer(model: ResolvedModel, folded: Pretrained) -> PreTrainedTokenizerB
     return opened
 
 
-def _with_head(model: ResolvedModel, folded: Pretrained) -> PooledModel:
+def _with_head(model: ModelRef, folded: Pretrained) -> PooledModel:
     assert model.folder is not None
     weight = read_head(model.folder)
     # The backbone is written, not run: which way attention takes does not matter.
@@ -253,15 +252,15 @@ def _with_head(model: ResolvedModel, folded: Pretrained) -> PooledModel:
     return pooled
 
 
-def _as_safetensors(model: ResolvedModel, scratch: Path) -> Path:
+def _as_safetensors(model: ModelRef, scratch: Path) -> Path:
     """A checkpoint whose weights are a torch file, written as safetensors; torch's restricted reader opens it."""
     assert model.folder is not None
     folder = scratch / "safetensors"
     try:
-        opened = _OPENERS[model.kind].from_pretrained(str(model.folder), dtype="auto")
+        opened = _OPENERS[model.architecture].from_pretrained(str(model.folder), dtype="auto")
         opened.save_pretrained(folder)
         AutoTokenizer.from_pretrained(str(model.folder)).save_pretrained(folder)
     except (OSError, ValueError, RuntimeError, KeyError, json.JSONDecodeError) as problem:
         first = (str(problem).splitlines() or [type(problem).__name__])[0]
-        raise UserError(f"{model.source}: cannot be opened: {first}; expected weights as safetensors") from problem
+        raise UserError(f"{model.name}: cannot be opened: {first}; expected weights as safetensors") from problem
     return folder

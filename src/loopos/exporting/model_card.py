@@ -17,16 +17,17 @@ import yaml
 from huggingface_hub import EvalResult, ModelCardData
 
 from loopos.config.changed_settings import changed_settings
+from loopos.config.variants import EXPORTERS
 from loopos.evaluation.blocks import cell, shown, table
-from loopos.evaluation.run_folder import Run, run_of
-from loopos.models.resolve import EMBEDDED, ResolvedModel
+from loopos.evaluation.run_folder import RunFolder, run_of
+from loopos.models.resolve import EMBEDDED, ModelRef
 from loopos.models.task_layout import MODELING, Layout
 
 EMBEDDED_HOME = "HuggingFaceTB/SmolLM2-135M-Instruct"
 """The origin of the embedded weights, as their package states it."""
 
 
-def usage(model: ResolvedModel, *, title: str, file: str, output_format: str, layout: Layout | None = None) -> str:
+def usage(model: ModelRef, *, title: str, file: str, output_format: str, layout: Layout | None = None) -> str:
     """Code that opens the exported folder."""
     title_json = json.dumps(title)
     if output_format in ("gguf", "modelfile"):
@@ -55,18 +56,20 @@ def usage(model: ResolvedModel, *, title: str, file: str, output_format: str, la
             "print(session.run(None, {name: value for name, value in inputs.items() if name in names}))",
         ]
         return _fenced("python", lines)
-    if model.kind in ("head", "reward"):
+    if EXPORTERS[output_format].function is not None:
+        return f"`{output_format}` is the format of a package, which says how to open it."
+    if model.architecture in ("head", "reward"):
         return _head_usage(model, title_json, layout)
-    if model.kind == "classifier":
+    if model.architecture == "classifier":
         return _fenced("python", _classifier_lines(title_json))
-    auto = "AutoModelForCausalLM" if model.kind == "language" else "AutoModel"
+    auto = "AutoModelForCausalLM" if model.architecture == "language" else "AutoModel"
     lines = [
         f"from transformers import {auto}, AutoTokenizer",
         "",
         f"model = {auto}.from_pretrained({title_json})",
         f"tokenizer = AutoTokenizer.from_pretrained({title_json})",
     ]
-    if model.kind == "language":
+    if model.architecture == "language":
         lines += [
             'messages = [{"role": "user", "content": "What is 17 + 26?"}]',
             "inputs = tokenizer.apply_chat_template(",
@@ -82,9 +85,9 @@ def usage(model: ResolvedModel, *, title: str, file: str, output_format: str, la
     return _fenced("python", lines)
 
 
-def _head_usage(model: ResolvedModel, source: str, layout: Layout | None) -> str:
+def _head_usage(model: ModelRef, source: str, layout: Layout | None) -> str:
     """Code for a model with a head: by transformers if it gives the same answers as LoopOS, and by LoopOS."""
-    if model.kind == "reward":
+    if model.architecture == "reward":
         lines = ["import loopos", "", f"model = loopos.RewardPredictor.open({source})"]
     else:
         lines = ["import loopos", "", f"model = loopos.load({source})", 'print(model.predict(["some text"]))']
@@ -92,7 +95,7 @@ def _head_usage(model: ResolvedModel, source: str, layout: Layout | None) -> str
     if layout is None or layout == "bare" or model.codes is not None:
         return own
     trust = ", trust_remote_code=True" if layout == "own" else ""
-    if model.kind == "reward" and not model.description["text"]:
+    if model.architecture == "reward" and not model.description["text"]:
         lines = [
             "from transformers import AutoModelForSequenceClassification, AutoTokenizer",
             "",
@@ -125,8 +128,8 @@ def _head_usage(model: ResolvedModel, source: str, layout: Layout | None) -> str
     return f"With transformers.{why}\n\n{_fenced('python', lines)}\n\nWith LoopOS:\n\n{own}"
 
 
-def _adapter_usage(model: ResolvedModel, source: str) -> str:
-    auto = "AutoModelForCausalLM" if model.kind == "language" else "AutoModel"
+def _adapter_usage(model: ModelRef, source: str) -> str:
+    auto = "AutoModelForCausalLM" if model.architecture == "language" else "AutoModel"
     text = _fenced(
         "python",
         [
@@ -155,7 +158,7 @@ def _classifier_lines(source: str) -> list[str]:
     ]
 
 
-def _has_template(model: ResolvedModel) -> bool:
+def _has_template(model: ModelRef) -> bool:
     from transformers import AutoTokenizer
 
     if model.folder is None:
@@ -167,7 +170,7 @@ def _fenced(language: str, lines: list[str]) -> str:
     return "\n".join([f"```{language}", *lines, "```"])
 
 
-def base_name(model: ResolvedModel) -> str | None:
+def base_name(model: ModelRef) -> str | None:
     """The base by the last part of its name: local paths of the training machine are private."""
     base = model.base or model.description.get("pretrained_weights")
     if not isinstance(base, str):
@@ -185,11 +188,11 @@ _PIPELINES = {"language": "text-generation", "head": "text-classification", "cla
 _DATA_KEYS = ("training_data", "validation_data")
 
 
-def license_of(model: ResolvedModel, actual: str | None) -> str | None:
+def license_of(model: ModelRef, actual: str | None) -> str | None:
     """The license that the user sets, else that of the embedded base, else that in the model's own card."""
     if actual is not None:
         return actual
-    if EMBEDDED in (model.source, model.base, model.description.get("pretrained_weights")):
+    if EMBEDDED in (model.name, model.base, model.description.get("pretrained_weights")):
         return _EMBEDDED_LICENSE
     card = model.folder / "README.md" if model.folder is not None else None
     if card is None or not card.is_file():
@@ -204,7 +207,7 @@ def license_of(model: ResolvedModel, actual: str | None) -> str | None:
 
 
 def model_card(
-    model: ResolvedModel,
+    model: ModelRef,
     *,
     title: str,
     file: str,
@@ -243,22 +246,27 @@ def model_card(
     return "\n\n".join(parts) + "\n"
 
 
-def _pipeline(model: ResolvedModel, output_format: str, layout: Layout | None) -> str | None:
+def _pipeline(model: ModelRef, output_format: str, layout: Layout | None) -> str | None:
     """The hub's pipeline that runs the export; None if none gives the same outputs as LoopOS: an adapter's folder
     contains no head.
     """
-    if model.kind in ("head", "reward") and output_format != "onnx":
+    if model.architecture in ("head", "reward") and output_format != "onnx":
         return "text-classification" if layout in ("native", "own") and model.codes is None else None
-    return "text-classification" if model.kind == "reward" else _PIPELINES.get(model.kind)
+    return "text-classification" if model.architecture == "reward" else _PIPELINES.get(model.architecture)
 
 
 def _metadata(
-    model: ResolvedModel, run: Run | None, title: str, output_format: str, license: str | None, layout: Layout | None
+    model: ModelRef,
+    run: RunFolder | None,
+    title: str,
+    output_format: str,
+    license: str | None,
+    layout: Layout | None,
 ) -> str:
     """The YAML block at the top; metrics in the hub's format."""
     results = [
         EvalResult(
-            task_type=_PIPELINES.get(model.kind, "other"),
+            task_type=_PIPELINES.get(model.architecture, "other"),
             dataset_type="validation",
             dataset_name=_validation_name(run),
             metric_type=name,
@@ -284,14 +292,14 @@ def _metadata(
     return f"---\n{data.to_yaml()}\n---"
 
 
-def _opening(model: ResolvedModel, run: Run | None, output_format: str, type_name: str) -> str:
+def _opening(model: ModelRef, run: RunFolder | None, output_format: str, type_name: str) -> str:
     what = {
         "language": "A causal language model",
         "head": f"A model for {model.description.get('task', 'a task')} over pooled hidden states",
         "reward": "A reward model, which scores responses",
         "classifier": "A sequence classifier",
         "encoder": "A transformer without a head",
-    }[model.kind]
+    }[model.architecture]
     base = base_name(model)
     return (
         f"{what}{f', trained from {base}' if base and (run or model.adapter or model.description) else ''}. "
@@ -299,12 +307,12 @@ def _opening(model: ResolvedModel, run: Run | None, output_format: str, type_nam
     )
 
 
-def _base_on_a_hub(model: ResolvedModel) -> str | None:
-    name = base_name(model) if model.source != EMBEDDED else EMBEDDED_HOME
+def _base_on_a_hub(model: ModelRef) -> str | None:
+    name = base_name(model) if model.name != EMBEDDED else EMBEDDED_HOME
     return name if name is not None and is_hub_name(name) else None
 
 
-def _data(run: Run | None) -> str:
+def _data(run: RunFolder | None) -> str:
     if run is None:
         return ""
     section = run.config.get("data", {})
@@ -313,13 +321,13 @@ def _data(run: Run | None) -> str:
     return "\n".join(lines)
 
 
-def _validation_name(run: Run | None) -> str:
+def _validation_name(run: RunFolder | None) -> str:
     assert run is not None, "metrics come from a run"
     section: Mapping[str, Any] = run.config.get("data", {})
     return os.path.basename(str(section.get("validation_data") or section.get("training_data") or "validation rows"))
 
 
-def _metrics(run: Run | None) -> dict[str, float]:
+def _metrics(run: RunFolder | None) -> dict[str, float]:
     if run is None:
         return {}
     return {
@@ -329,7 +337,7 @@ def _metrics(run: Run | None) -> dict[str, float]:
     }
 
 
-def _settings(run: Run | None) -> list[list[str]]:
+def _settings(run: RunFolder | None) -> list[list[str]]:
     if run is None:
         return []
     changed = changed_settings(run.config)

@@ -24,7 +24,7 @@ from loopos.config.extras import install_command
 from loopos.models.folders import read_head
 from loopos.models.load import load_pretrained
 from loopos.models.modeling_loopos import LoopOSForSequenceClassification
-from loopos.models.resolve import ModelKind, ResolvedModel
+from loopos.models.resolve import Architecture, ModelRef
 from loopos.models.task_layout import layout_at
 
 FILE = "model.onnx"
@@ -41,11 +41,11 @@ _MOST_TEXTS = 4096
 _LONGEST = 8192
 
 
-def check_onnx(model: ResolvedModel) -> None:
+def check_onnx(model: ModelRef) -> None:
     """Raises `UserError` for a language model, `MissingRequirement` if a package is not installed."""
-    if model.kind == "language":
+    if model.architecture == "language":
         raise UserError(
-            f"{model.source}: a language model; --format onnx holds encoders and models with a head: use --format gguf"
+            f"{model.name}: a language model; --format onnx holds encoders and models with a head: use --format gguf"
         )
     missing = [name for name in _PACKAGES if importlib.util.find_spec(name) is None]
     if missing:
@@ -70,7 +70,7 @@ class WholeText(nn.Module):
         return hidden
 
 
-def whole_text(folder: Path, kind: ModelKind) -> WholeText:
+def whole_text(folder: Path, kind: Architecture) -> WholeText:
     """The model in `folder`, in fp32. Raises `UserError` for a broken folder."""
     if kind == "classifier":
         opened = AutoModelForSequenceClassification.from_pretrained(str(folder), dtype=torch.float32)
@@ -88,7 +88,7 @@ def _ready(model: WholeText) -> WholeText:
     return model.eval()
 
 
-def write_onnx(folder: Path, kind: ModelKind, out: Path) -> str:
+def write_onnx(folder: Path, kind: Architecture, out: Path) -> str:
     """Fills the empty folder `out`; returns the graph's file name. Raises `UserError` if torch cannot trace the model,
     `OSError` if the disk is full.
     """

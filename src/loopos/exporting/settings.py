@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
 from loopos.config.diagnostics import MissingRequirement, UserError
 from loopos.config.paths import is_hub_id
+from loopos.config.variants import EXPORTERS
 
 
 class HubClient(Protocol):
@@ -54,22 +54,10 @@ def own_client() -> HubClient:
     return client
 
 
-FLOATS = ("f32", "f16", "bf16")
-GGUF_TYPES = (*FLOATS, "q8_0", "q4_0")
-# The number formats that each file format supports; the first is the default, "" the model's own.
-_TYPES: Mapping[str, tuple[str, ...]] = {
-    "huggingface": ("", *FLOATS),
-    "gguf": ("f16", *GGUF_TYPES),
-    "adapter": ("", *FLOATS),
-    "modelfile": ("f16", *GGUF_TYPES),
-    "onnx": ("f32", "f32"),
-}
-FORMATS = tuple(_TYPES)
-
-
 @dataclass(frozen=True, kw_only=True)
 class ExportSettings:
-    """format: one of `FORMATS`. type: the number format of the weights; None for that of the model, and f16 for GGUF.
+    """format: a name of `EXPORTERS`, or "module:name". type: the number format of the weights; None for that of the
+    model, and f16 for GGUF.
     push: the repository to upload the folder to; None: no upload. licence: the license in the card; None for what is
     known. check: whether the export is opened again and compared.
     """
@@ -83,10 +71,11 @@ class ExportSettings:
 
 def check_settings(settings: ExportSettings) -> str:
     """The number format to use, "" for the model's own. Raises `UserError` with all problems."""
-    diagnostics = []
-    if settings.format not in FORMATS:
-        diagnostics.append(f"--format: got {settings.format}; expected one of {', '.join(FORMATS)}")
-    types = _TYPES.get(settings.format, GGUF_TYPES)
+    diagnostics, types = [], EXPORTERS["gguf"].types
+    try:
+        types = EXPORTERS[settings.format].types
+    except UserError as problem:
+        diagnostics.append(f"--format: {problem}")
     if settings.type is not None and (settings.type not in types or not settings.type):
         expected = ", ".join(dict.fromkeys(each for each in types if each))
         diagnostics.append(f"--type: got {settings.type}; expected one of {expected} for --format {settings.format}")

@@ -12,7 +12,8 @@ from torch import Tensor
 def cross_entropy_sum(
     logits: Tensor, labels: Tensor, *, class_weights: Tensor | None = None, label_smoothing: float = 0.0
 ) -> Tensor:
-    """Σ_i w_{y_i}·(−log softmax(logits_i)_{y_i}), with uniform label smoothing ε as in Szegedy et al. 2016 (section 7).
+    """Cross entropy of classes: Σ_i w_{y_i}·(−log softmax(logits_i)_{y_i}), with uniform label smoothing ε as in
+    Szegedy et al. 2016 (section 7).
 
     logits `[N, C]`, labels `[N]` int64, class_weights `[C]` → scalar. Its count is `class_weight_sum`.
     """
@@ -27,17 +28,19 @@ def class_weight_sum(labels: Tensor, class_weights: Tensor | None) -> float:
 
 
 def binary_cross_entropy_sum(logits: Tensor, targets: Tensor) -> Tensor:
-    """Σ −[y·log σ(x) + (1−y)·log(1−σ(x))] over all rows and labels. logits and targets `[N, C]` → scalar; its
-    count is N·C.
+    """Binary cross entropy of labels: Σ −[y·log σ(x) + (1−y)·log(1−σ(x))] over all rows and labels. logits and targets
+    `[N, C]` → scalar; its count is N·C.
     """
     return F.binary_cross_entropy_with_logits(logits.float(), targets.float(), reduction="sum")
 
 
 def squared_error_sum(predictions: Tensor, targets: Tensor) -> Tensor:
-    """Σ (prediction − target)². Both `[N, C]` → scalar; its count is N·C."""
+    """Squared error: Σ (prediction − target)². Both `[N, C]` → scalar; its count is N·C."""
     return F.mse_loss(predictions.float(), targets.float(), reduction="sum")
 
 
 def huber_sum(predictions: Tensor, targets: Tensor, *, delta: float) -> Tensor:
-    """Σ of ½e² where |e| ≤ δ, else δ·(|e| − ½δ) (Huber 1964). Both `[N, C]` → scalar; its count is N·C."""
+    """Huber's loss: Σ of ½e² where |e| ≤ δ, else δ·(|e| − ½δ) (Huber 1964). Both `[N, C]` → scalar; its count is
+    N·C.
+    """
     return F.huber_loss(predictions.float(), targets.float(), delta=delta, reduction="sum")

@@ -48,10 +48,20 @@ def clipped_policy_terms(
         is_bound = (advantages < 0) & (loss > bound)
         loss = torch.where(is_bound, bound, loss)
         is_clipped = is_clipped | is_bound
+    return PolicyTerms(loss, ratio.detach(), is_clipped.detach().float(), _approximate_kl(difference))
+
+
+def policy_terms(loss: Tensor, logprobs: Tensor, old_logprobs: Tensor) -> PolicyTerms:
+    """The terms of a loss that clips nothing. All `[M]`."""
+    difference = (logprobs.float() - old_logprobs.float()).detach()
+    ratio = difference.clamp(max=80.0).exp()
+    return PolicyTerms(loss, ratio, torch.zeros_like(ratio), _approximate_kl(difference))
+
+
+def _approximate_kl(difference: Tensor) -> Tensor:
+    """k3 of KL(old ‖ new), from tokens of old: e^d − 1 − d with d = log π − log π_old."""
     with torch.no_grad():
-        # k3 of KL(old ‖ new), from tokens of old: e^d − 1 − d with d = log π − log π_old.
-        approximate_kl = torch.expm1(difference) - difference
-    return PolicyTerms(loss, ratio.detach(), is_clipped.detach().float(), approximate_kl)
+        return torch.expm1(difference) - difference
 
 
 @dataclass(frozen=True, slots=True)

@@ -18,11 +18,20 @@ def bradley_terry_sum(
     margins: Tensor | None = None,
     weights: Tensor | None = None,
 ) -> Tensor:
-    """Σ_i w_i·[−p_i·log σ(Δ_i) − (1 − p_i)·log σ(−Δ_i)] with Δ_i = r_better − r_worse − margin_i, in nats.
+    """Σ_i w_i·`bradley_terry`_i; w the weight of each pair (1 where None). All `[P]` → scalar. Its count is Σ w."""
+    loss = bradley_terry(better, worse, probabilities=probabilities, margins=margins)
+    return loss.sum() if weights is None else (loss * weights).sum()
+
+
+def bradley_terry(
+    better: Tensor, worse: Tensor, *, probabilities: Tensor | None = None, margins: Tensor | None = None
+) -> Tensor:
+    """Negative log-likelihood of the preferences under Bradley and Terry's model, in nats:
+    −p_i·log σ(Δ_i) − (1 − p_i)·log σ(−Δ_i) with Δ_i = r_better − r_worse − margin_i.
 
     p is the probability that the better one is preferred (1 if None: Bradley and Terry 1952; Christiano et al. 2017,
     section 2.2.3, with soft labels as there), the margin that of Touvron et al. 2023 (Llama 2, section 3.2.2; 0 where
-    None), w the weight of each pair (1 where None). All `[P]` → scalar. Its count is Σ w.
+    None). All `[P]` → `[P]`.
     """
     gap = better.float() - worse.float()
     if margins is not None:
@@ -30,7 +39,7 @@ def bradley_terry_sum(
     loss = -F.logsigmoid(gap)
     if probabilities is not None:
         loss = probabilities * loss - (1.0 - probabilities) * F.logsigmoid(-gap)
-    return loss.sum() if weights is None else (loss * weights).sum()
+    return loss
 
 
 def center_rewards_sum(better: Tensor, worse: Tensor, *, weights: Tensor | None = None) -> Tensor:

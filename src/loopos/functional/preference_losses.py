@@ -1,14 +1,13 @@
-"""Losses of preference optimization: DPO and its relatives, in one table.
+"""Losses of preference optimization: DPO and its relatives.
 
-Each takes a `Pairs` and `LossSettings` and returns one loss per pair, `[P]`, in nats unless stated; the objective
-weighs and sums them, and `training.update` divides. A loss is added with one function and one decorator.
+Each takes a `Pairs` and `LossSettings` and returns one loss per pair, `[P]`; the objective weighs and sums them, and
+`training.update` divides. `config.variants.LOSSES` names them and says which need a reference.
 Letters: P pairs of a chosen response c and a rejected response r; π the policy, ρ the reference. All in fp32.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
@@ -89,195 +88,154 @@ def divergence_slope(ratio: Tensor, settings: LossSettings) -> Tensor:
     return (1.0 - torch.exp((-alpha * ratio).clamp(max=_LARGEST_EXPONENT))) / alpha
 
 
-PairLoss: TypeAlias = Callable[[Pairs, LossSettings], Tensor]
-
-
-@dataclass(frozen=True, slots=True)
-class LossRow:
-    """One loss. `equation`, `source`: for the docs. `needs_reference`: whether it reads the reference's
-    log-probabilities. `needs_ranks`: whether it compares ranks within the optimizer step.
-    """
-
-    function: PairLoss
-    equation: str
-    source: str
-    needs_reference: bool = True
-    needs_ranks: bool = False
-
-
-PREFERENCE_LOSSES: dict[str, LossRow] = {}
-
-
-def preference_loss(
-    name: str, *, equation: str, source: str, needs_reference: bool = True, needs_ranks: bool = False
-) -> Callable[[PairLoss], PairLoss]:
-    """Adds the decorated function to the table under `name`."""
-
-    def added(function: PairLoss) -> PairLoss:
-        PREFERENCE_LOSSES[name] = LossRow(function, equation, source, needs_reference, needs_ranks)
-        return function
-
-    return added
-
-
 def _cross_entropy(gap: Tensor, probabilities: Tensor, smoothing: float) -> Tensor:
     """−p·log σ(gap) − (1 − p)·log σ(−gap), with p moved from the label towards its opposite by ε. `[P]`."""
     p = probabilities * (1.0 - smoothing) + (1.0 - probabilities) * smoothing
     return -p * F.logsigmoid(gap) - (1.0 - p) * F.logsigmoid(-gap)
 
 
-@preference_loss(
-    "sigmoid",
-    equation="−log σ(Δ), Δ = β·(log π/ρ(c) − log π/ρ(r))",
-    source="DPO: Rafailov et al. 2023, equation 7; with label_smoothing cDPO: Mitchell 2023",
-)
 def sigmoid(pairs: Pairs, settings: LossSettings) -> Tensor:
+    """DPO: Rafailov et al. 2023, equation 7; with label_smoothing cDPO: Mitchell 2023.
+
+    −log σ(Δ), Δ = β·(log π/ρ(c) − log π/ρ(r)).
+    """
     return _cross_entropy(pairs.gap(settings), pairs.probabilities, settings.label_smoothing)
 
 
-@preference_loss(
-    "robust",
-    equation="(−(1 − ε)·log σ(Δ) + ε·log σ(−Δ)) / (1 − 2ε)",
-    source="Chowdhury et al. 2024, equation 7",
-)
 def robust(pairs: Pairs, settings: LossSettings) -> Tensor:
+    """Chowdhury et al. 2024, equation 7.
+
+    (−(1 − ε)·log σ(Δ) + ε·log σ(−Δ)) / (1 − 2ε).
+    """
     gap, epsilon = pairs.gap(settings), settings.label_smoothing
     clean = _cross_entropy(gap, pairs.probabilities, 0.0)
     flipped = _cross_entropy(-gap, pairs.probabilities, 0.0)
     return ((1.0 - epsilon) * clean - epsilon * flipped) / (1.0 - 2.0 * epsilon)
 
 
-@preference_loss(
-    "ipo",
-    equation="(log π/ρ(c)/|c| − log π/ρ(r)/|r| − 1/(2β))²",
-    source="IPO: Azar et al. 2023, equation 17, per token as its authors corrected",
-)
 def ipo(pairs: Pairs, settings: LossSettings) -> Tensor:
+    """IPO: Azar et al. 2023, equation 17, per token as its authors corrected.
+
+    (log π/ρ(c)/|c| − log π/ρ(r)/|r| − 1/(2β))².
+    """
     chosen = divergence_slope(pairs.chosen_ratio, settings) / pairs.chosen_tokens
     rejected = divergence_slope(pairs.rejected_ratio, settings) / pairs.rejected_tokens
     return (chosen - rejected - 1.0 / (2.0 * settings.beta)).square()
 
 
-@preference_loss("hinge", equation="max(0, 1 − Δ)", source="SLiC: Zhao et al. 2023; Liu et al. 2023 (RSO), equation 3")
 def hinge(pairs: Pairs, settings: LossSettings) -> Tensor:
+    """SLiC: Zhao et al. 2023; Liu et al. 2023 (RSO), equation 3.
+
+    max(0, 1 − Δ).
+    """
     return torch.relu(1.0 - pairs.gap(settings))
 
 
-@preference_loss(
-    "exo",
-    equation="σ(Δ)·(log σ(Δ) − log(1 − ε)) + σ(−Δ)·(log σ(−Δ) − log ε)",
-    source="EXO: Ji et al. 2024, equation 16; ε of 0 is read as 0.001",
-)
 def exo(pairs: Pairs, settings: LossSettings) -> Tensor:
+    """EXO: Ji et al. 2024, equation 16; ε of 0 is read as 0.001.
+
+    σ(Δ)·(log σ(Δ) − log(1 − ε)) + σ(−Δ)·(log σ(−Δ) − log ε).
+    """
     gap, epsilon = pairs.gap(settings), settings.label_smoothing or 1e-3
     better, worse = F.logsigmoid(gap), F.logsigmoid(-gap)
     return better.exp() * (better - math.log1p(-epsilon)) + worse.exp() * (worse - math.log(epsilon))
 
 
-@preference_loss(
-    "nca",
-    equation="−log σ(β·log π/ρ(c)) − ½·log σ(−β·log π/ρ(c)) − ½·log σ(−β·log π/ρ(r))",
-    source="NCA: Chen et al. 2024, algorithm 1 for two responses",
-)
 def nca(pairs: Pairs, settings: LossSettings) -> Tensor:
+    """NCA: Chen et al. 2024, algorithm 1 for two responses.
+
+    −log σ(β·log π/ρ(c)) − ½·log σ(−β·log π/ρ(c)) − ½·log σ(−β·log π/ρ(r)).
+    """
     chosen, rejected = settings.beta * pairs.chosen_ratio, settings.beta * pairs.rejected_ratio
     return -F.logsigmoid(chosen) - 0.5 * F.logsigmoid(-chosen) - 0.5 * F.logsigmoid(-rejected)
 
 
-@preference_loss(
-    "bco",
-    equation="−log σ(β·log π/ρ(c)) − log σ(−β·log π/ρ(r))",
-    source="BCO: Jung et al. 2024, for pairs, without the shift δ",
-)
 def bco(pairs: Pairs, settings: LossSettings) -> Tensor:
+    """BCO: Jung et al. 2024, for pairs, without the shift δ.
+
+    −log σ(β·log π/ρ(c)) − log σ(−β·log π/ρ(r)).
+    """
     return -F.logsigmoid(settings.beta * pairs.chosen_ratio) - F.logsigmoid(-settings.beta * pairs.rejected_ratio)
 
 
-@preference_loss(
-    "sppo",
-    equation="(log π/ρ(c) − 1/(2β))² + (log π/ρ(r) + 1/(2β))²",
-    source="SPPO: Wu et al. 2024, equation 4.7 with certain preferences",
-)
 def sppo(pairs: Pairs, settings: LossSettings) -> Tensor:
+    """SPPO: Wu et al. 2024, equation 4.7 with certain preferences.
+
+    (log π/ρ(c) − 1/(2β))² + (log π/ρ(r) + 1/(2β))².
+    """
     half = 0.5 / settings.beta
     return (pairs.chosen_ratio - half).square() + (pairs.rejected_ratio + half).square()
 
 
-@preference_loss(
-    "aot",
-    equation="−log σ(β·(d_(k) − e_(k))), d = log π(c) − log π(r), e = log ρ(c) − log ρ(r), (k) the rank in the step",
-    source="AOT: Melnyk et al. 2024, paired",
-    needs_ranks=True,
-)
 def aot(pairs: Pairs, settings: LossSettings) -> Tensor:
+    """AOT: Melnyk et al. 2024, paired.
+
+    −log σ(β·(d_(k) − e_(k))), d = log π(c) − log π(r), e = log ρ(c) − log ρ(r), (k) the rank in the step.
+    """
     assert pairs.sorted_reference is not None, "ranks are computed before the loss"
     gap = settings.beta * (pairs.chosen - pairs.rejected - pairs.sorted_reference)
     return _cross_entropy(gap, pairs.probabilities, settings.label_smoothing)
 
 
-@preference_loss(
-    "apo_zero",
-    equation="1 − σ(β·log π/ρ(c)) + σ(β·log π/ρ(r))",
-    source="APO-zero: D'Oosterlinck et al. 2024, equation 7",
-)
 def apo_zero(pairs: Pairs, settings: LossSettings) -> Tensor:
+    """APO-zero: D'Oosterlinck et al. 2024, equation 7.
+
+    1 − σ(β·log π/ρ(c)) + σ(β·log π/ρ(r)).
+    """
     chosen, rejected = settings.beta * pairs.chosen_ratio, settings.beta * pairs.rejected_ratio
     return torch.sigmoid(-chosen) + torch.sigmoid(rejected)
 
 
-@preference_loss(
-    "apo_down",
-    equation="σ(β·log π/ρ(c)) + 1 − σ(Δ)",
-    source="APO-down: D'Oosterlinck et al. 2024, equation 8",
-)
 def apo_down(pairs: Pairs, settings: LossSettings) -> Tensor:
+    """APO-down: D'Oosterlinck et al. 2024, equation 8.
+
+    σ(β·log π/ρ(c)) + 1 − σ(Δ).
+    """
     chosen, rejected = settings.beta * pairs.chosen_ratio, settings.beta * pairs.rejected_ratio
     return torch.sigmoid(chosen) + torch.sigmoid(rejected - chosen)
 
 
-@preference_loss(
-    "discopop",
-    equation="−(1 − m)·log σ(Δ) + m·exp(−Δ), m = σ(Δ/τ)",
-    source="DiscoPOP (log-ratio modulated loss): Lu et al. 2024, equation 5",
-)
 def discopop(pairs: Pairs, settings: LossSettings) -> Tensor:
+    """DiscoPOP (log-ratio modulated loss): Lu et al. 2024, equation 5.
+
+    −(1 − m)·log σ(Δ) + m·exp(−Δ), m = σ(Δ/τ).
+    """
     gap = pairs.gap(settings)
     mix = torch.sigmoid(gap / settings.discopop_temperature)
     return -(1.0 - mix) * F.logsigmoid(gap) + mix * torch.exp((-gap).clamp(max=_LARGEST_EXPONENT))
 
 
-@preference_loss(
-    "simpo",
-    equation="−log σ(β·(log π(c)/|c| − log π(r)/|r|) − γ)",
-    source="SimPO: Meng et al. 2024, equation 6",
-    needs_reference=False,
-)
 def simpo(pairs: Pairs, settings: LossSettings) -> Tensor:
+    """SimPO: Meng et al. 2024, equation 6.
+
+    −log σ(β·(log π(c)/|c| − log π(r)/|r|) − γ).
+    """
     gap = settings.beta * (pairs.chosen / pairs.chosen_tokens - pairs.rejected / pairs.rejected_tokens)
     return _cross_entropy(gap - settings.simpo_margin - pairs.margins, pairs.probabilities, settings.label_smoothing)
 
 
-@preference_loss(
-    "cpo",
-    equation="−log σ(β·(log π(c) − log π(r)))",
-    source="CPO: Xu et al. 2024, equation 3 (its likelihood term is the loss sft)",
-    needs_reference=False,
-)
 def cpo(pairs: Pairs, settings: LossSettings) -> Tensor:
+    """CPO: Xu et al. 2024, equation 3 (its likelihood term is the loss sft).
+
+    −log σ(β·(log π(c) − log π(r))).
+    """
     gap = settings.beta * (pairs.chosen - pairs.rejected) - pairs.margins
     return _cross_entropy(gap, pairs.probabilities, settings.label_smoothing)
 
 
-@preference_loss(
-    "orpo",
-    equation="−β·log σ(log odds(c) − log odds(r)), odds = p/(1 − p), p = exp(log π(y)/|y|)",
-    source="ORPO: Hong et al. 2024, equation 7 (its likelihood term is the loss sft)",
-    needs_reference=False,
-)
 def orpo(pairs: Pairs, settings: LossSettings) -> Tensor:
+    """ORPO: Hong et al. 2024, equation 7 (its likelihood term is the loss sft).
+
+    −β·log σ(log odds(c) − log odds(r)), odds = p/(1 − p), p = exp(log π(y)/|y|).
+    """
     chosen, rejected = pairs.chosen / pairs.chosen_tokens, pairs.rejected / pairs.rejected_tokens
     odds = chosen - rejected - (_log_one_minus_exp(chosen) - _log_one_minus_exp(rejected))
     return settings.beta * _cross_entropy(odds, pairs.probabilities, settings.label_smoothing)
+
+
+def likelihood(pairs: Pairs, settings: LossSettings) -> Tensor:
+    """The likelihood term of ORPO, CPO and MPO: −log π(c), the mean over the tokens of all chosen responses."""
+    return -pairs.chosen
 
 
 def _log_one_minus_exp(value: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ from typing import Literal, Protocol
 
 from transformers import PreTrainedTokenizerBase
 
-from loopos.generation.settings import SamplingSettings
+from loopos.generation.settings import SamplingParams
 
 # Decoders write this for incomplete UTF-8.
 _UNFINISHED = "\ufffd"
@@ -101,7 +101,7 @@ class GrowingText:
         self._searched = max(self._searched, len(self.text) - self._longest_stop + 1)
 
 
-FinishReason = Literal["stop token", "stop string", "length", "guide", "cancelled", "failed"]
+FinishReason = Literal["stop", "stop string", "length", "guide", "cancelled", "failed"]
 """The last two occur only with a `Scheduler`: the completion was cancelled, or its logits were not finite."""
 
 
@@ -158,28 +158,35 @@ class Guide(Protocol):
         ...
 
 
+@dataclass(frozen=True, slots=True)
+class SampleId:
+    """Which completion of a call: the index of its prompt and its own among those of the prompt. key: of its stream of
+    uniform numbers.
+    """
+
+    prompt_index: int
+    sample_index: int
+    key: int
+
+
 class Running:
     """A completion in progress."""
 
     def __init__(
         self,
         tokenizer: PreTrainedTokenizerBase,
-        prompt_index: int,
-        sample_index: int,
+        sample: SampleId,
         prompt: list[int],
-        settings: SamplingSettings,
+        settings: SamplingParams,
         *,
-        choice: SamplingSettings,
+        choice: SamplingParams,
         limit: int,
-        key: int,
         stop_ids: frozenset[int],
     ) -> None:
-        """choice: `settings.of_choice()`, the same object for all rows where it is equal. limit: maximum new tokens.
-        key: of its stream of uniform numbers.
-        """
+        """choice: `settings.of_choice()`, the same object for all rows where it is equal. limit: maximum new tokens."""
         self._tokenizer, self._settings, self._stop_ids = tokenizer, settings, stop_ids
-        self.prompt_index, self.sample_index = prompt_index, sample_index
-        self.prompt, self.choice, self.limit, self.key = prompt, choice, limit, key
+        self.prompt_index, self.sample_index, self.key = sample.prompt_index, sample.sample_index, sample.key
+        self.prompt, self.choice, self.limit = prompt, choice, limit
         self.draws = 0
         self.tokens: list[int] = []
         self.finish_reason: FinishReason | None = None
@@ -239,7 +246,7 @@ class Running:
 
     def _final_text(self) -> str:
         if self._text is None:
-            return decoded(self._tokenizer, self.tokens[: -1 if self.finish_reason == "stop token" else None])
+            return decoded(self._tokenizer, self.tokens[: -1 if self.finish_reason == "stop" else None])
         self._text.finish()
         if self._text.stopped_at is None:
             return self._text.text
@@ -265,7 +272,7 @@ class Running:
             if verdict is not None:
                 return self._apply(verdict)
         if ended:
-            self.finish_reason = "stop token"
+            self.finish_reason = "stop"
         elif self._text is not None and self._text.stopped_at is not None:
             self.finish_reason = "stop string"
         elif len(self.tokens) >= self.limit:

@@ -16,12 +16,12 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from loopos.config.diagnostics import UserError
-from loopos.generation.completions import Completion, Guide, Running, TokenDelta
+from loopos.generation.completions import Completion, Guide, Running, SampleId, TokenDelta
 from loopos.generation.decoders import runner_of
 from loopos.generation.rows import Rows
 from loopos.generation.sampling import stream_key
 from loopos.generation.scheduler import Scheduler
-from loopos.generation.settings import SamplingSettings
+from loopos.generation.settings import SamplingParams
 from loopos.models.language_ensemble import LanguageEnsemble, members_of, positions_of
 
 
@@ -57,7 +57,7 @@ class Engine:
     def generate(
         self,
         prompts: Sequence[Sequence[int]],
-        settings: SamplingSettings | Sequence[SamplingSettings] = SamplingSettings(),
+        settings: SamplingParams | Sequence[SamplingParams] = SamplingParams(),
         *,
         n: int = 1,
         logprobs: bool = True,
@@ -79,7 +79,7 @@ class Engine:
     def stream(
         self,
         prompts: Sequence[Sequence[int]],
-        settings: SamplingSettings | Sequence[SamplingSettings] = SamplingSettings(),
+        settings: SamplingParams | Sequence[SamplingParams] = SamplingParams(),
         *,
         n: int = 1,
     ) -> Iterator[TokenDelta]:
@@ -193,7 +193,7 @@ class Engine:
     def begin(
         self,
         prompts: Sequence[Sequence[int]],
-        settings: SamplingSettings | Sequence[SamplingSettings],
+        settings: SamplingParams | Sequence[SamplingParams],
         *,
         n: int = 1,
         watch_text: bool = False,
@@ -203,11 +203,11 @@ class Engine:
         keep their text up to date, for streaming.
         """
         assert n >= 1, n
-        each = [settings] * len(prompts) if isinstance(settings, SamplingSettings) else list(settings)
+        each = [settings] * len(prompts) if isinstance(settings, SamplingParams) else list(settings)
         assert len(each) == len(prompts), f"{len(prompts)} prompts, {len(each)} settings"
         runs: list[Running] = []
         same: Counter[tuple[int, tuple[int, ...]]] = Counter()
-        choices: dict[SamplingSettings, SamplingSettings] = {}
+        choices: dict[SamplingParams, SamplingParams] = {}
         for index, (prompt, setting) in enumerate(zip(prompts, each, strict=True)):
             limit, ids = self.limit(prompt, setting.max_new_tokens), list(prompt)
             unknown = [token for token in setting.logit_bias if token >= self.vocab_size]
@@ -218,14 +218,13 @@ class Engine:
             for sample in range(n):
                 key = stream_key(setting.seed, ids, same[setting.seed, tuple(ids)])
                 same[setting.seed, tuple(ids)] += 1
-                running = Running(
-                    self.tokenizer, index, sample, ids, setting, choice=choice, limit=limit, key=key, stop_ids=stop_ids
-                )
+                identity = SampleId(index, sample, key)
+                running = Running(self.tokenizer, identity, ids, setting, choice=choice, limit=limit, stop_ids=stop_ids)
                 running.watch(watch_text or bool(setting.stop), guide(index, sample) if guide else None)
                 runs.append(running)
         return runs
 
-    def _stop_ids(self, settings: SamplingSettings) -> frozenset[int]:
+    def _stop_ids(self, settings: SamplingParams) -> frozenset[int]:
         """Tokens that end a completion."""
         return frozenset((*settings.stop_token_ids, *(self.end_tokens if settings.stop_at_end else ())))
 

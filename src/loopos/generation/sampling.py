@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from loopos.config.diagnostics import UserError
-from loopos.generation.settings import SamplingSettings
+from loopos.generation.settings import SamplingParams
 
 _GOLDEN = 0x9E3779B97F4A7C15
 _MASK_64 = (1 << 64) - 1
@@ -100,7 +100,7 @@ class Choice:
 
 def choose(
     logits: Tensor,
-    settings: SamplingSettings,
+    settings: SamplingParams,
     *,
     history: History | None,
     uniforms: Tensor | None,
@@ -162,7 +162,7 @@ def draw(probabilities: Tensor, uniforms: Tensor) -> Tensor:
     return (block * _BLOCK + torch.searchsorted(inside, below, right=True))[:, 0].clamp_(max=size - 1)
 
 
-def penalized(logits: Tensor, settings: SamplingSettings, history: History | None) -> Tensor:
+def penalized(logits: Tensor, settings: SamplingParams, history: History | None) -> Tensor:
     """Bias, repetition, presence and frequency penalties and forbidden n-grams, in this order, `[B, V]`."""
     if settings.logit_bias:
         logits = with_bias(logits, settings.logit_bias)
@@ -180,7 +180,7 @@ def penalized(logits: Tensor, settings: SamplingSettings, history: History | Non
     return logits
 
 
-def filtered(logits: Tensor, settings: SamplingSettings) -> Tensor:
+def filtered(logits: Tensor, settings: SamplingParams) -> Tensor:
     """Logits `[B, V]` (after temperature) with filtered tokens at −inf: top-k, top-p, min-p, typical, in this order,
     each applied to the result of the previous one.
     """

@@ -17,7 +17,7 @@ from torch import Tensor
 from loopos.generation.completions import Running
 from loopos.generation.rows import Rows, common_length
 from loopos.generation.sampling import Choice, History, NonFiniteLogits, choose, uniforms
-from loopos.generation.settings import SamplingSettings
+from loopos.generation.settings import SamplingParams
 
 # Shorter prefixes (in tokens) are faster to compute than to copy.
 WORTH_COPYING = 16
@@ -102,7 +102,7 @@ class Model(Protocol):
     def begin(
         self,
         prompts: Sequence[Sequence[int]],
-        settings: SamplingSettings | Sequence[SamplingSettings],
+        settings: SamplingParams | Sequence[SamplingParams],
         *,
         n: int = 1,
         watch_text: bool = False,
@@ -148,7 +148,7 @@ class Scheduler:
     def add(
         self,
         prompts: Sequence[Sequence[int]],
-        settings: SamplingSettings | Sequence[SamplingSettings],
+        settings: SamplingParams | Sequence[SamplingParams],
         *,
         n: int = 1,
         watch_text: bool = False,
@@ -214,7 +214,7 @@ class Scheduler:
 
     def _take(self, logits: Tensor, chosen_for: Sequence[Running], first_row: int) -> None:
         """One token for each completion. logits `[N, V]`; row first_row + i belongs to chosen_for[i]."""
-        groups: dict[SamplingSettings, list[int]] = {}
+        groups: dict[SamplingParams, list[int]] = {}
         if all(running.choice is chosen_for[0].choice for running in chosen_for):
             groups[chosen_for[0].choice] = list(range(len(chosen_for)))
         else:
@@ -234,7 +234,7 @@ class Scheduler:
                         self._rows.cut(first_row + row, length)
 
     def _chosen(
-        self, logits: Tensor, settings: SamplingSettings, members: Sequence[Running], drawn: Tensor | None
+        self, logits: Tensor, settings: SamplingParams, members: Sequence[Running], drawn: Tensor | None
     ) -> Iterator[tuple[slice, Choice]]:
         """The tokens of members with the same settings, with the slice of members that each choice is for. If one has
         non-finite logits, the others still get tokens and only that one fails.
@@ -258,7 +258,7 @@ class Scheduler:
     def _choose(
         self,
         logits: Tensor,
-        settings: SamplingSettings,
+        settings: SamplingParams,
         members: Sequence[Running],
         drawn: Tensor | None,
         part: slice,

@@ -13,7 +13,7 @@ from loopos.config.diagnostics import UserError
 from loopos.functional.comparing import plurality
 from loopos.generation.completions import Completion, FinishReason, decoded
 from loopos.generation.engine import Engine
-from loopos.generation.settings import SamplingSettings
+from loopos.generation.settings import SamplingParams
 from loopos.generation.steps import Chain, StepGuide, StepLimits, StepMarks, chain_of, mean_logprob, reason
 
 Score = Callable[[Chain], float]
@@ -35,7 +35,7 @@ def self_consistency(
     engine: Engine,
     prompts: Sequence[Sequence[int]],
     marks: StepMarks,
-    settings: SamplingSettings,
+    settings: SamplingParams,
     *,
     n: int,
     normalize: Callable[[str], str | None] = str.strip,
@@ -63,7 +63,7 @@ def best_of_n(
     engine: Engine,
     prompts: Sequence[Sequence[int]],
     marks: StepMarks,
-    settings: SamplingSettings,
+    settings: SamplingParams,
     *,
     n: int,
     score: Score = mean_logprob,
@@ -75,7 +75,7 @@ def best_of_n(
     return [sorted(chains, key=score, reverse=True) for chains in sampled]
 
 
-def _check_sampling(settings: SamplingSettings, n: int) -> None:
+def _check_sampling(settings: SamplingParams, n: int) -> None:
     if n > 1 and settings.greedy:
         raise UserError(f"{n} chains at temperature 0 are identical; set a temperature above 0")
 
@@ -96,7 +96,7 @@ def step_beam_search(
     engine: Engine,
     prompts: Sequence[Sequence[int]],
     marks: StepMarks,
-    settings: SamplingSettings,
+    settings: SamplingParams,
     *,
     beams: int,
     candidates: int,
@@ -147,7 +147,7 @@ def _extended(
     prompts: Sequence[Sequence[int]],
     going: Sequence[_Beam],
     marks: StepMarks,
-    settings: SamplingSettings,
+    settings: SamplingParams,
     *,
     candidates: int,
     limits: StepLimits,
@@ -178,7 +178,7 @@ def _answered(
     engine: Engine,
     prompts: Sequence[Sequence[int]],
     going: Sequence[_Beam],
-    settings: SamplingSettings,
+    settings: SamplingParams,
     most_tokens: int | None,
 ) -> list[_Beam]:
     """The beams with the text after their closing."""
@@ -189,8 +189,8 @@ def _answered(
 
 
 def _continued(
-    prompts: Sequence[Sequence[int]], going: Sequence[_Beam], settings: SamplingSettings
-) -> tuple[list[list[int]], list[SamplingSettings]]:
+    prompts: Sequence[Sequence[int]], going: Sequence[_Beam], settings: SamplingParams
+) -> tuple[list[list[int]], list[SamplingParams]]:
     """Prompts that end with the beams' tokens, and settings with the remaining tokens of each."""
     starts = [[*prompts[beam.prompt_index], *beam.token_ids] for beam in going]
     left = [max(1, settings.max_new_tokens - len(beam.token_ids)) for beam in going]
@@ -222,6 +222,6 @@ def _extended_by(beam: _Beam, added: Completion) -> _Beam:
 
 def _chain(engine: Engine, beam: _Beam, marks: StepMarks) -> Chain:
     ids = list(beam.token_ids)
-    text = decoded(engine.tokenizer, ids[:-1] if beam.finish_reason == "stop token" else ids)
+    text = decoded(engine.tokenizer, ids[:-1] if beam.finish_reason == "stop" else ids)
     completion = Completion(beam.prompt_index, 0, ids, text, list(beam.logprobs), None, beam.forced, beam.finish_reason)
     return chain_of(engine.tokenizer, completion, marks)

@@ -14,38 +14,38 @@ MOST_PENALTY = 1e6
 
 
 @dataclass(frozen=True, kw_only=True)
-class SamplingSettings:
-    """All defaults leave the distribution unchanged.
-
-    `temperature`: 0 is greedy. `top_k`: the k most likely tokens (0 = all). `top_p`: the fewest tokens whose
-    probability reaches p. `min_p`: tokens at least min_p times as likely as the most likely. `typical_p`: tokens of
-    typical surprisal whose probability reaches p. `repetition_penalty`: divides positive and multiplies negative logits
-    of tokens in the prompt or completion. `presence_penalty`, `frequency_penalty`: subtracted once, or once per
-    occurrence, for tokens of the completion. `no_repeat_ngram`: no repeated n-gram, prompt included (0 = off).
-    `logit_bias`: token id → added to its logit. `max_new_tokens`: maximum tokens of a completion. `stop`: strings that
-    end it; `keep_stop` leaves the string in the text. `stop_token_ids`: tokens that end it, in addition to the model's
-    end tokens if `stop_at_end`. `seed`: fixes every draw, together with the prompt.
+class SamplingFields:
+    """What a user chooses, with defaults that leave the distribution unchanged, and help texts; the values are not
+    checked. The options of commands and the requests of the server are drawn from these fields.
     """
 
-    temperature: float = 0.0
-    top_k: int = 0
-    top_p: float = 1.0
-    min_p: float = 0.0
-    typical_p: float = 1.0
-    repetition_penalty: float = 1.0
-    presence_penalty: float = 0.0
-    frequency_penalty: float = 0.0
-    no_repeat_ngram: int = 0
-    logit_bias: Mapping[int, float] = field(default_factory=dict, hash=False)
-    max_new_tokens: int = 256
-    stop: tuple[str, ...] = ()
-    keep_stop: bool = False
-    stop_token_ids: tuple[int, ...] = ()
-    stop_at_end: bool = True
-    seed: int = 0
+    temperature: float = field(default=0.0, metadata={"help": "Sampling temperature; 0: greedy decoding."})
+    top_k: int = field(default=0, metadata={"help": "Sample from the k most likely tokens; 0: all tokens."})
+    top_p: float = field(
+        default=1.0, metadata={"help": "Sample from the smallest set of top tokens with this probability."}
+    )
+    min_p: float = field(
+        default=0.0, metadata={"help": "Drop tokens below this fraction of the top token's probability."}
+    )
+    typical_p: float = field(default=1.0, metadata={"help": "Locally typical sampling: probability mass to keep."})
+    repetition_penalty: float = field(
+        default=1.0, metadata={"help": "Penalizes tokens that already occur; 1 turns it off."}
+    )
+    presence_penalty: float = field(
+        default=0.0, metadata={"help": "Subtracted once from the logits of tokens that already occur."}
+    )
+    frequency_penalty: float = field(
+        default=0.0, metadata={"help": "Subtracted from a token's logit for each occurrence."}
+    )
+    no_repeat_ngram: int = field(default=0, metadata={"help": "Never repeat an n-gram of this size; 0: off."})
+    max_new_tokens: int = field(default=256, metadata={"help": "Maximum new tokens per completion."})
+    stop: tuple[str, ...] = field(
+        default=(), metadata={"help": "Text that ends a completion; repeatable.", "metavar": "TEXT"}
+    )
+    seed: int = field(default=0, metadata={"help": "Random seed."})
 
-    def __post_init__(self) -> None:
-        """Raises `UserError` with every setting that is out of range."""
+    def out_of_range(self) -> list[tuple[str, str]]:
+        """The fields whose values are out of range, each with what was given and what is expected."""
         ranges = (
             ("temperature", _is_temperature(self.temperature), f"0 (greedy), or {LEAST_DIVISOR:g} or more"),
             ("top_k", self.top_k >= 0, "0 (off) or more"),
@@ -60,13 +60,52 @@ class SamplingSettings:
             ("presence_penalty", abs(self.presence_penalty) <= MOST_PENALTY, f"at most {MOST_PENALTY:g} in size"),
             ("frequency_penalty", abs(self.frequency_penalty) <= MOST_PENALTY, f"at most {MOST_PENALTY:g} in size"),
             ("no_repeat_ngram", self.no_repeat_ngram >= 0, "0 (off) or more"),
-            ("logit_bias", all(token >= 0 for token in self.logit_bias), "token ids of 0 or more"),
             ("max_new_tokens", self.max_new_tokens >= 1, "1 or more"),
             ("stop", all(self.stop), "strings of at least one character"),
         )
-        wrong = [
-            f"{name}: got {getattr(self, name)!r}; expected {expected}" for name, holds, expected in ranges if not holds
+        return [
+            (name, f"got {getattr(self, name)!r}; expected {expected}") for name, holds, expected in ranges if not holds
         ]
+
+
+@dataclass(frozen=True, kw_only=True)
+class SamplingParams(SamplingFields):
+    """How tokens are sampled, and when a text ends. All defaults leave the model's distribution unchanged.
+
+    Raises `UserError` that names every value out of its range.
+
+    Attributes:
+        temperature: Divides the logits; 0 is greedy.
+        top_k: Only the k most likely tokens; 0 is all.
+        top_p: Only the fewest tokens whose probability reaches p.
+        min_p: Only tokens at least `min_p` times as likely as the most likely.
+        typical_p: Only tokens of typical surprisal whose probability reaches p.
+        repetition_penalty: Divides positive and multiplies negative logits of tokens in the prompt or completion.
+        presence_penalty: Subtracted from the logits of tokens that are in the completion.
+        frequency_penalty: Subtracted for each occurrence in the completion.
+        no_repeat_ngram: No n-gram occurs twice, prompt included; 0 is off.
+        logit_bias: Token id → what is added to its logit.
+        max_new_tokens: Most tokens of a completion.
+        stop: Texts that end it.
+        keep_stop: Whether such a text stays in the completion.
+        stop_token_ids: Tokens that end it.
+        stop_at_end: Whether the model's own end tokens end it too.
+        seed: Fixes every draw, together with the prompt.
+    """
+
+    logit_bias: Mapping[int, float] = field(default_factory=dict, hash=False)
+    keep_stop: bool = False
+    stop_token_ids: tuple[int, ...] = ()
+    stop_at_end: bool = True
+
+    def __post_init__(self) -> None:
+        """Raises `UserError` with every setting that is out of range."""
+        # A text alone would stop at each of its characters, and a list has no hash.
+        actual: object = self.stop
+        object.__setattr__(self, "stop", (actual,) if isinstance(actual, str) else tuple(self.stop))
+        wrong = [f"{name}: {problem}" for name, problem in self.out_of_range()]
+        if any(token < 0 for token in self.logit_bias):
+            wrong.append(f"logit_bias: got {self.logit_bias!r}; expected token ids of 0 or more")
         if wrong:
             raise UserError("\n".join(wrong))
 
@@ -86,7 +125,7 @@ class SamplingSettings:
         filters = self.top_k > 0 or self.top_p < 1 or self.min_p > 0 or self.typical_p < 1
         return self.needs_history or bool(self.logit_bias) or (filters and not self.greedy)
 
-    def of_choice(self) -> SamplingSettings:
+    def of_choice(self) -> SamplingParams:
         """The settings that one token's choice depends on: equal for rows that may be sampled together."""
         return replace(self, max_new_tokens=1, stop=(), keep_stop=False, stop_token_ids=(), stop_at_end=True, seed=0)
 

@@ -18,7 +18,7 @@ from transformers import PreTrainedTokenizerBase
 from loopos.config.diagnostics import UserError
 from loopos.generation.completions import Completion, GrowingText, Verdict
 from loopos.generation.engine import Engine
-from loopos.generation.settings import SamplingSettings
+from loopos.generation.settings import SamplingParams
 
 
 class StepMarks(Protocol):
@@ -101,7 +101,7 @@ def reason(
     engine: Engine,
     prompts: Sequence[Sequence[int]],
     marks: StepMarks,
-    settings: SamplingSettings | Sequence[SamplingSettings] = SamplingSettings(),
+    settings: SamplingParams | Sequence[SamplingParams] = SamplingParams(),
     *,
     limits: StepLimits = StepLimits(),
     n: int = 1,

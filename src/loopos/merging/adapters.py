@@ -15,9 +15,10 @@ from torch import Tensor
 
 from loopos.config.diagnostics import UserError
 from loopos.merging.sources import Change, LowRank, Replaced, Source, open_source
-from loopos.models.adapter_folder import PREFIX, AdapterFolder, is_adapter, open_adapter_folder
+from loopos.models.adapter_folder import PREFIX, AdapterFolder, open_adapter_folder
 from loopos.models.folders import save_pretrained
 from loopos.models.load import load_adapted
+from loopos.models.resolve import ModelRef, resolve_trained
 from loopos.storage.tensor_files import StoredTensor
 
 _Pairs = Mapping[str, tuple[StoredTensor, StoredTensor, float]]
@@ -37,26 +38,26 @@ def open_summable(source: str) -> AdapterFolder:
     return adapter
 
 
-def adapted_source(source: str, base: str | None, scratch: Callable[[], Path]) -> Source:
+def adapted_source(ref: ModelRef, base: ModelRef | None, scratch: Callable[[], Path]) -> Source:
     """An adapter over `base`, or by default over the model that it names, as a model. scratch: makes an empty folder
     that exists until the source has been read. Raises `UserError`.
     """
-    adapter = open_adapter_folder(source)
-    named = base or adapter.base
-    if named is None:
-        raise UserError(f"{source}: an adapter that names no base model; set base")
-    if adapter.beyond_lora or is_adapter(named):
-        return _folded_source(adapter, named, scratch())
-    return _low_rank_source(adapter, open_source(named), named)
+    adapter = open_adapter_folder(ref.name)
+    if base is None and adapter.base is None:
+        raise UserError(f"{ref.name}: an adapter that names no base model; set base")
+    under = base or resolve_trained(str(adapter.base))
+    if adapter.beyond_lora or under.storage == "adapter":
+        return _folded_source(ref, adapter, under, scratch())
+    return _low_rank_source(ref, adapter, open_source(under))
 
 
-def _folded_source(adapter: AdapterFolder, base: str, scratch: Path) -> Source:
+def _folded_source(ref: ModelRef, adapter: AdapterFolder, base: ModelRef, scratch: Path) -> Source:
     """An adapter of any kind over its base; unchanged weights keep the base's number format."""
     folded = load_adapted(adapter, base=base)
     save_pretrained(scratch, folded.model, folded.tokenizer)
     whole = open_source(str(scratch))
-    if is_adapter(base):
-        return replace(whole, location=adapter.source)
+    if base.storage == "adapter":
+        return replace(whole, ref=ref)
     under, stored, changes = open_source(base), dict[str, StoredTensor](), dict[str, Change]()
     for name, tensor in whole.stored.items():
         own = under.stored.get(name)
@@ -66,10 +67,10 @@ def _folded_source(adapter: AdapterFolder, base: str, scratch: Path) -> Source:
         stored[name] = own
         if not torch.equal(own.read().to(tensor.spec.dtype), tensor.read()):
             changes[name] = Replaced(tensor)
-    return replace(whole, location=adapter.source, stored=stored, changes=changes)
+    return replace(whole, ref=ref, stored=stored, changes=changes)
 
 
-def _low_rank_source(adapter: AdapterFolder, under: Source, named: str) -> Source:
+def _low_rank_source(ref: ModelRef, adapter: AdapterFolder, under: Source) -> Source:
     """Plain LoRA over a base, read a tensor at a time."""
     transposed = bool(adapter.config.get("fan_in_fan_out"))
     changes: dict[str, Change] = {}
@@ -86,8 +87,8 @@ def _low_rank_source(adapter: AdapterFolder, under: Source, named: str) -> Sourc
             changes[name] = LowRank(down, up, scale, transposed)
     if wrong:
         more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
-        raise UserError(f"{adapter.source}: does not fit {named}: {'; '.join(wrong[:3])}{more}")
-    return replace(under, location=adapter.source, changes=changes)
+        raise UserError(f"{adapter.source}: does not fit {under.location}: {'; '.join(wrong[:3])}{more}")
+    return replace(under, ref=ref, changes=changes)
 
 
 def _name_in(source: Source, name: str) -> str | None:

@@ -7,6 +7,7 @@ on their distribution over files.
 
 from __future__ import annotations
 
+import functools
 import math
 import tempfile
 import time
@@ -30,7 +31,7 @@ from loopos.merging.sources import HEAD_TENSOR, Source, open_source
 from loopos.merging.tensors import Change, OnProgress, TensorMerger
 from loopos.models.adapter_folder import ADAPTER_WEIGHTS, AdapterFolder, is_adapter
 from loopos.models.folders import HEAD
-from loopos.models.resolve import ADAPTER_CONFIG
+from loopos.models.resolve import ADAPTER_CONFIG, resolve_trained
 from loopos.models.task_layout import TaskLayout, layout_at
 from loopos.storage.durable import explain_disk_full
 from loopos.storage.json_files import save_json
@@ -153,8 +154,16 @@ def adapter_report(adapters: Sequence[AdapterFolder], factors: Sequence[float], 
 
 @dataclass(frozen=True)
 class MergeResult:
-    """`folder`: the result; `notes`: what a user should know; `measured`: metrics of all models and the result, by data
-    file; `trials`: the steps of a greedy soup.
+    """What a merge wrote and measured.
+
+    Attributes:
+        folder: The merged model, with report.md.
+        num_tensors: Tensors written.
+        num_parameters: Numbers in them.
+        seconds: Time of the whole merge.
+        notes: What a user should know.
+        measured: Metrics of all models and the result, one entry for each file of `evaluate`.
+        trials: The steps of a greedy soup.
     """
 
     folder: Path
@@ -237,9 +246,16 @@ def open_models(recipe: MergeConfig, scratch: ExitStack) -> tuple[list[Source], 
         above = next(each for each in out.parents if each.is_dir())
         return Path(scratch.enter_context(tempfile.TemporaryDirectory(prefix=f".{out.name}.scratch-", dir=above)))
 
-    def opened(source: str, base: str | None) -> Source | None:
+    # A recipe may name a model twice, and the base for each.
+    ref_of = functools.cache(resolve_trained)
+
+    def opened(name: str, base: str | None) -> Source | None:
         try:
-            return adapted_source(source, base, scratch_folder) if is_adapter(source) else open_source(source)
+            ref = ref_of(name)
+            # Only the model that a run wrote has the head of its adapter.
+            if ref.storage == "adapter" and (base is not None or ref.kind == "language"):
+                return adapted_source(ref, None if base is None else ref_of(base), scratch_folder)
+            return open_source(ref)
         except UserError as problem:
             diagnostics.append(str(problem))
             return None
@@ -301,7 +317,7 @@ def _before(
             note(f"{source.location}: not evaluated: another kind of model than the result")
         elif source.location not in found:
             note(f"evaluating {source.location} on {data}")
-            found[source.location] = row_metrics(source.location, data, device=device)
+            found[source.location] = row_metrics(source.ref, data, device=device)
     return found
 
 

@@ -18,6 +18,10 @@ from typing import Literal, TypeAlias
 import torch
 from torch import Tensor
 
+from loopos.config.diagnostics import UserError
+from loopos.config.registry import loaded
+from loopos.config.variants import MERGE_METHODS
+
 CHUNK = 2**20
 """Elements processed at a time."""
 
@@ -131,6 +135,19 @@ def generator_of(seed: int, name: str, index: int) -> torch.Generator:
     return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
 
 
+@dataclass(frozen=True)
+class MergeInputs:
+    """One tensor of every model, in fp32. `tensors`: read once, in order, and free to be written into; `weights`: of
+    the models; `base`: the base model's, for methods that need one; `draws`: for methods that draw random numbers.
+    """
+
+    tensors: Iterable[Tensor]
+    weights: Sequence[float]
+    parameters: Parameters
+    base: Tensor | None = None
+    draws: Draws | None = None
+
+
 def merged(
     method: str,
     tensors: Iterable[Tensor],
@@ -140,19 +157,79 @@ def merged(
     base: Tensor | None = None,
     draws: Draws | None = None,
 ) -> Tensor:
-    """One tensor by the method `method`. `tensors` is read once, in order; sums keep one of them at a time. base: for
-    all methods except linear and slerp; draws: for those that drop at random.
+    """One tensor by the method of this name, or by "module:name". Sums keep one of `tensors` at a time. base: for the
+    methods whose row says so; draws: for those that drop at random. Raises `UserError` for a result that is no tensor.
     """
-    if method == "linear":
-        return linear(tensors, weights, normalize=parameters.normalize)
-    if method == "slerp":
-        first, second = tensors
-        return slerp(first, second, parameters.t)
+    found = loaded(MERGE_METHODS[method].function)(MergeInputs(tensors, weights, parameters, base, draws))
+    if not isinstance(found, Tensor):
+        raise UserError(f'method "{method}": its function returned {type(found).__name__}; expected one tensor')
+    return found
+
+
+def merge_linear(inputs: MergeInputs) -> Tensor:
+    """The weighted sum of the models, with normalize their mean (Wortsman et al. 2022)."""
+    return linear(inputs.tensors, inputs.weights, normalize=inputs.parameters.normalize)
+
+
+def merge_slerp(inputs: MergeInputs) -> Tensor:
+    """Spherical interpolation between two models (Shoemake 1985)."""
+    first, second = inputs.tensors
+    return slerp(first, second, inputs.parameters.t)
+
+
+def merge_model_stock(inputs: MergeInputs) -> Tensor:
+    """Between the mean of the models and the base, by the angle of their deltas (Jang et al. 2024)."""
+    base = inputs.base
+    assert base is not None, "checked by config.merge"
+    return model_stock(base, [tensor.sub_(base) for tensor in inputs.tensors])
+
+
+def merge_task_arithmetic(inputs: MergeInputs) -> Tensor:
+    """The base plus the weighted sum of the models' deltas (Ilharco et al. 2023)."""
+    return _merged_deltas("task_arithmetic", inputs)
+
+
+def merge_ties(inputs: MergeInputs) -> Tensor:
+    """Deltas trimmed to their largest elements, and merged where their signs agree (Yadav et al. 2023)."""
+    return _merged_deltas("ties", inputs)
+
+
+def merge_dare_linear(inputs: MergeInputs) -> Tensor:
+    """Elements of deltas dropped at random, the rest scaled up and summed (Yu et al. 2024)."""
+    return _merged_deltas("dare_linear", inputs)
+
+
+def merge_dare_ties(inputs: MergeInputs) -> Tensor:
+    """Elements of deltas dropped at random, the rest merged where their signs agree (Yu et al. 2024)."""
+    return _merged_deltas("dare_ties", inputs)
+
+
+def merge_della_linear(inputs: MergeInputs) -> Tensor:
+    """Elements of deltas dropped at random, small ones more often, the rest summed (Deep et al. 2024)."""
+    return _merged_deltas("della_linear", inputs)
+
+
+def merge_della(inputs: MergeInputs) -> Tensor:
+    """Elements of deltas dropped at random, small ones more often, the rest merged where their signs agree (Deep et al.
+    2024).
+    """
+    return _merged_deltas("della", inputs)
+
+
+def merge_breadcrumbs(inputs: MergeInputs) -> Tensor:
+    """Deltas without their smallest and largest elements, summed (Davari & Belilovsky 2023)."""
+    return _merged_deltas("breadcrumbs", inputs)
+
+
+def merge_breadcrumbs_ties(inputs: MergeInputs) -> Tensor:
+    """Deltas without their smallest and largest elements, merged where their signs agree (Davari & Belilovsky 2023)."""
+    return _merged_deltas("breadcrumbs_ties", inputs)
+
+
+def _merged_deltas(method: str, inputs: MergeInputs) -> Tensor:
+    base, weights, parameters, row = inputs.base, inputs.weights, inputs.parameters, DELTA_METHODS[method]
     assert base is not None, method
-    if method == "model_stock":
-        return model_stock(base, [tensor.sub_(base) for tensor in tensors])
-    row = DELTA_METHODS[method]
-    deltas = _deltas(row, iter(tensors), base, len(weights), parameters, draws)
+    deltas = _deltas(row, iter(inputs.tensors), base, len(weights), parameters, inputs.draws)
     if row.elects:
         change = elected(list(deltas), weights, normalize=parameters.normalize)
     else:

@@ -19,8 +19,7 @@ from torch import Tensor
 
 from loopos.config.diagnostics import UserError
 from loopos.models.folders import HEAD
-from loopos.models.model_folder import described
-from loopos.models.resolve import WeightsSource, local_path
+from loopos.models.resolve import ModelRef, resolve_trained
 from loopos.models.task_layout import SCORE, backbone_part
 from loopos.models.tokenizers import open_tokenizer, vocabulary_difference
 from loopos.storage.json_files import read_object
@@ -78,17 +77,22 @@ Change: TypeAlias = LowRank | Replaced
 
 @dataclass(frozen=True)
 class Source:
-    """One model. `location`: its name in the recipe; `folder`: of its config and tokenizer; `config`: its config.json,
-    for a model with a head the backbone's part; `description`: its loopos.json, empty for other models; `stored`: its
-    tensors by name, the head of a task model as `HEAD_TENSOR`; `changes`: those of an adapter over them.
+    """One model. `ref`: what the recipe names; `folder`: of its config and tokenizer; `config`: its config.json, for a
+    model with a head the backbone's part; `description`: its loopos.json, empty for other models; `stored`: its tensors
+    by name, the head of a task model as `HEAD_TENSOR`; `changes`: those of an adapter over them.
     """
 
-    location: str
+    ref: ModelRef
     folder: Path
     config: Mapping[str, Any]
     description: Mapping[str, Any]
     stored: Mapping[str, StoredTensor]
     changes: Mapping[str, Change] = field(default_factory=dict)
+
+    @property
+    def location(self) -> str:
+        """The model's name in the recipe."""
+        return self.ref.name
 
     @cached_property
     def specs(self) -> dict[str, TensorSpec]:
@@ -151,24 +155,24 @@ class Source:
         return self.read(name).to(torch.float32)
 
 
-def open_source(source: str) -> Source:
+def open_source(source: str | ModelRef) -> Source:
     """The model that a recipe names. Raises `UserError` if there is none, or none in safetensors."""
-    folder, file = local_path(source)
+    ref = resolve_trained(source)
+    name, folder, file = ref.name, ref.local_folder, ref.weights_file
     if file is not None and file.suffix != ".safetensors":
-        raise UserError(_torch_file(source, file.name))
+        raise UserError(_torch_file(name, file.name))
     if file is not None:
         check_manifest(file.parent, of=lambda name: name == file.name or not is_weights(name))
     config = backbone_part(read_object(folder / "config.json", advice="expected the config beside the weights"))
-    stored = stored_tensors([file]) if file is not None else _tensors(source, folder)
-    description = described(folder)
-    if "pooling" in description:
-        stored[HEAD_TENSOR] = _head(source, folder)
+    stored = stored_tensors([file]) if file is not None else _tensors(name, folder)
+    if "pooling" in ref.description:
+        stored[HEAD_TENSOR] = _head(folder)
     if not stored:
-        raise UserError(f"{source}: its weight files contain no tensor")
-    for name, each in stored.items():
+        raise UserError(f"{name}: its weight files contain no tensor")
+    for tensor, each in stored.items():
         if each.spec.dtype not in _COMPUTED:
-            raise UserError(f"{source}: {name} is {each.spec.dtype}, which cannot be merged; expected {_EXPECTED}")
-    return Source(source, folder, config, description, stored)
+            raise UserError(f"{name}: {tensor} is {each.spec.dtype}, which cannot be merged; expected {_EXPECTED}")
+    return Source(ref, folder, config, ref.description, stored)
 
 
 def _torch_file(source: str, name: str) -> str:
@@ -189,10 +193,10 @@ def _tensors(source: str, folder: Path) -> dict[str, StoredTensor]:
     raise UserError(f"{source}: {folder} contains no weights; expected {WEIGHTS} beside config.json{hint}")
 
 
-def _head(source: str, folder: Path) -> StoredTensor:
+def _head(folder: Path) -> StoredTensor:
     stored = stored_tensors([folder / HEAD])
     if "weight" not in stored:
-        raise UserError(f"{source}: {HEAD} contains no tensor weight; write it again: loopos train CONFIG --resume")
+        raise UserError(f"{folder}: {HEAD} contains no tensor weight; write it again: loopos train CONFIG --resume")
     return stored["weight"]
 
 
@@ -206,8 +210,7 @@ def tokens_of(source: Source) -> dict[str, int]:
     """Token → id. Raises `UserError` for a tokenizer that cannot be read."""
     file = source.folder / TOKENIZER
     if not file.is_file():
-        origin = WeightsSource(source.location, "folder", source.folder)
-        return dict(open_tokenizer(origin).get_vocab())
+        return dict(open_tokenizer(ModelRef(source.location, "folder", source.folder)).get_vocab())
     content = _content(file)
     vocabulary = content["model"].get("vocab", {})
     if isinstance(vocabulary, list):

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from loopos.config.diagnostics import UserError
 from loopos.config.merge import MergeConfig
+from loopos.config.variants import MERGE_METHODS
 from loopos.merging.methods import Parameters, generator_of, merged
 from loopos.merging.plan import Plan, PlannedTensor, Values
 from loopos.models.load import NUMBER_FORMATS
@@ -83,13 +84,14 @@ class TensorMerger:
         method = self.recipe.method if self.weights is None else "linear"
         weights = weights if self.weights is None else list(self.weights)
         tensors, base = self._inputs(planned)
+        row = MERGE_METHODS[method]
         if len(planned.origins) < len(weights):
             weights = [weights[index] for index in planned.origins]
-            if method in ("slerp", "model_stock"):
+            if not row.weighs:
                 method, weights, parameters = "linear", [1.0] * len(weights), Parameters()
             elif method == "linear":
                 parameters = replace(parameters, normalize=True)
-        if base is None and method not in ("linear", "slerp"):
+        if base is None and row.base:
             # A tensor that the base lacks (a head) has no delta: the models' own are averaged.
             method, weights, parameters = "linear", [1.0] * len(weights), Parameters()
         if method == "linear" and parameters.normalize and math.isclose(sum(weights), 0.0, abs_tol=1e-12):

@@ -30,7 +30,7 @@ from loopos.models.load import Pretrained, Sizes, load_pretrained
 from loopos.storage.durable import explain_disk_full
 from loopos.training.callbacks import Callbacks, preserve_random_states
 from loopos.training.distributed import World
-from loopos.training.fit import Fit
+from loopos.training.fit import Fit, RunSetup
 from loopos.training.precision import resolve
 from loopos.training.progress import RunProgress
 from loopos.training.run_state import FitResult
@@ -169,7 +169,7 @@ class Trainer(ABC, Generic[ConfigT]):
         """The loop with what every method passes it alike. run_dir: the run's folder when None. facts: for the log, in
         addition to precision and environment. parts: the other arguments of `Fit`.
         """
-        return Fit(
+        setup = RunSetup(
             run_dir=run_dir or self.run_dir,
             config=self.config,
             settings=self.config.training,
@@ -178,8 +178,8 @@ class Trainer(ABC, Generic[ConfigT]):
             world=self.world,
             facts={**(facts or {}), "precision": self.precision, "environment": self.environment},
             unfreeze=self.trained.unfreeze if self.trained.later else None,
-            **parts,
         )
+        return Fit(setup, **parts)
 
     def watched(self, default: str) -> tuple[str, str]:
         """The metric that chooses the best checkpoint, and the one that early stopping watches."""
@@ -231,7 +231,6 @@ class Trainer(ABC, Generic[ConfigT]):
             self.run_dir,
             self.config.training,
             self.result,
-            self.world,
             self.progress,
             callbacks=self.callbacks,
         )

@@ -21,9 +21,9 @@ from loopos.data.batches import Batch, PackedRows, StepBatches
 from loopos.data.digest import rows_digest
 from loopos.data.formats import ROLES
 from loopos.data.labelled import LabeledData, check_for_task, load_labeled
-from loopos.data.reading import account
+from loopos.data.reading import DataReport
 from loopos.data.targets import targets_of
-from loopos.data.tokens import Encoded, TokenReport, encode_labeled
+from loopos.data.tokens import Encoded, encode_labeled
 from loopos.evaluation.metrics import METRIC_DIRECTION
 from loopos.evaluation.outputs import Meaning, confusion, interpret, measure, outputs_of, residual_points
 from loopos.methods.base import Trainer
@@ -68,7 +68,7 @@ class FineTuner(Trainer[FineTuningConfig]):
             self.progress.say(f"validation tokens: {self.validation_tokens.summary()}")
         return self.pretrained, self.data
 
-    def _encode(self, examples: Sequence[Any]) -> tuple[list[Encoded], TokenReport]:
+    def _encode(self, examples: Sequence[Any]) -> tuple[list[Encoded], DataReport]:
         return encode_labeled(
             self.pretrained.tokenizer,
             examples,
@@ -125,11 +125,15 @@ class FineTuner(Trainer[FineTuningConfig]):
 
     def _facts(self) -> dict[str, Any]:
         """The account of rows and tokens, for the log: what was read is used, or dropped for a counted reason."""
-        counted = ("examples", "tokens", "truncated", "tokens_cut", "max_length")
+        # Keys of the log → fields of a report.
+        counted = {"examples": "used", "tokens": "tokens", "truncated": "cut"}
+        counted |= {"tokens_cut": "tokens_cut", "max_length": "max_length"}
         reports = {"training": self.train_tokens, "validation": self.validation_tokens}
         return {
-            "rows": [account(report) for report in self.data.reports],
-            "tokens": {name: {key: getattr(report, key) for key in counted} for name, report in reports.items()},
+            "rows": [report.summary() for report in self.data.reports],
+            "tokens": {
+                name: {key: getattr(report, own) for key, own in counted.items()} for name, report in reports.items()
+            },
         }
 
     def _validation(self) -> Validation:

@@ -15,7 +15,8 @@ from loopos.data.answer_batches import AnswerBatch, AnswerRows, EncodedAnswer, w
 from loopos.data.batches import StepBatches, in_step
 from loopos.data.digest import answers_digest
 from loopos.data.preference_data import load_thumbs
-from loopos.data.preference_tokens import PreferenceEncoder, PreferenceReport
+from loopos.data.preference_tokens import PreferenceEncoder
+from loopos.data.reading import DataReport
 from loopos.data.thumbs import Thumbs
 from loopos.methods.base import Direction
 from loopos.methods.preference import VALIDATION_TOKENS, PreferenceTrainer
@@ -52,7 +53,7 @@ class KtoTrainer(PreferenceTrainer):
             lines.append(f"validation tokens: {report.summary()}")
         self.progress.say(*lines)
 
-    def _encoded(self, examples: Sequence[Thumbs]) -> tuple[list[EncodedAnswer], PreferenceReport]:
+    def _encoded(self, examples: Sequence[Thumbs]) -> tuple[list[EncodedAnswer], DataReport]:
         """Every answer of the rows as tokens, with a mismatched one."""
         rows, report = self.encoder.comparisons([each.comparison for each in examples])
         answers = [

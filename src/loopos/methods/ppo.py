@@ -1,10 +1,11 @@
-"""Proximal policy optimization: a language model learns to write what is scored high.
+"""Reinforcement learning of a policy: a language model learns to write what is scored high.
 
-    prompts → responses → scores, reference, values → token rewards → GAE → shuffled minibatches → update
+    prompts → responses → scores, reference, values → token rewards → advantages → shuffled minibatches → update
 
 Enters: a `PpoConfig`. Leaves: a run folder with checkpoints, events, samples.jsonl, a report and the trained policy.
-After Schulman et al. 2017, Ziegler et al. 2019, Ouyang et al. 2022 and Huang et al. 2024. Left
-out: the loop (`training.fit`), the four models (`models.roles`), what they say of responses (`evaluation.rollout`).
+After Schulman et al. 2017, Ziegler et al. 2019, Ouyang et al. 2022 and Huang et al. 2024; the
+algorithm, PPO unless the config names another, is in `rl.algorithms`. Left out: the loop (`training.fit`), the models
+(`rl.roles`), what they say of responses (`rl.collector`).
 """
 
 from __future__ import annotations
@@ -21,7 +22,6 @@ from loopos.config.ppo import PpoConfig
 from loopos.data.digest import prompts_digest
 from loopos.data.preference_data import load_prompts
 from loopos.data.preference_tokens import PreferenceEncoder
-from loopos.data.reading import account
 from loopos.functional.advantages import KlController
 from loopos.methods.base import Trainer
 from loopos.models.folders import (
@@ -32,6 +32,7 @@ from loopos.models.folders import (
     open_reward_model,
 )
 from loopos.models.load import NUMBER_FORMATS, fingerprint
+from loopos.rl.algorithms import Algorithm
 from loopos.rl.collector import (
     Collector,
     PolicyCheck,
@@ -45,12 +46,12 @@ from loopos.rl.experience import AdvantageSettings, Experience, ResponseBatch, R
 from loopos.rl.monitors import Monitor, MonitorLimits
 from loopos.rl.objective import PolicyState, PpoObjective
 from loopos.rl.rewards import Rewards, judge_of
-from loopos.rl.roles import Roles, build_roles
+from loopos.rl.roles import RolePlan, Roles, build_roles
 from loopos.rl.rollouts import RolloutBatches, RolloutPlan
 from loopos.rl.workers.opening import DataParallel, RunView, check_installed, open_rollouts
 from loopos.rl.workers.protocol import Request
 from loopos.rl.workers.remote import RemoteRollouts
-from loopos.training.fit import Fit
+from loopos.training.fit import Fit, RunPlan
 from loopos.training.identity import of_policy
 from loopos.training.progress import write_samples
 from loopos.training.run_state import FitResult
@@ -75,9 +76,9 @@ class PpoTrainer(Trainer[PpoConfig]):
         self.pretrained = self.load_pretrained(causal=True)
         self.tokenizer = self.pretrained.tokenizer
         self.opened_rewards: list[OpenedReward] = []
-        for place in data.reward_models:
-            self.opened_rewards.append(open_reward_model(place))
-            check_same_tokens(self.tokenizer, self.opened_rewards[-1].tokenizer, f"data.reward_model: {place}")
+        for reward_model in data.reward_models:
+            self.opened_rewards.append(open_reward_model(reward_model))
+            check_same_tokens(self.tokenizer, self.opened_rewards[-1].tokenizer, f"data.reward_model: {reward_model}")
         whole = self.longest_of(self.pretrained)
         room = None if whole is None else whole - config.generation.max_new_tokens
         limit = min((each for each in (room, data.max_prompt_tokens) if each is not None), default=None)
@@ -98,8 +99,7 @@ class PpoTrainer(Trainer[PpoConfig]):
             self.pretrained,
             self.opened_rewards,
             settings,
-            value_model=settings.value_model,
-            temperature=config.generation.temperature,
+            RolePlan(config.value_model, config.needs_reference, config.generation.temperature),
             attention=config.model.attention,
         )
         self.reward_description = descriptions_together([opened.description for opened in self.opened_rewards])
@@ -132,8 +132,14 @@ class PpoTrainer(Trainer[PpoConfig]):
         """Rewards, rollouts, objective, optimizer and loop."""
         config, settings, world, actor_critic = self.config, self.config.training, self.world, self.roles.actor_critic
         rewards = Rewards.of(self.roles.reward, self.reward_description, config.reward, config.generation, self.device)
+        self.algorithm = Algorithm.of(settings.algorithm, config.algorithm)
+        rank, size = world.data_parallel
         plan = RolloutPlan.of(
-            settings, num_prompts=len(self.prompts), rank=world.data_parallel[0], world=world.data_parallel[1]
+            settings,
+            num_prompts=len(self.prompts),
+            rank=rank,
+            world=size,
+            responses_per_prompt=config.generation.responses_per_prompt,
         )
         # In one process, and a format that does not run in steps alone, judging is the first step's forward pass.
         reused = ReusedForward(plan.batches_of) if world.size == 1 and self.precision != "fp16" else None
@@ -143,7 +149,7 @@ class PpoTrainer(Trainer[PpoConfig]):
         )
         self.controller = KlController(settings.kl_coefficient, target=settings.kl_target, horizon=settings.kl_horizon)
         self.monitor = Monitor(MonitorLimits(**config.guards.model_dump(exclude={"stop"})))
-        self.objective = PpoObjective.of(settings, actor_critic, reused=reused)
+        self.objective = PpoObjective.of(settings, actor_critic, self.algorithm, reused=reused)
         self.batches = RolloutBatches(plan, self.collect, self.device)
         self.check = self._check() if self.validation_prompts else None
         ahead = self.engine if isinstance(self.engine, RemoteRollouts) else None
@@ -155,18 +161,22 @@ class PpoTrainer(Trainer[PpoConfig]):
             batches=self.batches,
             objective=self.objective,
             validation=self._validation() if self.check is not None else None,
-            identity=of_policy(self.config, self.prompts, self.encoder, base=self.base),
+            identity=of_policy(
+                self.config, self.prompts, self.encoder, base=self.base, rewards_read_rows=rewards.read_rows
+            ),
             facts=self._facts(plan.iterations),
-            planned_steps=plan.iterations * self.batches.steps_an_epoch,
-            planned_end=plan.planned_end,
-            validation_unit=self.batches.steps_an_epoch,
+            plan=RunPlan(
+                steps=plan.iterations * self.batches.steps_an_epoch,
+                end=plan.planned_end,
+                validation_unit=self.batches.steps_an_epoch,
+                gives_up=lambda: GUARD if self.config.guards.stop and self.state.alerts else None,
+            ),
             method_state=self.state,
-            gives_up=lambda: GUARD if self.config.guards.stop and self.state.alerts else None,
         )
 
     def _facts(self, iterations: int) -> dict[str, Any]:
         """The account of rows and tokens, for the log."""
-        rows, tokens = list(map(account, self.data.reports)), self.tokens.counts()
+        rows, tokens = [report.summary() for report in self.data.reports], self.tokens.counts()
         return {"rows": rows, "tokens": tokens, "iterations": iterations}
 
     def collect(self, iteration: int) -> Experience:
@@ -175,7 +185,13 @@ class PpoTrainer(Trainer[PpoConfig]):
         request, coefficient = self.request(iteration), self.controller.coefficient
         with self.trained.whole():
             rollouts = self.collector(request, iteration=iteration)
-        how, old = AdvantageSettings.of(settings, importance_cap=cap), self.config.old_logprobs
+        how = AdvantageSettings.of(
+            settings,
+            self.algorithm,
+            importance_cap=cap,
+            responses_per_prompt=self.config.generation.responses_per_prompt,
+        )
+        old = self.config.old_logprobs
         experience = experience_of(
             request.prompts, rollouts, old_logprobs=old, kl_coefficient=coefficient, settings=how
         )
@@ -187,10 +203,12 @@ class PpoTrainer(Trainer[PpoConfig]):
             **self.objective.extremes.taken(),
         }
         self.objective.kl_coefficient = coefficient
-        self.controller.observe(metrics["kl"], len(rollouts))
+        if "kl" in metrics:
+            self.controller.observe(metrics["kl"], len(rollouts))
         timing = {"seconds": time.monotonic() - began, **self.engine.timing()}
         self.fit.record("rollout", {"iteration": iteration, **metrics}, timing)
-        figures = [f"{name} {figure(metrics[name])}" for name in ("reward", "kl", "response_length", "end_share")]
+        shown = [name for name in ("reward", "kl", "response_length", "eos_rate") if name in metrics]
+        figures = [f"{name} {figure(metrics[name])}" for name in shown]
         self.progress.say(f"iteration {iteration + 1}: {' · '.join(figures)}")
         self._watch(metrics)
         return experience
@@ -203,8 +221,8 @@ class PpoTrainer(Trainer[PpoConfig]):
     def _watch(self, metrics: Mapping[str, float]) -> None:
         for alert in self.monitor.observe(metrics):
             self.state.alerts.append(alert.message)
-            self.progress.warn(f"alarm: {alert.message}")
-            self.fit.record("alarm", alert.as_json(), {})
+            self.progress.warn(f"alert: {alert.message}")
+            self.fit.record("alert", alert.as_json(), {})
 
     def _check(self) -> PolicyCheck:
         section, judge, report = self.config.evaluation, None, self.config.training.kl_report

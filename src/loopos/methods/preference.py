@@ -20,7 +20,6 @@ from loopos.data.batches import ComparisonRows, StepBatches, in_step
 from loopos.data.digest import comparisons_digest
 from loopos.data.preference_data import PreferenceData, load_comparisons
 from loopos.data.preference_tokens import EncodedComparison, PreferenceEncoder
-from loopos.data.reading import account
 from loopos.data.response_batches import PreferenceBatch, PreferenceRows
 from loopos.functional.packing import PackedLayout
 from loopos.functional.preference_losses import LossSettings
@@ -195,7 +194,7 @@ class PreferenceTrainer(Trainer[PreferenceConfig]):
     def facts(self) -> dict[str, Any]:
         """The account of rows and tokens, for the log."""
         return {
-            "rows": [account(report) for report in self.data.reports],
+            "rows": [report.summary() for report in self.data.reports],
             "tokens": {"training": self.train_tokens.counts()},
             "shared prompts": self.shares_prompts,
         }

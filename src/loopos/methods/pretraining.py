@@ -25,7 +25,6 @@ from loopos.methods.base import Trainer
 from loopos.models.folders import save_pretrained
 from loopos.models.language_model import LanguageModel
 from loopos.models.load import Sizes, new_config
-from loopos.models.resolve import weights_source
 from loopos.models.tokenizers import open_tokenizer
 from loopos.training.fit import Fit
 from loopos.training.identity import of_text
@@ -66,7 +65,7 @@ class Pretrainer(Trainer[PretrainingConfig]):
     def _tokenizer(self, documents: list[str]) -> PreTrainedTokenizerBase:
         named = self.config.data.tokenizer
         if named is not None:
-            return open_tokenizer(weights_source("new"), named, trust_remote_code=self.trust_remote_code)
+            return open_tokenizer("new", named, trust_remote_code=self.trust_remote_code)
         vocab_size = self.config.model.vocab_size
         assert vocab_size is not None, "checked by the config"
         tokenizer = train_tokenizer(documents, vocab_size)

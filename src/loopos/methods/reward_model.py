@@ -3,7 +3,7 @@
     comparisons → chat template → tokens → transformer → score at the last token → −log σ(r_chosen − r_rejected)
 
 Enters: a `RewardModelConfig`. Leaves: a run folder with checkpoints, events, a report and the trained reward model,
-whose scores are normalised over the training responses. After Christiano et al. 2017, Stiennon et al. 2020 and Ouyang
+whose scores are normalized over the training responses. After Christiano et al. 2017, Stiennon et al. 2020 and Ouyang
 et al. 2022. Left out: the loop (`training.fit`), the reading of data (`data.preference_data`).
 """
 
@@ -19,7 +19,6 @@ from loopos.data.batches import ComparisonBatch, ComparisonRows, StepBatches
 from loopos.data.digest import comparisons_digest
 from loopos.data.preference_data import load_comparisons
 from loopos.data.preference_tokens import EncodedComparison, PreferenceEncoder
-from loopos.data.reading import account
 from loopos.evaluation.preference_metrics import PREFERENCE_METRIC_DIRECTION
 from loopos.evaluation.preference_report import bucket_tables, measured, preferred_scores
 from loopos.evaluation.reward_predictor import Normalization, comparison_scores
@@ -101,7 +100,7 @@ class RewardModelTrainer(Trainer[RewardModelConfig]):
     def build_fit(self) -> Fit[ComparisonBatch]:
         """Optimizer, update, batches and loop."""
         settings, (rank, size) = self.config.training, self.world.data_parallel
-        pairs = PairObjective(self.model, self.config.reward.centring)
+        pairs = PairObjective(self.model, self.config.reward.center_rewards, self.config.reward.loss)
         return self.fit_of(
             update=self.update_of(self.model, head={"head.weight"}),
             batches=StepBatches.of(settings, self.rows(self.train_rows), rank=rank, world=size),
@@ -114,7 +113,7 @@ class RewardModelTrainer(Trainer[RewardModelConfig]):
     def _facts(self) -> dict[str, Any]:
         """The account of rows and tokens, for the log."""
         return {
-            "rows": [account(report) for report in self.data.reports],
+            "rows": [report.summary() for report in self.data.reports],
             "tokens": {"training": self.train_tokens.counts()},
             "shared prompts": self.shares_prompts,
         }
@@ -150,7 +149,7 @@ class RewardModelTrainer(Trainer[RewardModelConfig]):
     def before_writing(self) -> None:
         """Normalizes the scores over training responses, and scores the validation comparisons for the report."""
         self.normalization = Normalization.none(self.config.reward.heads)
-        if self.config.reward.normalise:
+        if self.config.reward.normalize:
             every = [score for scores in self.scores(self._normalising_rows()) for score in scores]
             self.normalization = found = Normalization.of(torch.tensor(every))
             spread = ", ".join(f"{m:.3f} ± {s:.3f}" for m, s in zip(found.mean, found.std, strict=True))
@@ -176,12 +175,12 @@ class RewardModelTrainer(Trainer[RewardModelConfig]):
         return [*super().export_summary(), f"model: {how_it_opens(self.run_dir / 'model')}"]
 
     def _normalising_rows(self) -> list[EncodedComparison]:
-        """Training comparisons, at most `reward.normalise_over` of them, the same ones for the same seed."""
-        most = self.config.reward.normalise_over
+        """Training comparisons, at most `reward.normalize_over` of them, the same ones for the same seed."""
+        most = self.config.reward.normalize_over
         if len(self.train_rows) <= most:
             return self.train_rows
         draw = np.random.Generator(np.random.PCG64(self.config.training.seed))
-        return [self.train_rows[place] for place in sorted(draw.permutation(len(self.train_rows))[:most])]
+        return [self.train_rows[index] for index in sorted(draw.permutation(len(self.train_rows))[:most])]
 
     def description(self) -> dict[str, Any]:
         """What the model folder records of its scores."""

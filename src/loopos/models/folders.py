@@ -1,5 +1,4 @@
-"""Saves and opens trained models as folders: models with a head, reward models, causal language models, and pretrained
-weights.
+"""Saves models as folders, and opens models of every kind: with a head, reward models, language models and ensembles.
 
     model/   config.json  model.safetensors  tokenizer…   transformers' files (`task_layout.py`), with the chat template
              head.safetensors                             the head as trained, for models with a head
@@ -15,7 +14,7 @@ import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -24,14 +23,17 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from loopos.config.diagnostics import UserError
 from loopos.config.paths import HEAD_FILE, MANIFEST, MODEL_DESCRIPTION
 from loopos.config.sections import LoraSection
+from loopos.functional.mixing import MixtureMethod
 from loopos.functional.packing import PackedLayout
 from loopos.models.adapters import merge_lora, save_lora
 from loopos.models.backbone import Backbone
+from loopos.models.description import FORMAT
 from loopos.models.heads import PooledModel
+from loopos.models.language_ensemble import LanguageEnsemble, check_one_vocabulary
 from loopos.models.load import NUMBER_FORMATS, cast_parameters, load_pretrained
-from loopos.models.model_folder import FORMAT, LANGUAGE_ENSEMBLE, described, kind_of, model_folder, read_description
 from loopos.models.quantized import is_quantized
 from loopos.models.quantized_folder import save_weights
+from loopos.models.resolve import ModelRef, refuse_votes, resolve_trained
 from loopos.models.task_layout import TaskLayout, folder_tokenizer
 from loopos.storage.durable import FileRecord, fsync_path
 from loopos.storage.json_files import save_json
@@ -75,25 +77,28 @@ def read_head(folder: Path) -> Tensor:
 
 
 def open_task_model(
-    source: str | Path, *, attention: str = "auto"
+    source: str | Path | ModelRef, *, attention: str = "auto"
 ) -> tuple[PooledModel, PreTrainedTokenizerBase, dict[str, Any]]:
-    """The model in fp32, its tokenizer and its description. Raises `UserError` for a folder that is not such a model,
-    is broken, or has a newer format.
+    """The model in fp32, its tokenizer and its description. Raises `UserError` for what is not such a model, is broken,
+    or has a newer format.
     """
-    folder = model_folder(source)
-    description = read_description(folder)
-    if kind_of(description) == "ensemble":
-        raise UserError(f"{folder}: an ensemble of several models; loopos predict and loopos evaluate open it")
-    if kind_of(description) == "language":
-        raise UserError(f"{folder}: a language model, without a head; loopos generate and loopos chat open it")
-    head = read_head(folder)
-    pretrained = load_pretrained(str(folder), quantized=True)
+    ref = resolve_trained(source)
+    if ref.kind == "ensemble":
+        raise UserError(f"{ref.name}: an ensemble of several models; loopos predict and loopos evaluate open it")
+    if ref.kind == "language" or ref.folder is None:
+        raise UserError(f"{ref.name}: a language model, without a head; loopos generate and loopos chat open it")
+    head = read_head(ref.folder)
+    # The run's own merged weights, also where its adapter is named: the head was trained with them.
+    pretrained = load_pretrained(ref.folder_ref, quantized=True)
     model = PooledModel(
-        Backbone(pretrained.model, attention=attention), num_outputs=len(head), pooling=description["pooling"], seed=0
+        Backbone(pretrained.model, attention=attention),
+        num_outputs=len(head),
+        pooling=ref.description["pooling"],
+        seed=0,
     )
     with torch.no_grad():
         model.head.weight.copy_(head)
-    return model, pretrained.tokenizer, description
+    return model, pretrained.tokenizer, dict(ref.description)
 
 
 @dataclass(frozen=True)
@@ -108,18 +113,16 @@ class OpenedReward:
     adapter: Path | None
 
 
-def open_reward_model(source: str | Path) -> OpenedReward:
+def open_reward_model(source: str | Path | ModelRef) -> OpenedReward:
     """source: the output folder of a reward_model run, or its folder model/. Raises `UserError` for anything else."""
-    folder = model_folder(source)
-    description = read_description(folder)
-    if kind_of(description) != "reward":
+    ref = resolve_trained(source)
+    if ref.kind != "reward":
         raise UserError(
-            f"{folder}: a model of task {description.get('task', 'text generation')}; expected a reward model, trained "
-            'with "method": "reward_model"'
+            f"{ref.name}: a model of task {ref.description.get('task', 'text generation')}; expected a reward model, "
+            'trained with "method": "reward_model"'
         )
-    model, tokenizer, _ = open_task_model(folder)
-    adapter = folder.parent / "adapter"
-    return OpenedReward(model, tokenizer, description, adapter if adapter.is_dir() else None)
+    model, tokenizer, description = open_task_model(ref)
+    return OpenedReward(model, tokenizer, description, ref.adapter)
 
 
 class RewardEnsemble(nn.Module):
@@ -147,21 +150,6 @@ def check_same_tokens(policy: PreTrainedTokenizerBase, other: PreTrainedTokenize
             f"{key}: its tokenizer has other tokens than the policy's ({len(other)} and {len(policy)}); expected a "
             "reward model trained from weights with the policy's tokenizer"
         )
-
-
-@dataclass(frozen=True)
-class OpenedLanguageModel:
-    """A causal language model in fp32 on CPU. `description`: what LoopOS wrote about it; empty for other models."""
-
-    model: PreTrainedModel
-    tokenizer: PreTrainedTokenizerBase
-    description: Mapping[str, Any]
-    summary: str
-
-    @property
-    def precision(self) -> str:
-        """The default format to run in: that of training, bf16 for quantized weights, fp32 for others."""
-        return str(self.description.get("precision", "bf16" if is_quantized(self.model) else "fp32"))
 
 
 def save_language_model(
@@ -200,23 +188,104 @@ def export_language_model(
     save_language_model(run_dir / "model", causal, tokenizer, description)
 
 
-def open_language_model(source: str, *, trust_remote_code: bool = False) -> OpenedLanguageModel:
-    """source: the output folder of a run, a model folder, or a value of `data.pretrained_weights`. Raises
+@dataclass(frozen=True)
+class OpenedModel:
+    """`model` in fp32 on CPU: a causal language model, or the headless model of `pooled`, the model with a head.
+    `precision`: the format of the saved weights. `description`: what LoopOS wrote about the model, empty for others.
+    """
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    description: Mapping[str, Any]
+    precision: str
+    pooled: PooledModel | None = None
+
+    def save(self, folder: Path) -> None:
+        """Saves the model as the same kind, in its own format. Raises `OSError` when the disk is full."""
+        self.model.to("cpu")  # type: ignore[arg-type]
+        if self.pooled is not None:
+            save_task_model(folder, self.pooled, self.tokenizer, self.description)
+        elif self.description:
+            save_language_model(folder, self.model, self.tokenizer, self.description)
+        else:
+            cast_parameters(self.model, NUMBER_FORMATS[self.precision])
+            save_pretrained(folder, self.model, self.tokenizer)
+
+
+def open_model(source: str | ModelRef, *, quantized: bool = False) -> OpenedModel:
+    """Any single model, to be changed. quantized: accept quantized weights, which cannot be changed. Raises
     `UserError`.
     """
-    description = described(source)
-    if description:
-        folder = model_folder(source)
-        if kind_of(description) != "language":
-            raise UserError(
-                f"{folder}: a {description['task']} model; it cannot generate text. Use loopos predict and loopos "
-                "evaluate"
-            )
-        if LANGUAGE_ENSEMBLE in description:
-            raise UserError(f"{folder}: an ensemble of language models; expected a single one: name a member of it")
-        source = str(folder)
-    pretrained = load_pretrained(source, causal=True, trust_remote_code=trust_remote_code, quantized=True)
-    return OpenedLanguageModel(pretrained.model, pretrained.tokenizer, description, pretrained.summary)
+    ref = resolve_trained(source)
+    if ref.kind == "language":
+        opened = open_language_model(ref)
+    else:
+        # The padded path keeps transformers' own attention.
+        pooled, tokenizer, description = open_task_model(ref, attention="padded")
+        opened = OpenedModel(pooled.backbone.model, tokenizer, description, description["precision"], pooled)
+    if is_quantized(opened.model) and not quantized:
+        raise UserError(
+            f"{ref.name}: quantized: its weights are codes, which cannot be changed; expected the model it was made "
+            "from"
+        )
+    return opened
+
+
+def open_language_model(source: str | ModelRef, *, trust_remote_code: bool = False) -> OpenedModel:
+    """A causal language model, also a quantized one. Raises `UserError`."""
+    ref = resolve_trained(source)
+    if ref.kind != "language":
+        raise UserError(
+            f"{ref.name}: a {ref.description['task']} model; it cannot generate text. Use loopos predict and loopos "
+            "evaluate"
+        )
+    if ref.is_ensemble:
+        raise UserError(f"{ref.name}: an ensemble of language models; expected a single one: name a member of it")
+    pretrained = load_pretrained(ref, causal=True, trust_remote_code=trust_remote_code, quantized=True)
+    if ref.description:
+        precision = str(ref.description["precision"])
+    else:
+        precision = next((name for name, dtype in NUMBER_FORMATS.items() if dtype == pretrained.stored), "fp32")
+    return OpenedModel(pretrained.model, pretrained.tokenizer, ref.description, precision)
+
+
+@dataclass(frozen=True)
+class GenerationModel:
+    """A model that generates. `description`: what LoopOS wrote about it, for an ensemble about its first member; empty
+    for others.
+    """
+
+    model: PreTrainedModel | LanguageEnsemble
+    tokenizer: PreTrainedTokenizerBase
+    description: Mapping[str, Any]
+
+
+def open_generation_model(
+    source: str | ModelRef, *, device: str = "cpu", precision: str | None = None, trust_remote_code: bool = False
+) -> GenerationModel:
+    """A language model, or an ensemble of several. precision: fp32, bf16 or fp16 for all members; by default that of
+    training, bf16 for quantized models and fp32 for others. Raises `UserError`, also for an ensemble that votes and for
+    members with different tokens.
+    """
+    if precision is not None and precision not in NUMBER_FORMATS:
+        raise UserError(f"precision: got {precision}, expected one of {', '.join(NUMBER_FORMATS)}")
+    ref = resolve_trained(source)
+    refuse_votes(ref)
+    members, opened = (ref,) if ref.ensemble is None else ref.ensemble.members, []
+    for member in members:
+        found = open_language_model(member, trust_remote_code=trust_remote_code)
+        usual = found.precision if found.description else "bf16" if is_quantized(found.model) else "fp32"
+        cast_parameters(found.model, NUMBER_FORMATS[precision or usual])
+        found.model.to(torch.device(device))  # type: ignore[arg-type]
+        opened.append(found)
+    first = opened[0]
+    if ref.ensemble is None:
+        return GenerationModel(first.model, first.tokenizer, first.description)
+    models = tuple(each.model for each in opened)
+    sizes = [int(model.config.get_text_config().vocab_size) for model in models]
+    check_one_vocabulary(ref.ensemble.members, [each.tokenizer for each in opened], sizes)
+    ensemble = LanguageEnsemble(models, ref.ensemble.weights, cast(MixtureMethod, ref.ensemble.method))
+    return GenerationModel(ensemble, first.tokenizer, first.description)
 
 
 _FILES = (".bin", ".safetensors")

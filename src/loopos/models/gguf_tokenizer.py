@@ -38,36 +38,36 @@ def gguf_tokenizer(summary: Mapping[str, Any]) -> PreTrainedTokenizerBase | None
     """The tokenizer of a GGUF file by what it says, as `read_metadata` has it; None for a vocabulary of another kind,
     or split in a way that is not known here.
     """
-    kept = {key.removeprefix("tokenizer."): value for key, value in summary.items() if key.startswith("tokenizer.")}
-    steps = _pre_tokenizer(kept.get("ggml.pre"))
-    if kept.get("ggml.model") != "gpt2" or steps is None:
+    fields = {key.removeprefix("tokenizer."): value for key, value in summary.items() if key.startswith("tokenizer.")}
+    steps = _pre_tokenizer(fields.get("ggml.pre"))
+    if fields.get("ggml.model") != "gpt2" or steps is None:
         return None
-    tokens = kept["ggml.tokens"]
-    types = kept.get("ggml.token_type") or [NORMAL] * len(tokens)
+    tokens = fields["ggml.tokens"]
+    types = fields.get("ggml.token_type") or [NORMAL] * len(tokens)
     rows = [(row, token, kind) for row, (token, kind) in enumerate(zip(tokens, types, strict=True))]
     # llama.cpp's own way to fill rows up marks them as unused too.
     rows = [(row, token, kind) for row, token, kind in rows if (token, kind) != (unused_name(row), UNUSED)]
     described = {
         "version": "1.0",
         "added_tokens": [_added(row, token, kind) for row, token, kind in rows if kind in (CONTROL, USER_DEFINED)],
-        "normalizer": {"type": "NFC"} if kept["ggml.pre"] == "qwen2" else None,
+        "normalizer": {"type": "NFC"} if fields["ggml.pre"] == "qwen2" else None,
         "pre_tokenizer": {"type": "Sequence", "pretokenizers": steps} if len(steps) > 1 else steps[0],
-        "post_processor": _post_processor(kept, tokens),
+        "post_processor": _post_processor(fields, tokens),
         "decoder": _byte_level(use_regex=True),
         "model": {
             "type": "BPE",
             "vocab": {token: row for row, token, _ in rows},
-            "merges": [merge.split(" ") for merge in kept.get("ggml.merges", ())],
-            "ignore_merges": kept["ggml.pre"] in WHOLE_WORDS,
+            "merges": [merge.split(" ") for merge in fields.get("ggml.merges", ())],
+            "ignore_merges": fields["ggml.pre"] in WHOLE_WORDS,
         },
     }
-    special = {name: kept.get(f"ggml.{key}_token_id") for key, name in _ROLES.items()}
+    special = {name: fields.get(f"ggml.{key}_token_id") for key, name in _ROLES.items()}
     found: PreTrainedTokenizerBase = PreTrainedTokenizerFast(  # type: ignore[no-untyped-call]
         tokenizer_object=Tokenizer.from_str(json.dumps(described)),
         clean_up_tokenization_spaces=False,
         **{name: tokens[row] for name, row in special.items() if row is not None and row < len(tokens)},
     )
-    found.chat_template = kept.get("chat_template")
+    found.chat_template = fields.get("chat_template")
     return found
 
 
@@ -93,10 +93,10 @@ def _added(row: int, token: str, kind: int) -> Mapping[str, Any]:
     return {"id": row, "content": token, "special": kind == CONTROL, **plain}
 
 
-def _post_processor(kept: Mapping[str, Any], tokens: list[str]) -> Mapping[str, Any] | None:
+def _post_processor(fields: Mapping[str, Any], tokens: list[str]) -> Mapping[str, Any] | None:
     """What puts begin and end tokens around a text."""
-    added = [key for key in ("bos", "eos") if kept.get(f"ggml.add_{key}_token")]
-    around = {key: int(kept[name]) for key in added if (name := f"ggml.{key}_token_id") in kept}
+    added = [key for key in ("bos", "eos") if fields.get(f"ggml.add_{key}_token")]
+    around = {key: int(fields[name]) for key in added if (name := f"ggml.{key}_token_id") in fields}
     if not around:
         return None
 

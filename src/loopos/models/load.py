@@ -1,6 +1,6 @@
-"""Loads pretrained models from every kind of source: fp32, headless or with the output embedding, with their tokenizer.
+"""Loads the weights of every kind of source: fp32, headless or with the output embedding, with their tokenizer.
 
-`weight_files.py` reads the files; `resolve.py` recognizes the sources.
+`resolve.py` says what a name is, `weight_files.py` reads the files, `folders.py` adds heads and ensembles.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from loopos.models.config_check import check_config
 from loopos.models.folded_adapter import TASKS, embeddings, fold_adapter
 from loopos.models.quantized import num_weights
 from loopos.models.quantized_folder import from_quantized, holds_codes
-from loopos.models.resolve import WeightsSource, base_of_adapter, folder_of, weights_source
+from loopos.models.resolve import ModelRef, base_of_adapter, resolve
 from loopos.models.task_layout import backbone_config
 from loopos.models.tokenizers import open_tokenizer
 from loopos.models.weight_files import from_file, from_folder, new_model
@@ -75,17 +75,18 @@ class Sizes:
 @dataclass(frozen=True)
 class Pretrained:
     """A model in fp32 on CPU and its tokenizer. `summary`: one line about what was loaded. `fingerprint`: identifies
-    these weights.
+    these weights. `stored`: the number format of the files, by their config; None if it says none.
     """
 
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
     summary: str
     fingerprint: str
+    stored: torch.dtype | None = None
 
 
 def load_pretrained(
-    source_name: str,
+    source: str | ModelRef,
     *,
     causal: bool = False,
     sizes: Sizes = Sizes(),
@@ -93,79 +94,70 @@ def load_pretrained(
     trust_remote_code: bool = False,
     quantized: bool = False,
 ) -> Pretrained:
-    """Loads the model that `data.pretrained_weights` names: headless, or with `causal` the language model. quantized:
-    accept quantized weights, which cannot be trained.
+    """Loads a model: headless, or with `causal` the language model. source: as for `resolve`. quantized: accept
+    quantized weights, which cannot be trained.
 
     Raises `UserError` for a missing or broken source, a file that would run code, tensors that are missing or do not
     fit the config, sizes that contradict the weights, and encoder-decoder models.
     """
-    source = weights_source(source_name)
-    if source.kind == "adapter":
+    ref = resolve(source)
+    if ref.storage == "adapter":
         return load_adapted(
-            open_adapter_folder(source_name),
+            open_adapter_folder(ref.name),
             causal=causal,
             sizes=sizes,
             tokenizer=tokenizer,
             trust_remote_code=trust_remote_code,
         )
-    with _files_checked(source):
-        return _load(source, sizes, tokenizer, causal=causal, trust_remote_code=trust_remote_code, quantized=quantized)
-
-
-def _files_checked(source: WeightsSource) -> AbstractContextManager[None]:
-    """A context that raises `UserError` if a file differs from its manifest, where there is one."""
-    if source.kind in ("safetensors", "torch") and source.path is not None:
-        own = source.path.name
-        return checked_meanwhile(source.path.parent, of=lambda name: name == own or not is_weights(name))
-    if source.kind == "gguf" and source.path is not None:
-        own = source.path.name
-        check_manifest(source.path.parent, of=lambda name: name == own)
-    folder = folder_of(source)
-    return nullcontext() if folder is None else checked_meanwhile(folder)
-
-
-def _load(
-    source: WeightsSource,
-    sizes: Sizes,
-    tokenizer: str | None,
-    *,
-    causal: bool,
-    trust_remote_code: bool,
-    quantized: bool,
-) -> Pretrained:
-    source_name = source.name
-    config = _config(source, sizes, trust_remote_code)
-    opened = open_tokenizer(source, tokenizer, trust_remote_code=trust_remote_code)
-    num_rows = config.get_text_config().vocab_size
-    if len(opened) > num_rows:
-        raise UserError(
-            f"the tokenizer has {len(opened)} tokens but the model of {source_name} only {num_rows} embeddings: "
-            "name the tokenizer that belongs to the weights in data.tokenizer"
-        )
-    if source.kind == "new":
-        model = new_model(config, causal=causal)
-    elif source.kind in ("safetensors", "torch"):
-        model = from_file(source, config, causal=causal)
-    elif (folder := folder_of(source)) is not None and holds_codes(config):
-        if not quantized:
+    if ref.path is not None and ref.path.is_dir() and not (ref.path / "config.json").is_file() and ref.is_ensemble:
+        raise SettingError(_KEY, f"{ref.name}: an ensemble, which is several models; expected one: name a member of it")
+    with _files_checked(ref):
+        config = _config(ref, sizes, trust_remote_code)
+        stored = config.dtype if isinstance(config.dtype, torch.dtype) else None
+        opened = open_tokenizer(ref, tokenizer, trust_remote_code=trust_remote_code)
+        num_rows = config.get_text_config().vocab_size
+        if len(opened) > num_rows:
+            raise UserError(
+                f"the tokenizer has {len(opened)} tokens but the model of {ref.name} only {num_rows} embeddings: "
+                "name the tokenizer that belongs to the weights in data.tokenizer"
+            )
+        if holds_codes(config) and ref.folder is not None and not quantized:
             raise SettingError(
                 _KEY,
-                f"{source_name} is quantized: its weights are codes, which cannot be trained or changed; expected the "
+                f"{ref.name} is quantized: its weights are codes, which cannot be trained or changed; expected the "
                 "model that it was made from",
             )
-        model = from_quantized(source_name, folder, config, causal=causal)
-    else:
-        path = str(folder_of(source) or source_name)
-        model = from_folder(path, config, causal=causal, trust_remote_code=trust_remote_code)
-    parameters = num_weights(model)
-    summary = f"{source_name}: {type(model).__name__}, {parameters:,} parameters"
-    return Pretrained(model, opened, summary, fingerprint(model))
+        model = _filled(ref, config, causal=causal, trust_remote_code=trust_remote_code)
+        summary = f"{ref.name}: {type(model).__name__}, {num_weights(model):,} parameters"
+        return Pretrained(model, opened, summary, fingerprint(model), stored)
+
+
+def _files_checked(ref: ModelRef) -> AbstractContextManager[None]:
+    """A context that raises `UserError` if a file differs from its manifest, where there is one."""
+    if (file := ref.weights_file) is not None:
+        own = file.name
+        return checked_meanwhile(file.parent, of=lambda name: name == own or not is_weights(name))
+    if ref.storage == "gguf" and ref.path is not None:
+        own = ref.path.name
+        check_manifest(ref.path.parent, of=lambda name: name == own)
+    return nullcontext() if ref.folder is None else checked_meanwhile(ref.folder)
+
+
+def _filled(ref: ModelRef, config: PreTrainedConfig, *, causal: bool, trust_remote_code: bool) -> PreTrainedModel:
+    """The model of `config` with its weights, by the way that they are stored."""
+    if ref.storage == "new":
+        return new_model(config, causal=causal)
+    if ref.weights_file is not None:
+        return from_file(ref, config, causal=causal)
+    if ref.folder is not None and holds_codes(config):
+        return from_quantized(ref.name, ref.folder, config, causal=causal)
+    return from_folder(str(ref.folder or ref.name), config, causal=causal, trust_remote_code=trust_remote_code)
 
 
 def load_adapted(
     adapter: AdapterFolder,
     *,
-    base: str | None = None,
+    base: str | ModelRef | None = None,
     causal: bool = True,
     sizes: Sizes = Sizes(),
     tokenizer: str | None = None,
@@ -182,16 +174,14 @@ def load_adapted(
             f"{adapter.source}: an adapter of a model without an output embedding ({adapter.task}), which cannot "
             "generate text; expected one of task CAUSAL_LM"
         )
-    named = base or base_of_adapter(adapter.folder)
+    named = resolve(base or base_of_adapter(adapter.folder))
     under = load_pretrained(
         named, causal=is_causal, sizes=sizes, tokenizer=tokenizer, trust_remote_code=trust_remote_code
     )
     model = fold_adapter(under.model, adapter)
     own = under.tokenizer
     if tokenizer is None and (adapter.folder / "tokenizer_config.json").is_file():
-        own = open_tokenizer(
-            WeightsSource(adapter.source, "adapter", adapter.folder), trust_remote_code=trust_remote_code
-        )
+        own = open_tokenizer(ModelRef(adapter.source, "adapter", adapter.folder), trust_remote_code=trust_remote_code)
     rows = embeddings(model)[0].weight.shape[0]
     if len(own) > rows:
         raise UserError(
@@ -203,29 +193,27 @@ def load_adapted(
     if is_causal and not causal:
         assert isinstance(model.base_model, PreTrainedModel)
         model = model.base_model
-    summary = (
-        f"{adapter.source}: {type(model).__name__}, {num_weights(model):,} parameters, an adapter folded into {named}"
-    )
-    return Pretrained(model, own, summary, fingerprint(model))
+    size = f"{type(model).__name__}, {num_weights(model):,} parameters"
+    summary = f"{adapter.source}: {size}, an adapter folded into {named.name}"
+    return Pretrained(model, own, summary, fingerprint(model), under.stored)
 
 
-def load_config(source_name: str, *, sizes: Sizes = Sizes(), trust_remote_code: bool = False) -> PreTrainedConfig:
+def load_config(source: str | ModelRef, *, sizes: Sizes = Sizes(), trust_remote_code: bool = False) -> PreTrainedConfig:
     """Only the architecture, without weights, for dry runs. Raises `UserError`."""
-    return _config(weights_source(source_name), sizes, trust_remote_code)
+    return _config(resolve(source), sizes, trust_remote_code)
 
 
-def _config(source: WeightsSource, sizes: Sizes, trust_remote_code: bool) -> PreTrainedConfig:
-    if source.kind == "new":
+def _config(source: ModelRef, sizes: Sizes, trust_remote_code: bool) -> PreTrainedConfig:
+    if source.storage == "new":
         return new_config(sizes)
-    if source.kind == "adapter":
+    if source.storage == "adapter":
         assert source.path is not None
-        return _config(weights_source(base_of_adapter(source.path)), sizes, trust_remote_code)
-    folder = folder_of(source)
-    if source.kind in ("safetensors", "torch"):
-        assert source.path is not None
-        if not (source.path.parent / "config.json").is_file():
+        return _config(resolve(base_of_adapter(source.path)), sizes, trust_remote_code)
+    folder = source.folder
+    if source.weights_file is not None:
+        folder = source.weights_file.parent
+        if not (folder / "config.json").is_file():
             return new_config(sizes)
-        folder = source.path.parent
     path = str(folder or source.name)
     if folder is not None:
         check_config(folder / "config.json")
@@ -282,9 +270,9 @@ def _check_config(config: PreTrainedConfig, sizes: Sizes, source_name: str) -> N
         )
 
 
-def _why(source: WeightsSource, problem: Exception) -> str:
+def _why(source: ModelRef, problem: Exception) -> str:
     first = reason_of(problem)
-    if source.kind == "hub":
+    if source.storage == "hub":
         return (
             f"{source.name} is neither a file or folder here nor reachable on a hub: {first}\n"
             'use the embedded model ("smollm2-135m"), a local folder, or set HF_TOKEN for a private model'

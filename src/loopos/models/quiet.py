@@ -9,6 +9,7 @@ import io
 import logging
 import os
 import sys
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, redirect_stderr
 
@@ -26,8 +27,10 @@ def quiet_libraries(*, bars_of_its_own: bool = False) -> Iterator[None]:
     if os.environ.get(VERBOSE):
         yield
         return
-    # Import it now, so that its settings can be changed.
-    import transformers.utils.logging  # noqa: F401
+    # Import it now, so that its settings can be changed. In a notebook tqdm, which it imports, asks for ipywidgets.
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="IProgress not found")
+        import transformers.utils.logging  # noqa: F401
 
     with ExitStack() as stack:
         stack.callback(silence_imported())

@@ -35,7 +35,7 @@ from transformers import (
 
 from loopos.config.diagnostics import UserError
 from loopos.models import modeling_loopos
-from loopos.models.model_folder import read_description
+from loopos.models.description import read_description
 from loopos.models.modeling_loopos import LoopOSConfig, LoopOSForSequenceClassification
 from loopos.storage.tensor_files import TensorSpec
 

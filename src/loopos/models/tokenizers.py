@@ -12,7 +12,7 @@ from loopos.config.diagnostics import SettingError, UserError
 from loopos.config.paths import expanded
 from loopos.models.broken_files import broken_as_user_error
 from loopos.models.gguf import converted_folder
-from loopos.models.resolve import EMBEDDED, WeightsSource, base_of_adapter, embedded_model, weights_source
+from loopos.models.resolve import EMBEDDED, ModelRef, base_of_adapter, embedded_model, resolve
 from loopos.models.task_layout import backbone_config
 from loopos.storage.hub import require_hub
 from loopos.storage.json_files import read_object
@@ -23,13 +23,13 @@ _FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.t
 
 
 def open_tokenizer(
-    source: WeightsSource, named: str | None = None, *, trust_remote_code: bool = False
+    source: str | ModelRef, named: str | None = None, *, trust_remote_code: bool = False
 ) -> PreTrainedTokenizerBase:
-    """The tokenizer that `named` (a value of `data.tokenizer`) names, else the one beside the weights.
+    """The tokenizer that `named` (a value of `data.tokenizer`) names, else the one beside the weights of `source`.
 
     Raises `UserError` if there is none or it cannot be read.
     """
-    location = _configured_source(named) if named is not None else _source_beside(source)
+    location = _configured_source(named) if named is not None else _source_beside(resolve(source))
     if isinstance(location, Path):
         check_manifest(location if location.is_dir() else location.parent, of=lambda name: not is_weights(name))
     with broken_as_user_error(
@@ -53,18 +53,18 @@ def _check_json(file: Path) -> None:
         raise ValueError(f"{file.name} describes no tokenizer")
 
 
-def _source_beside(source: WeightsSource) -> Path | str:
-    if source.kind == "new":
+def _source_beside(source: ModelRef) -> Path | str:
+    if source.storage == "new":
         raise UserError(
             f'data.tokenizer is missing: a new model needs one; name a folder with tokenizer.json or "{EMBEDDED}"'
         )
     if source.path is None:
         return source.name
-    if source.kind == "adapter" and not (source.path / "tokenizer_config.json").is_file():
-        return _source_beside(weights_source(base_of_adapter(source.path)))
-    if source.kind == "gguf":
-        return converted_folder(source.path)
-    folder = source.path if source.kind in ("folder", "adapter") else source.path.parent
+    if source.storage == "adapter" and not (source.path / "tokenizer_config.json").is_file():
+        return _source_beside(resolve(base_of_adapter(source.path)))
+    folder = source.path if source.storage == "adapter" else source.local_folder
+    if source.storage == "gguf":
+        return folder
     if not any((folder / name).is_file() for name in _FILES):
         raise UserError(
             f"no tokenizer in {folder}: expected one of {', '.join(_FILES)}; put it there or name one in data.tokenizer"

@@ -19,7 +19,7 @@ from loopos.config.diagnostics import SettingError, UserError
 from loopos.config.paths import NEW_WEIGHTS
 from loopos.models.broken_files import BROKEN, reason_of
 from loopos.models.quiet import quiet_libraries
-from loopos.models.resolve import WeightsSource
+from loopos.models.resolve import ModelRef
 from loopos.storage.tensor_files import (
     NAMED_WEIGHTS,
     check_readable,
@@ -144,7 +144,7 @@ def from_folder(
     return model
 
 
-def from_file(source: WeightsSource, config: PreTrainedConfig, *, causal: bool = False) -> PreTrainedModel:
+def from_file(source: ModelRef, config: PreTrainedConfig, *, causal: bool = False) -> PreTrainedModel:
     """The headless model, or the causal language model, of `config` with the tensors of one file, by name, with or
     without the base model's prefix. A headless model ignores language-model heads. Raises `UserError` as `from_folder`
     does.
@@ -180,12 +180,12 @@ def fill(source_name: str, model: PreTrainedModel, tensors: Mapping[str, Tensor]
     model.load_state_dict(full_names, strict=False)
 
 
-def read_tensors(source: WeightsSource) -> dict[str, Tensor]:
+def read_tensors(source: ModelRef) -> dict[str, Tensor]:
     """The tensors of a .safetensors or zip-format torch file. Raises `UserError` for a pickle that would run code."""
     assert source.path is not None
     check_readable(source.path)
     try:
-        if source.kind == "safetensors" or _holds_safetensors(source.path):
+        if source.storage == "safetensors" or _holds_safetensors(source.path):
             stored_tensors([source.path])
             return load_file(source.path)
         if not zipfile.is_zipfile(source.path):

@@ -10,10 +10,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from loopos.config.chain_of_thought import ChainOfThoughtConfig
 from loopos.config.figures import as_bytes, as_time
-from loopos.config.ppo import PpoConfig
-from loopos.config.rlhf import RlhfConfig
+from loopos.config.methods import method_row
 from loopos.config.sections import TrainingSection
 from loopos.data.batches import Batch, Cursor, PackedRows, StepBatches
 from loopos.data.tokens import Encoded
@@ -86,8 +84,9 @@ def _policy(plan: Mapping[str, Any]) -> dict[str, str]:
     model, prompts, tokens, steps = (plan[name] for name in ("model", "prompts", "tokens", "steps"))
     copies = f"{model['copies']} {'copy' if model['copies'] == 1 else 'copies'} of the weights"
     roles = [f"{name}: {role['is']}, {role['parameters']:,}" for name, role in model["roles"].items()]
+    served = "1 role" if len(roles) == 1 else f"{len(roles)} roles"
     return {
-        "model": f"{model['name']}, {copies} for {len(roles)} roles, {model['parameters']:,} parameters",
+        "model": f"{model['name']}, {copies} for {served}, {model['parameters']:,} parameters",
         "roles": f"\n{'':10}".join(roles),
         "trains": _trains(model),
         "data": "; ".join(plan["data"]["said"]),
@@ -133,16 +132,16 @@ _MOST_STEPS_LOOKED_AT = 2000
 _GENERATED_TOGETHER = 64
 
 
-def plan_of(config: AnyConfig | PpoConfig | RlhfConfig, *, trust_remote_code: bool) -> dict[str, Any]:
+def plan_of(config: Any, *, trust_remote_code: bool) -> dict[str, Any]:
     """All figures of the dry run, as one JSON object; for rlhf one for each phase, "reward_model" and "policy". Raises
     `UserError`, as the run would.
     """
     # Before the rows are read.
     resolve(config.training.precision, pick_device(config.training.device))
-    if isinstance(config, RlhfConfig):
-        first = plan_of(config.reward_model_config(), trust_remote_code=trust_remote_code)
+    if len(config.phases) > 1:
+        first = plan_of(config.phases[0], trust_remote_code=trust_remote_code)
         return {"reward_model": first, "policy": _policy_plan(config, trust_remote_code=trust_remote_code)}
-    if isinstance(config, PpoConfig):
+    if method_row(config.computation.method).trains == "roles":
         return _policy_plan(config, trust_remote_code=trust_remote_code)
     return _offline_plan(config, trust_remote_code=trust_remote_code)
 
@@ -156,14 +155,12 @@ def machine_of(training: TrainingSection) -> Machine:
     return Machine.now(device, precision, measured_rates(device, half=precision != "fp32"))
 
 
-def _policy_plan(config: PpoConfig | RlhfConfig, *, trust_remote_code: bool) -> dict[str, Any]:
-    ppo = config.ppo_config() if isinstance(config, RlhfConfig) else config
+def _policy_plan(config: Any, *, trust_remote_code: bool) -> dict[str, Any]:
+    *earlier, ppo = config.phases
     inputs = open_prompts(ppo, trust_remote_code=trust_remote_code)
-    rewards = (
-        [planned_reward_shape(config, inputs.architecture)]
-        if isinstance(config, RlhfConfig)
-        else trained_reward_shapes(config, inputs.encoder.tokenizer)
-    )
+    # The reward model of an earlier phase is not there yet.
+    rewards = [planned_reward_shape(phase, inputs.architecture) for phase in earlier]
+    rewards = rewards or trained_reward_shapes(ppo, inputs.encoder.tokenizer)
     prompts = policy_plan.tokenized(inputs)
     machine = machine_of(ppo.training)
     return policy_plan.plan_of(ppo, prompts, rewards, machine, trust_remote_code=trust_remote_code)
@@ -293,9 +290,9 @@ def storage(
     return memory, disk
 
 
-def generation_bytes(config: AnyConfig, model: Model, longest: int, number_bytes: int) -> int:
+def generation_bytes(config: Any, model: Model, longest: int, number_bytes: int) -> int:
     """Keys and values while validation answers problems; they use the memory that training's buffers have freed."""
-    if not isinstance(config, ChainOfThoughtConfig) or not config.generates:
+    if not config.generates:
         return 0
     rows = generated_rows(config)
     columns = longest + config.generation.max_new_tokens
@@ -304,9 +301,9 @@ def generation_bytes(config: AnyConfig, model: Model, longest: int, number_bytes
     )
 
 
-def generated_rows(config: ChainOfThoughtConfig) -> int:
+def generated_rows(config: Any) -> int:
     """Chains that validation generates together."""
-    return min(_GENERATED_TOGETHER, config.evaluation.problems * config.generation.chains)
+    return min(_GENERATED_TOGETHER, int(config.evaluation.problems) * int(config.generation.chains))
 
 
 def largest_batch(batches: StepBatches[Batch]) -> tuple[int, int]:

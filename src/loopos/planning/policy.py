@@ -114,7 +114,8 @@ def plan_of(
 def amounts_of(config: PpoConfig, prompts: Prompts) -> Amounts:
     """Iterations, steps and tokens of one process."""
     training, longest_response = config.training, config.generation.max_new_tokens
-    plan = RolloutPlan.of(training, num_prompts=len(prompts.train), rank=0, world=1)
+    each = config.generation.responses_per_prompt
+    plan = RolloutPlan.of(training, num_prompts=len(prompts.train), rank=0, world=1, responses_per_prompt=each)
     steps_an_iteration = plan.inner_epochs * plan.minibatches
     planned = plan.iterations * steps_an_iteration
     steps = planned if training.max_steps is None else min(planned, training.max_steps)
@@ -226,7 +227,8 @@ def time_of(config: PpoConfig, shapes: RoleShapes, amounts: Amounts, machine: Ma
     responses = amounts.iterations * amounts.response_tokens + amounts.validations * amounts.validation_response_tokens
     prompts = amounts.iterations * amounts.prompt_tokens + amounts.validations * amounts.validation_prompt_tokens
     # Policy and reference process the same tokens; the reference may share the policy's weights.
-    scorers = [policy, policy, *shapes.rewards, *([shapes.critic] if shapes.critic is not None else [])]
+    references = [policy] if "reference" in shapes.roles else []
+    scorers = [policy, *references, *shapes.rewards, *([shapes.critic] if shapes.critic is not None else [])]
     scored = sum(_forward(model, prompts + responses, responses, machine) for model in scorers)
     updated = sum(_updates(config, model, amounts, machine) for model in (policy, shapes.critic) if model is not None)
     left_out = ["sampling and attention to generated tokens"]

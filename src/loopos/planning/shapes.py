@@ -169,8 +169,8 @@ class Role:
 
 @dataclass(frozen=True)
 class RoleShapes:
-    """`critic`: None if it is a head on the policy's hidden states; `rewards`: of each reward model. `trained`: the
-    parameters of policy and value model together, with those of all roles as their total.
+    """`critic`: None if there is none, or if it is a head on the policy's hidden states; `rewards`: of each reward
+    model. `trained`: the parameters of policy and value model together, with those of all roles as their total.
     """
 
     policy: Model
@@ -190,9 +190,9 @@ def role_shapes(
     has_adapters = settings.trainable == "lora"
     policy = builder.model(settings, described, None)
     roles = {"policy": Role(policy.parameters.total, policy.parameters.trained, _OWN)}
-    if has_adapters:
+    if has_adapters and config.needs_reference:
         roles["reference"] = Role(0, 0, "the policy's weights without their adapter")
-    else:
+    elif config.needs_reference:
         roles["reference"] = Role(policy.parameters.total, 0, _OWN)
     adapters = [reward.adapter if has_adapters else None for reward in rewards]
     scorers = []
@@ -200,7 +200,9 @@ def role_shapes(
         name = "reward model" if len(rewards) == 1 else f"reward model {number}"
         scorer, roles[name] = builder.reward(reward, adapter)
         scorers.append(scorer)
-    critic, roles["value model"] = builder.critic(*((rewards[0], adapters[0]) if rewards else (None, None)))
+    critic = None
+    if config.value_model is not None:
+        critic, roles["value model"] = builder.critic(*((rewards[0], adapters[0]) if rewards else (None, None)))
     return RoleShapes(
         policy,
         critic,
@@ -258,11 +260,13 @@ def value_head(width: int) -> estimate.Parameters:
 
 
 def _together(policy: Model, critic: Model | None, roles: dict[str, Role], *, head: int) -> estimate.Parameters:
-    one = policy.parameters
+    one, total = policy.parameters, sum(role.parameters for role in roles.values())
+    if "value model" not in roles:
+        return replace(one, total=total)
     other = critic.parameters if critic is not None else value_head(head)
     return replace(
         one,
-        total=sum(role.parameters for role in roles.values()),
+        total=total,
         trained_matrices=one.trained_matrices + other.trained_matrices,
         trained_rest=one.trained_rest + other.trained_rest,
         matrix_sides=one.matrix_sides + other.matrix_sides,

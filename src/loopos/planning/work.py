@@ -6,35 +6,36 @@ The code is that of the methods themselves, so that counts of rows, tokens and s
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 from loopos.config.chain_of_thought import ChainOfThoughtConfig
 from loopos.config.diagnostics import UserError
 from loopos.config.fine_tuning import FineTuningConfig
+from loopos.config.methods import method_row
 from loopos.config.ppo import PpoConfig
 from loopos.config.pretraining import PretrainingConfig
 from loopos.config.reward_model import RewardModelConfig
-from loopos.config.rlhf import RlhfConfig
 from loopos.config.sections import LoraSection
+from loopos.config.sft import SftConfig
 from loopos.data.labelled import LabeledData, load_labeled
 from loopos.data.preference_data import PreferenceData, load_comparisons, load_prompts
 from loopos.data.preference_tokens import EncodedComparison, PreferenceEncoder
 from loopos.data.preferences import Comparison
 from loopos.data.prompts import Prompt
+from loopos.data.reading import DataReport
 from loopos.data.supervised import SupervisedData, load_supervised
 from loopos.data.supervised_tokens import SupervisedEncoder
-from loopos.data.tokens import Encoded, TokenReport, encode_labeled, longest
+from loopos.data.tokens import Encoded, encode_labeled, longest
 from loopos.methods.pretraining import Pretrainer
 from loopos.models.attention import prompt_runs_once
 from loopos.models.folders import check_same_tokens
 from loopos.models.load import Sizes, load_config, new_config
-from loopos.models.model_folder import model_folder, read_description
-from loopos.models.resolve import weights_source
+from loopos.models.resolve import resolve, resolve_trained
 from loopos.models.tokenizers import open_tokenizer
 from loopos.training.precision import pick_device
 from loopos.training.progress import RunProgress
@@ -49,21 +50,16 @@ class Inputs:
     architecture: PreTrainedConfig
     max_length: int | None
     train: list[Encoded]
-    train_report: TokenReport
+    train_report: DataReport
     validation: list[Encoded]
-    validation_report: TokenReport
+    validation_report: DataReport
 
 
 def open_inputs(config: FineTuningConfig, *, trust_remote_code: bool) -> Inputs:
     """Reads and tokenizes the config's data. Raises `UserError`, as training does."""
-    section, model = config.data, config.model
-    data = load_labeled(section, model, seed=config.training.seed)
-    sizes = Sizes.of(model, max_length=config.training.max_length)
-    architecture = load_config(section.pretrained_weights, sizes=sizes, trust_remote_code=trust_remote_code)
-    source = weights_source(section.pretrained_weights)
-    tokenizer = open_tokenizer(source, section.tokenizer, trust_remote_code=trust_remote_code)
-    positions = getattr(architecture.get_text_config(), "max_position_embeddings", None)
-    max_length = longest(tokenizer, positions, config.training.max_length)
+    section = config.data
+    data = load_labeled(section, config.model, seed=config.training.seed)
+    architecture, tokenizer, max_length = _opened(config, trust_remote_code)
     train, train_report = encode_labeled(
         tokenizer, data.train, max_length=max_length, on_truncation=section.on_truncation
     )
@@ -121,14 +117,13 @@ def open_prompts(config: PpoConfig, *, trust_remote_code: bool) -> PromptInputs:
 
 
 def _opened(
-    config: RewardModelConfig | PpoConfig, trust_remote_code: bool
+    config: FineTuningConfig | SftConfig | RewardModelConfig | PpoConfig, trust_remote_code: bool
 ) -> tuple[PreTrainedConfig, PreTrainedTokenizerBase, int | None]:
     """Architecture, tokenizer, and the maximum sequence length."""
     section, max_length = config.data, config.training.max_length
-    sizes = Sizes.of(config.model, max_length=max_length)
-    architecture = load_config(section.pretrained_weights, sizes=sizes, trust_remote_code=trust_remote_code)
-    source = weights_source(section.pretrained_weights)
-    tokenizer = open_tokenizer(source, section.tokenizer, trust_remote_code=trust_remote_code)
+    sizes, weights = Sizes.of(config.model, max_length=max_length), resolve(section.pretrained_weights)
+    architecture = load_config(weights, sizes=sizes, trust_remote_code=trust_remote_code)
+    tokenizer = open_tokenizer(weights, section.tokenizer, trust_remote_code=trust_remote_code)
     positions = getattr(architecture.get_text_config(), "max_position_embeddings", None)
     return architecture, tokenizer, longest(tokenizer, positions, max_length)
 
@@ -139,19 +134,17 @@ def trained_reward_shapes(config: PpoConfig, tokenizer: PreTrainedTokenizerBase)
     """
     policy, found = Path(config.data.pretrained_weights.rstrip("/")).name, []
     for location in config.data.reward_models:
-        folder = model_folder(location)
-        description = read_description(folder)
-        own = open_tokenizer(weights_source(str(folder)), None)
-        check_same_tokens(tokenizer, own, f"data.reward_model: {location}")
-        adapter = folder.parent / "adapter"
-        lora = _adapter(adapter) if adapter.is_dir() and description.get("pretrained_weights") == policy else None
-        found.append(RewardShape(load_config(str(folder)), len(description["score_mean"]), lora))
+        model = resolve_trained(location)
+        check_same_tokens(tokenizer, open_tokenizer(model), f"data.reward_model: {location}")
+        over_policy = model.adapter is not None and model.description.get("pretrained_weights") == policy
+        lora = _adapter(model.adapter) if model.adapter is not None and over_policy else None
+        found.append(RewardShape(load_config(model), len(model.description["score_mean"]), lora))
     return found
 
 
-def planned_reward_shape(config: RlhfConfig, architecture: PreTrainedConfig) -> RewardShape:
-    """The shape of the reward model that the first phase will train."""
-    training = config.reward_model_config().training
+def planned_reward_shape(config: RewardModelConfig, architecture: PreTrainedConfig) -> RewardShape:
+    """The shape of the reward model that an earlier phase will train."""
+    training = config.training
     lora = training.lora or LoraSection() if training.trainable == "lora" else None
     return RewardShape(architecture, config.reward.heads, lora)
 
@@ -166,7 +159,7 @@ def _adapter(folder: Path) -> LoraSection:
         raise UserError(f"{file}: not a readable adapter: {problem}") from problem
 
 
-AnyConfig: TypeAlias = FineTuningConfig | ChainOfThoughtConfig | PretrainingConfig | RewardModelConfig
+AnyConfig: TypeAlias = FineTuningConfig | SftConfig | PretrainingConfig | RewardModelConfig
 """The configs of methods that train on rows of a data set; PPO, which generates its own, is in `policy`."""
 
 
@@ -192,46 +185,61 @@ class Work:
 
 
 @dataclass(frozen=True)
-class ReasoningInputs:
-    """The examples of chain-of-thought training, their encoder, and the architecture."""
+class SupervisedInputs:
+    """The examples of supervised fine-tuning, their encoder, and the architecture."""
 
     data: SupervisedData
     encoder: SupervisedEncoder
     architecture: PreTrainedConfig
 
 
-def work_of(config: AnyConfig, *, trust_remote_code: bool) -> Work:
-    """Reads and tokenizes the config's data. Raises `UserError`, as training does."""
-    if isinstance(config, FineTuningConfig):
-        inputs = open_inputs(config, trust_remote_code=trust_remote_code)
-        report = inputs.train_report
-        return Work(
-            inputs.architecture,
-            inputs.train,
-            inputs.validation,
-            inputs.data.summary,
-            report.summary(),
-            report.tokens_cut,
-            inputs.data.space.num_outputs,
-        )
-    if isinstance(config, PretrainingConfig):
-        pretrainer = open_pretraining(config, trust_remote_code=trust_remote_code)
-        architecture = new_config(Sizes.of(config.model, max_length=pretrainer.max_length))
-        tokens = sum(len(chunk.ids) for chunk in pretrainer.pieces)
-        summary = f"{len(pretrainer.pieces):,} chunks, {tokens:,} tokens; none cut"
-        return Work(architecture, pretrainer.pieces, pretrainer.validation_pieces, ["text"], summary, 0, None)
-    if isinstance(config, RewardModelConfig):
-        return _reward_work(config, trust_remote_code=trust_remote_code)
-    return _reasoning_work(config, trust_remote_code=trust_remote_code)
+def work_of(config: Any, *, trust_remote_code: bool) -> Work:
+    """Reads and tokenizes the config's data, by the kind of rows that its method reads. Raises `UserError`, as training
+    does, and for a method that does not say what it reads.
+    """
+    readers: Mapping[str, Callable[..., Work]] = {
+        "labeled": _labeled_work,
+        "text": _text_work,
+        "comparisons": _comparison_work,
+        "demonstrations": _supervised_work,
+    }
+    name = config.computation.method
+    reads = method_row(name).reads
+    if not reads or reads[0] not in readers:
+        raise UserError(f'the method "{name}" does not say what it reads, so that its run cannot be planned')
+    return readers[reads[0]](config, trust_remote_code=trust_remote_code)
 
 
-def _reasoning_work(config: ChainOfThoughtConfig, *, trust_remote_code: bool) -> Work:
-    inputs = open_reasoning(config, trust_remote_code=trust_remote_code)
+def _labeled_work(config: FineTuningConfig, *, trust_remote_code: bool) -> Work:
+    inputs = open_inputs(config, trust_remote_code=trust_remote_code)
+    report = inputs.train_report
+    return Work(
+        inputs.architecture,
+        inputs.train,
+        inputs.validation,
+        inputs.data.summary,
+        report.summary(),
+        report.tokens_cut,
+        inputs.data.space.num_outputs,
+    )
+
+
+def _text_work(config: PretrainingConfig, *, trust_remote_code: bool) -> Work:
+    pretrainer = open_pretraining(config, trust_remote_code=trust_remote_code)
+    architecture = new_config(Sizes.of(config.model, max_length=pretrainer.max_length))
+    tokens = sum(len(chunk.ids) for chunk in pretrainer.pieces)
+    summary = f"{len(pretrainer.pieces):,} chunks, {tokens:,} tokens; none cut"
+    return Work(architecture, pretrainer.pieces, pretrainer.validation_pieces, ["text"], summary, 0, None)
+
+
+def _supervised_work(config: SftConfig, *, trust_remote_code: bool) -> Work:
+    inputs = open_supervised(config, trust_remote_code=trust_remote_code)
     train, report = inputs.encoder(inputs.data.train)
     validation: list[Encoded] = []
     if config.validates and inputs.data.validation:
         validation = [row.encoded() for row in inputs.encoder(inputs.data.validation)[0]]
-    rounds = config.self_improvement.rounds if config.self_improvement is not None else 0
+    improvement = config.self_improvement if isinstance(config, ChainOfThoughtConfig) else None
+    rounds = improvement.rounds if improvement is not None else 0
     summary = [*inputs.data.summary, inputs.encoder.template.summary]
     if rounds:
         summary.append(f"{rounds} rounds of self-improvement: each trains anew, on these rows and the chains found")
@@ -247,7 +255,8 @@ def _reasoning_work(config: ChainOfThoughtConfig, *, trust_remote_code: bool) ->
     )
 
 
-def _reward_work(config: RewardModelConfig, *, trust_remote_code: bool) -> Work:
+def _comparison_work(config: Any, *, trust_remote_code: bool) -> Work:
+    """Of a reward model, or of a language model that learns from comparisons."""
     inputs = open_comparisons(config, trust_remote_code=trust_remote_code)
     examples, report = inputs.encoder.comparisons(inputs.data.train)
     validation_pairs: list[EncodedComparison] = []
@@ -255,8 +264,11 @@ def _reward_work(config: RewardModelConfig, *, trust_remote_code: bool) -> Work:
         validation_pairs, _ = inputs.encoder.comparisons(inputs.data.validation)
     on_cpu = pick_device(config.training.device).type == "cpu" and config.model.attention != "padded"
     train, validation = _rows(examples, on_cpu=on_cpu), _rows(validation_pairs, on_cpu=on_cpu)
-    # Before export the training responses are scored for normalization, then the validation responses for the report.
-    normalization_tokens = sum(len(row.ids) for row in train) if config.reward.normalise else 0
+    heads, final_tokens = None, 0
+    if method_row(config.computation.method).trains == "scores":
+        # Before export training responses are scored for normalization, then the validation responses for the report.
+        heads, scored = config.reward.heads, [*(train if config.reward.normalize else []), *validation]
+        final_tokens = sum(len(row.ids) for row in scored)
     return Work(
         inputs.architecture,
         train,
@@ -264,10 +276,10 @@ def _reward_work(config: RewardModelConfig, *, trust_remote_code: bool) -> Work:
         [*inputs.data.summary, inputs.encoder.template.summary],
         report.summary(),
         report.tokens_cut,
-        config.reward.heads,
-        final_tokens=normalization_tokens + sum(len(row.ids) for row in validation),
-        row_facts={"responses": report.responses, "pairs": report.pairs},
-        longest=max(report.lengths),
+        heads,
+        final_tokens=final_tokens,
+        row_facts={"responses": report.responses or 0, "pairs": report.pairs or 0},
+        longest=max(report.lengths or ()),
     )
 
 
@@ -284,18 +296,13 @@ def _rows(examples: Sequence[EncodedComparison], *, on_cpu: bool) -> list[Encode
     return found
 
 
-def open_reasoning(config: ChainOfThoughtConfig, *, trust_remote_code: bool) -> ReasoningInputs:
-    """The examples of a chain-of-thought config, not tokenized yet. Raises `UserError`, as training does."""
-    section, settings = config.data, config.training
-    data = load_supervised(section, seed=settings.seed)
-    sizes = Sizes.of(config.model, max_length=settings.max_length)
-    architecture = load_config(section.pretrained_weights, sizes=sizes, trust_remote_code=trust_remote_code)
-    source = weights_source(section.pretrained_weights)
-    tokenizer = open_tokenizer(source, section.tokenizer, trust_remote_code=trust_remote_code)
-    positions = getattr(architecture.get_text_config(), "max_position_embeddings", None)
-    max_length = longest(tokenizer, positions, settings.max_length)
+def open_supervised(config: SftConfig, *, trust_remote_code: bool) -> SupervisedInputs:
+    """The examples of a supervised config, not tokenized yet. Raises `UserError`, as training does."""
+    section = config.data
+    data = load_supervised(section, seed=config.training.seed)
+    architecture, tokenizer, max_length = _opened(config, trust_remote_code)
     encoder = SupervisedEncoder(section, data.step_format, tokenizer, max_length=max_length)
-    return ReasoningInputs(data, encoder, architecture)
+    return SupervisedInputs(data, encoder, architecture)
 
 
 def open_pretraining(config: PretrainingConfig, *, trust_remote_code: bool) -> Pretrainer:

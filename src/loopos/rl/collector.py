@@ -32,7 +32,7 @@ from loopos.evaluation.policy_metrics import (
 )
 from loopos.functional.advantages import KlEstimator, kl_terms
 from loopos.generation.completions import decoded
-from loopos.generation.settings import SamplingSettings
+from loopos.generation.settings import SamplingParams
 from loopos.rl.experience import ResponseRows, ReusedForward
 from loopos.rl.rewards import Response, Rewards
 from loopos.rl.roles import Roles
@@ -45,8 +45,8 @@ _TOKENS = 2048
 @dataclass(frozen=True)
 class Rollout:
     """One response. `score`: Σ of the weighted rewards; `parts`: its terms. `[L]` on CPU: `logprobs` (current policy),
-    `engine_logprobs` (from generation), `reference_logprobs`, `values`, `entropies` (nats). `staleness`: number of
-    iterations by which the generating policy is older.
+    `engine_logprobs` (from generation), `entropies` (nats), and `reference_logprobs` and `values` where the run has a
+    reference and a critic. `staleness`: number of iterations by which the generating policy is older.
     """
 
     response: Response
@@ -54,13 +54,15 @@ class Rollout:
     parts: dict[str, float]
     logprobs: Tensor
     engine_logprobs: Tensor
-    reference_logprobs: Tensor
-    values: Tensor
     entropies: Tensor
+    reference_logprobs: Tensor | None = None
+    values: Tensor | None = None
     staleness: int = 0
 
-    def kl(self, estimator: KlEstimator) -> float:
-        """KL from the generating policy to the reference, in nats, summed over tokens."""
+    def kl(self, estimator: KlEstimator) -> float | None:
+        """KL from the generating policy to the reference, in nats, summed over tokens; None without a reference."""
+        if self.reference_logprobs is None:
+            return None
         wrote = self.engine_logprobs if self.staleness else self.logprobs
         return float(kl_terms(wrote, self.reference_logprobs, estimator).sum())
 
@@ -110,8 +112,9 @@ class Collector:
         for completion in written.completions:
             prompt = request.prompts[completion.prompt_index]
             origin = self._origins.get(tuple(prompt)) or Origin(decoded(tokenizer, prompt), "")
-            ended = completion.finish_reason in ("stop token", "stop string")
-            response = Response(origin.text, prompt, completion.text, completion.token_ids, ended, origin.location)
+            ended = completion.finish_reason in ("stop", "stop string")
+            text, ids = completion.text, completion.token_ids
+            response = Response(origin.text, prompt, text, ids, ended, origin.location, origin.row)
             found.append((response, torch.tensor(completion.logprobs)))
         return found, written.staleness
 
@@ -137,10 +140,7 @@ class Collector:
     def _passes(self, responses: Sequence[Response], iteration: int | None) -> dict[str, list[Tensor]]:
         """Name → `[L]` of each response, by forward passes like those of training."""
         rows = ResponseRows([r.prompt_ids for r in responses], [r.ids for r in responses], self.device)
-        found: dict[str, list[Tensor]] = {
-            name: [torch.empty(0)] * len(responses)
-            for name in ("logprobs", "reference_logprobs", "values", "entropies")
-        }
+        found: dict[str, list[Tensor]] = {}
         first = None
         if self._reused is not None and iteration is not None:
             first = self._reused.batch(rows, iteration)
@@ -150,19 +150,21 @@ class Collector:
                 outputs = self.roles.actor_critic(*arguments)
             if self._reused is not None and batch is first:
                 self._reused.keep(batch, outputs)
-            logprobs, entropies, values = (output.detach() for output in outputs)
-            columns = {"logprobs": logprobs, "entropies": entropies, "values": values,
-                       "reference_logprobs": self.roles.reference(*arguments)}  # fmt: skip
+            columns = dict(zip(("logprobs", "entropies", "values"), outputs, strict=True))
+            columns["reference_logprobs"] = self.roles.reference(*arguments) if self.roles.reference else None
             lengths = [len(responses[row].ids) for row in batch.rows]
             for name, column in columns.items():
-                for row, part in zip(batch.rows, torch.split(column.float().cpu(), lengths), strict=True):
+                if column is None:
+                    continue
+                found.setdefault(name, [torch.empty(0)] * len(responses))
+                for row, part in zip(batch.rows, torch.split(column.detach().float().cpu(), lengths), strict=True):
                     found[name][row] = part
         return found
 
 
-def sampling_of(section: RolloutSection, *, stop_token_ids: Collection[int], seed: int) -> SamplingSettings:
+def sampling_of(section: RolloutSection, *, stop_token_ids: Collection[int], seed: int) -> SamplingParams:
     """The sampling settings and stop criteria of responses."""
-    return SamplingSettings(
+    return SamplingParams(
         temperature=section.temperature,
         top_k=section.top_k or 0,
         top_p=section.top_p,
@@ -174,12 +176,12 @@ def sampling_of(section: RolloutSection, *, stop_token_ids: Collection[int], see
     )
 
 
-def request_of(prompts: Sequence[Sequence[int]], sampling: SamplingSettings, n: int = 1) -> Request:
+def request_of(prompts: Sequence[Sequence[int]], sampling: SamplingParams, n: int = 1) -> Request:
     """A request for n responses to every prompt. Each position has its own seed, on whichever worker it runs."""
     return Request([list(prompt) for prompt in prompts], [seeded(sampling, index) for index in range(len(prompts))], n)
 
 
-def seeded(sampling: SamplingSettings, number: int) -> SamplingSettings:
+def seeded(sampling: SamplingParams, number: int) -> SamplingParams:
     """The settings with a different seed for each number, such as an iteration."""
     return replace(sampling, seed=(sampling.seed * 1_000_003 + number) % 2**31)
 
@@ -194,6 +196,12 @@ def _importance(rollouts: Sequence[Rollout], mismatch: Tensor, cap: float | None
     return metrics
 
 
+def _kl_mean(rollouts: Sequence[Rollout], estimator: KlEstimator) -> dict[str, float]:
+    """{"kl": mean}; empty without a reference."""
+    found = [kl for rollout in rollouts if (kl := rollout.kl(estimator)) is not None]
+    return {"kl": statistics.fmean(found)} if found else {}
+
+
 def rollout_metrics(
     rollouts: Sequence[Rollout], *, estimator: KlEstimator, importance_cap: float | None = None
 ) -> dict[str, float]:
@@ -205,10 +213,10 @@ def rollout_metrics(
     metrics = {
         "reward": statistics.fmean(rollout.score for rollout in rollouts),
         "reward_std": statistics.pstdev(rollout.score for rollout in rollouts),
-        "kl": statistics.fmean(rollout.kl(estimator) for rollout in rollouts),
+        **_kl_mean(rollouts, estimator),
         "entropy": float(torch.cat([rollout.entropies for rollout in rollouts]).mean()),
         "response_length": length_mean(tokens),
-        "end_share": statistics.fmean(rollout.response.ended for rollout in rollouts),
+        "eos_rate": statistics.fmean(rollout.response.ended for rollout in rollouts),
         "repetition": repetition(tokens),
         "logprob_mismatch": float(mismatch.abs().mean()),
         **_importance(rollouts, mismatch, importance_cap),
@@ -228,8 +236,10 @@ def rollout_metrics(
     return metrics
 
 
-def variance_explained(values: Tensor, returns: Tensor) -> dict[str, float]:
-    """{"explained_variance": 1 − Var(R − V) / Var(R)}; empty for constant returns."""
+def variance_explained(values: Tensor | None, returns: Tensor | None) -> dict[str, float]:
+    """{"explained_variance": 1 − Var(R − V) / Var(R)}; empty for constant returns, and without a critic."""
+    if values is None or returns is None:
+        return {}
     found = explained_variance(values.numpy(), returns.numpy())
     return {} if found is None else {"explained_variance": found}
 
@@ -267,7 +277,7 @@ class PolicyCheck:
         self,
         collector: Collector,
         prompts: Sequence[Sequence[int]],
-        sampling: SamplingSettings,
+        sampling: SamplingParams,
         judge: Judge | None,
         *,
         estimator: KlEstimator,
@@ -303,7 +313,7 @@ class PolicyCheck:
                 "prompt": rollout.response.prompt,
                 "response": rollout.response.text,
                 "ended": rollout.response.ended,
-                "kl": rollout.kl(self.estimator),
+                **({"kl": kl} if (kl := rollout.kl(self.estimator)) is not None else {}),
                 **{name: values[index] for name, values in scores.items()},
             }
             for index, rollout in enumerate(rollouts)

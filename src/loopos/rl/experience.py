@@ -9,22 +9,19 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from functools import cached_property
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, TypeAlias
 
 import torch
 from torch import Tensor
 
 from loopos.config.rl import PpoTrainingSection
 from loopos.data.batches import Cursor
-from loopos.functional.advantages import (
-    KlEstimator,
-    generalized_advantages,
-    kl_terms,
-    token_rewards,
-    truncated_importance,
-    whitened,
-)
+from loopos.functional.advantages import KlEstimator, kl_terms, token_rewards, truncated_importance, whitened
 from loopos.functional.packing import PackedLayout
+from loopos.rl.algorithms import PPO, AdvantageInputs, Algorithm
+
+PolicyOutputs: TypeAlias = tuple[Tensor, Tensor, Tensor | None]
+"""Log-probabilities, entropies and values, each `[M]`; no values without a critic."""
 
 
 @dataclass(frozen=True)
@@ -32,8 +29,9 @@ class ResponseBatch:
     """Prompts and responses of one forward pass, packed.
 
     `ids` `[T]`. `positions` `[M]`: positions whose hidden states predict the tokens `targets` `[M]`; each is the
-    position before its token. `columns`: `old_logprobs`, `reference_logprobs`, `values` (old), `advantages`, `returns`,
-    `[M]` fp32. `is_first`: the policy has not changed since it generated the responses.
+    position before its token. `columns`: `old_logprobs`, `advantages`, with a reference `reference_logprobs`, with a
+    critic `values` (old) and `returns`, `[M]` fp32. `is_first`: the policy has not changed since it generated the
+    responses. `responses` `[M]`: the index among `rows` of the response that a token belongs to.
     """
 
     ids: Tensor
@@ -42,6 +40,7 @@ class ResponseBatch:
     targets: Tensor
     rows: tuple[int, ...]
     columns: Mapping[str, Tensor]
+    responses: Tensor
     is_first: bool = False
 
     @property
@@ -69,6 +68,7 @@ class ResponseRows:
             positions += range(len(ids) + len(self.prompts[row]) - 1, len(ids) + self.lengths[row] - 1)
             ids += [*self.prompts[row], *self.responses[row]]
         flat = torch.tensor(ids, device=self.device)
+        lengths = torch.tensor([len(self.responses[row]) for row in rows])
         before = torch.tensor(positions, device=self.device)
         columns = {name: torch.cat([column[row] for row in rows]) for name, column in (self.columns or {}).items()}
         return ResponseBatch(
@@ -78,6 +78,7 @@ class ResponseRows:
             targets=flat[before + 1],
             rows=tuple(rows),
             columns={name: column.to(self.device) for name, column in columns.items()},
+            responses=torch.repeat_interleave(torch.arange(len(rows)), lengths).to(self.device),
             is_first=is_first,
         )
 
@@ -92,17 +93,17 @@ class ReusedForward:
     """
 
     rows_of: Callable[[Cursor, Sequence[int]], list[list[int]]]
-    _stored: tuple[ResponseBatch, tuple[Tensor, ...]] | None = None
+    _stored: tuple[ResponseBatch, PolicyOutputs] | None = None
 
     def batch(self, rows: ResponseRows, iteration: int) -> ResponseBatch | None:
         """The batch of the iteration's first step if it contains all rows; None if the step has several batches."""
         batches = self.rows_of(Cursor(iteration), rows.lengths)
         return rows(batches[0]) if len(batches) == 1 and len(batches[0]) == len(rows.lengths) else None
 
-    def keep(self, batch: ResponseBatch, outputs: tuple[Tensor, ...]) -> None:
+    def keep(self, batch: ResponseBatch, outputs: PolicyOutputs) -> None:
         self._stored = batch, outputs
 
-    def take(self, batch: ResponseBatch) -> tuple[Tensor, ...] | None:
+    def take(self, batch: ResponseBatch) -> PolicyOutputs | None:
         """Returns the stored outputs for exactly this batch and clears them; after a step they are outdated."""
         stored, self._stored = self._stored, None
         if stored is None or stored[0].rows != batch.rows or not torch.equal(stored[0].ids, batch.ids):
@@ -111,33 +112,39 @@ class ReusedForward:
 
 
 _COLUMNS = ("old_logprobs", "reference_logprobs", "values", "advantages", "returns")
+# The rest is there only with a reference or a critic.
+_ALWAYS = ("old_logprobs", "advantages")
 
 
 @dataclass(frozen=True)
 class Experience:
     """The responses of one iteration from all processes. The tensors are `[M]` fp32 on CPU, concatenated over
-    responses. `kl_coefficient`: β of the penalty in the rewards. `is_own`: `old_logprobs` are those of the policy
-    before its update, so that its first ratio is 1; otherwise those of an older policy.
+    responses; None for those of a reference or a critic that the run does not have. `kl_coefficient`: β of the penalty
+    in the rewards. `is_own`: `old_logprobs` are those of the policy before its update, so that its first ratio is 1;
+    otherwise those of an older policy.
     """
 
     prompts: list[list[int]]
     responses: list[list[int]]
     old_logprobs: Tensor
-    reference_logprobs: Tensor
-    values: Tensor
+    reference_logprobs: Tensor | None
+    values: Tensor | None
     advantages: Tensor
-    returns: Tensor
+    returns: Tensor | None
     kl_coefficient: float
     is_own: bool = True
 
     def rows(self, device: torch.device) -> ResponseRows:
         lengths = [len(response) for response in self.responses]
-        columns = {name: torch.split(getattr(self, name), lengths) for name in _COLUMNS}
+        columns = {name: torch.split(column, lengths) for name, column in self._columns().items()}
         return ResponseRows(self.prompts, self.responses, device, columns)
+
+    def _columns(self) -> dict[str, Tensor]:
+        return {name: column for name in _COLUMNS if (column := getattr(self, name)) is not None}
 
     def tensors(self) -> dict[str, Tensor]:
         """All fields except `kl_coefficient` and `is_own`, for a checkpoint."""
-        stored = {name: getattr(self, name) for name in _COLUMNS}
+        stored = self._columns()
         for name, texts in (("prompts", self.prompts), ("responses", self.responses)):
             stored[name] = torch.tensor([token for ids in texts for token in ids])
             stored[f"{name}_lengths"] = torch.tensor([len(ids) for ids in texts])
@@ -150,7 +157,8 @@ class Experience:
             name: [part.tolist() for part in torch.split(tensors[name], tensors[f"{name}_lengths"].tolist())]
             for name in ("prompts", "responses")
         }
-        columns = {name: tensors[name].clone() for name in _COLUMNS}
+        columns = {name: tensors[name].clone() if name in tensors else None for name in _COLUMNS}
+        assert all(columns[name] is not None for name in _ALWAYS), sorted(tensors)
         named: dict[str, Any] = {**texts, **columns}
         return cls(**named, kl_coefficient=kl_coefficient, is_own=is_own)
 
@@ -159,6 +167,7 @@ class Experience:
 class AdvantageSettings:
     """How scores become advantages. `penalty`: KL estimator of the penalty in the rewards; None if the KL is a loss
     instead. `importance_cap`: bound of π/μ, if advantages are multiplied by it.
+    `responses_per_prompt`: so many responses to one prompt follow each other.
     """
 
     penalty: KlEstimator | None
@@ -167,9 +176,18 @@ class AdvantageSettings:
     whiten_rewards: bool
     whiten_advantages: bool
     importance_cap: float | None = None
+    algorithm: Algorithm = PPO
+    responses_per_prompt: int = 1
 
     @classmethod
-    def of(cls, settings: PpoTrainingSection, *, importance_cap: float | None = None) -> AdvantageSettings:
+    def of(
+        cls,
+        settings: PpoTrainingSection,
+        algorithm: Algorithm,
+        *,
+        importance_cap: float | None = None,
+        responses_per_prompt: int = 1,
+    ) -> AdvantageSettings:
         """From a config's `training` section."""
         return cls(
             penalty=settings.penalty_estimator if settings.kl_in == "reward" else None,
@@ -178,6 +196,8 @@ class AdvantageSettings:
             whiten_rewards=settings.whiten_rewards,
             whiten_advantages=settings.whiten_advantages,
             importance_cap=importance_cap,
+            algorithm=algorithm,
+            responses_per_prompt=responses_per_prompt,
         )
 
 
@@ -191,7 +211,7 @@ class Response(Protocol):
 class Scored(Protocol):
     """A response with its score and one value per token `[L]`: log-probabilities of the policy before its update
     (`logprobs`), of the generating policy (`engine_logprobs`, `staleness` iterations older) and of the reference, and
-    values.
+    values; the last two are None for a run without.
     """
 
     @property
@@ -203,9 +223,9 @@ class Scored(Protocol):
     @property
     def engine_logprobs(self) -> Tensor: ...
     @property
-    def reference_logprobs(self) -> Tensor: ...
+    def reference_logprobs(self) -> Tensor | None: ...
     @property
-    def values(self) -> Tensor: ...
+    def values(self) -> Tensor | None: ...
     @property
     def staleness(self) -> int: ...
 
@@ -218,29 +238,37 @@ def experience_of(
     kl_coefficient: float,
     settings: AdvantageSettings,
 ) -> Experience:
-    """Advantages and returns of responses: r_t = −β·kl_t, plus the score at the last token; GAE; whitening over all
-    tokens; importance weights. old_logprobs: denominator of the ratio, the policy before its update or the generating
-    policy.
+    """Advantages and returns of responses: token rewards r_t = −β·kl_t, plus the score at the last token; the
+    algorithm's advantages; whitening over all tokens; importance weights. old_logprobs: denominator of the ratio, the
+    policy before its update or the generating policy.
     """
     responses, by_engine = [each.response.ids for each in scored], old_logprobs == "engine"
     lengths = torch.tensor([len(response) for response in responses])
     mask = torch.arange(int(lengths.max()))[None] < lengths[:, None]  # [B, L]
 
-    def padded(each: Sequence[Tensor]) -> Tensor:
-        return torch.nn.utils.rnn.pad_sequence([column.float() for column in each], batch_first=True)
-
-    behavior = padded([each.engine_logprobs for each in scored])
-    old = behavior if by_engine else padded([each.logprobs for each in scored])
-    reference = padded([each.reference_logprobs for each in scored])
-    state_values = padded([each.values for each in scored])
+    behavior = _padded([each.engine_logprobs for each in scored])
+    old = behavior if by_engine else _padded([each.logprobs for each in scored])
+    reference = _padded_or_none([each.reference_logprobs for each in scored])
+    state_values = _padded_or_none([each.values for each in scored])
     scores = torch.tensor([each.score for each in scored])
-    penalty = torch.zeros_like(old) if settings.penalty is None else kl_terms(old, reference, settings.penalty)
+    penalty = torch.zeros_like(old)
+    if reference is None:
+        assert kl_coefficient == 0, "a KL penalty has a reference"
+    elif settings.penalty is not None:
+        penalty = kl_terms(old, reference, settings.penalty)
     rewards = token_rewards(scores, penalty, mask, kl_coefficient=kl_coefficient)
     if settings.whiten_rewards:
         rewards = whitened(rewards, mask, shift_mean=False)
-    advantages, returns = generalized_advantages(
-        rewards, state_values, mask, discount=settings.discount, smoothing=settings.gae_lambda
+    inputs = AdvantageInputs(
+        scores=scores,
+        rewards=rewards,
+        mask=mask,
+        groups=torch.arange(len(scored)) // settings.responses_per_prompt,
+        values=state_values,
+        discount=settings.discount,
+        gae_lambda=settings.gae_lambda,
     )
+    advantages, returns = settings.algorithm.advantages(inputs)
     if settings.whiten_advantages:
         advantages = whitened(advantages, mask)
     if settings.importance_cap is not None:
@@ -250,13 +278,23 @@ def experience_of(
         [list(prompt) for prompt in prompts],
         [list(response) for response in responses],
         old_logprobs=old[mask],
-        reference_logprobs=reference[mask],
-        values=state_values[mask],
+        reference_logprobs=None if reference is None else reference[mask],
+        values=None if state_values is None else state_values[mask],
         advantages=advantages[mask],
-        returns=returns[mask],
+        returns=None if returns is None else returns[mask],
         kl_coefficient=kl_coefficient,
         is_own=not by_engine or not any(each.staleness for each in scored),
     )
+
+
+def _padded(columns: Sequence[Tensor]) -> Tensor:
+    """`[L]` of each response → `[B, L]` fp32."""
+    return torch.nn.utils.rnn.pad_sequence([column.float() for column in columns], batch_first=True)
+
+
+def _padded_or_none(columns: Sequence[Tensor | None]) -> Tensor | None:
+    present = [column for column in columns if column is not None]
+    return _padded(present) if present else None
 
 
 assert set(_COLUMNS) < {field.name for field in fields(Experience)}

@@ -1,6 +1,6 @@
 """Monitors of an RL run: alerts when the policy leaves its reference, collapses, or exploits the reward model.
 
-Input per iteration: kl (nats to the reference), entropy (nats), response_length (tokens), repetition and end_share
+Input per iteration: kl (nats to the reference), entropy (nats), response_length (tokens), repetition and eos_rate
 (fractions), reward (of the trained reward model), judge (a reward model that training does not use). `methods` decides
 what follows from an alert.
 """
@@ -12,6 +12,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from loopos.storage.events import current_metric
+
 _LABELS = {"kl": "KL", "repetition": "repetition"}
 _MEANINGS = {"kl": "the policy moves far from its reference", "repetition": "responses repeat themselves"}
 
@@ -21,7 +23,7 @@ class MonitorLimits:
     """Limits of a run; None disables a limit. "First" is a metric's first measured value.
 
     `kl`: maximum in nats. `entropy_share`: minimum fraction of the first entropy. `length_ratio`: lengths must stay
-    between first / ratio and first · ratio. `repetition`: maximum. `end_share_drop`: maximum drop of end_share below
+    between first / ratio and first · ratio. `repetition`: maximum. `eos_rate_drop`: maximum drop of eos_rate below
     its first value. `judge_drop`: maximum drop of the judge below its best, in its own unit, while the reward is above
     its first value. `patience`: consecutive iterations beyond a limit before an alert. Raises ValueError for limits
     that every run or no run would meet.
@@ -31,13 +33,13 @@ class MonitorLimits:
     entropy_share: float | None = None
     length_ratio: float | None = None
     repetition: float | None = None
-    end_share_drop: float | None = None
+    eos_rate_drop: float | None = None
     judge_drop: float | None = None
     patience: int = 1
 
     def __post_init__(self) -> None:
-        highest = {"entropy_share": 1.0, "repetition": 1.0, "end_share_drop": 1.0}
-        for name in ("kl", "entropy_share", "length_ratio", "repetition", "end_share_drop", "judge_drop"):
+        highest = {"entropy_share": 1.0, "repetition": 1.0, "eos_rate_drop": 1.0}
+        for name in ("kl", "entropy_share", "length_ratio", "repetition", "eos_rate_drop", "judge_drop"):
             limit = getattr(self, name)
             least, most = 1.0 if name == "length_ratio" else 0.0, highest.get(name, math.inf)
             if limit is not None and not (math.isfinite(limit) and least <= limit <= most):
@@ -77,7 +79,7 @@ class Monitor:
         """Records one iteration's metrics, the first of which are the baseline; returns new alerts. A persistent alert
         is not repeated until its metric has been within the limit again. nan and inf are beyond every limit.
         """
-        for name in ("entropy", "response_length", "end_share", "reward"):
+        for name in ("entropy", "response_length", "eos_rate", "reward"):
             if math.isfinite(metrics.get(name, math.nan)):
                 self._first.setdefault(name, float(metrics[name]))
         if math.isfinite(metrics.get("reward", math.nan)):
@@ -102,8 +104,10 @@ class Monitor:
         }
 
     def load(self, state: Mapping[str, Any]) -> None:
-        """Restores `state`."""
-        self._first, self._streaks = dict(state["first"]), dict(state["streaks"])
+        """Restores `state`, also that of an older version, with other names of metrics."""
+        for own, saved in ((self._first, state["first"]), (self._streaks, state["streaks"])):
+            own.clear()
+            own.update((current_metric(name), value) for name, value in saved.items())
         self._best_judge, self._latest_reward = state["best_judge"], state["latest_reward"]
 
     def _checks(self, metrics: Mapping[str, float]) -> Iterator[tuple[Alert, bool]]:
@@ -114,7 +118,7 @@ class Monitor:
             "entropy": limits.entropy_share,
             "response_length": limits.length_ratio,
             "repetition": limits.repetition,
-            "end_share": limits.end_share_drop,
+            "eos_rate": limits.eos_rate_drop,
             "judge": limits.judge_drop,
         }
         for name, setting in settings.items():
@@ -130,7 +134,7 @@ class Monitor:
                 yield self._entropy(value, setting)
             elif name == "response_length":
                 yield self._length(value, setting)
-            elif name == "end_share":
+            elif name == "eos_rate":
                 yield self._eos_rate(value, setting)
             elif self._latest_reward is not None:
                 yield self._judge(value, setting, self._latest_reward)
@@ -151,13 +155,13 @@ class Monitor:
         return Alert("response_length", value, limit, message), not shortest <= value <= longest
 
     def _eos_rate(self, value: float, drop: float) -> tuple[Alert, bool]:
-        start = self._first["end_share"]
+        start = self._first["eos_rate"]
         limit = start - drop
         message = (
             f"the fraction of finished responses, {value:.4g}, fell more than {drop:.4g} below its start "
             f"({start:.4g}): responses are cut off"
         )
-        return Alert("end_share", value, limit, message), value < limit
+        return Alert("eos_rate", value, limit, message), value < limit
 
     def _judge(self, value: float, drop: float, reward: float) -> tuple[Alert, bool]:
         """Reward hacking: the trained reward rises while the independent judge falls (Gao et al. 2023, figure 1)."""

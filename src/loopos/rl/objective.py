@@ -1,4 +1,4 @@
-"""The PPO objective (clipped policy loss, clipped value loss, entropy, KL), and the state of a PPO run for checkpoints.
+"""The objective of a policy (policy loss, clipped value loss, entropy, KL), and the state of its run for checkpoints.
 
 Letters: M tokens of responses.
 """
@@ -15,8 +15,9 @@ from torch import Tensor
 from loopos.config.rl import PpoTrainingSection
 from loopos.functional.advantages import KlController, KlEstimator, kl_terms
 from loopos.functional.packing import PackedLayout
-from loopos.functional.policy_loss import clipped_policy_terms, clipped_value_terms
-from loopos.rl.experience import ResponseBatch, ReusedForward
+from loopos.functional.policy_loss import clipped_value_terms
+from loopos.rl.algorithms import PPO, Algorithm, PolicyInputs
+from loopos.rl.experience import PolicyOutputs, ResponseBatch, ReusedForward
 from loopos.rl.monitors import Monitor
 from loopos.rl.rollouts import RolloutBatches
 from loopos.training.distributed import World
@@ -25,11 +26,9 @@ _REPORTED = ("entropy", "clip_share", "value_clip_share", "approximate_kl", "rat
 
 
 class ActorCritic(Protocol):
-    """Computes log-probabilities, entropies (nats) and values, each `[M]`, with gradients."""
+    """Computes log-probabilities, entropies (nats) and, with a critic, values, each `[M]`, with gradients."""
 
-    def __call__(
-        self, ids: Tensor, layout: PackedLayout, positions: Tensor, targets: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor]: ...
+    def __call__(self, ids: Tensor, layout: PackedLayout, positions: Tensor, targets: Tensor) -> PolicyOutputs: ...
 
 
 @dataclass
@@ -53,7 +52,8 @@ class Extremes:
 @dataclass
 class PpoObjective:
     """policy + c_v·value − c_e·entropy (+ β·KL to the reference, if it is a loss), each the mean over all tokens of the
-    minibatch (Schulman et al. 2017, equation 9). docs/metrics.md defines the names.
+    minibatch (Schulman et al. 2017, equation 9); the policy term is the algorithm's, and the value term is there only
+    with a critic. docs/metrics.md defines the names.
     """
 
     actor_critic: ActorCritic
@@ -66,10 +66,16 @@ class PpoObjective:
     kl_coefficient: float = 0.0
     extremes: Extremes = field(default_factory=Extremes)
     reused: ReusedForward | None = None
+    algorithm: Algorithm = PPO
 
     @classmethod
     def of(
-        cls, settings: PpoTrainingSection, actor_critic: ActorCritic, *, reused: ReusedForward | None = None
+        cls,
+        settings: PpoTrainingSection,
+        actor_critic: ActorCritic,
+        algorithm: Algorithm,
+        *,
+        reused: ReusedForward | None = None,
     ) -> PpoObjective:
         """The objective for a config's `training` section. reused: stores forward passes for the first step."""
         return cls(
@@ -82,11 +88,14 @@ class PpoObjective:
             kl_loss=settings.penalty_estimator if settings.kl_in == "loss" else None,
             kl_coefficient=settings.kl_coefficient,
             reused=reused,
+            algorithm=algorithm,
         )
 
     @property
     def weights(self) -> Mapping[str, float]:
-        weights = {"policy_loss": 1.0, "value_loss": self.value_coefficient}
+        weights = {"policy_loss": 1.0}
+        if self.algorithm.has_critic:
+            weights["value_loss"] = self.value_coefficient
         if self.entropy_coefficient:
             weights["entropy"] = -self.entropy_coefficient
         if self.kl_loss is not None:
@@ -94,7 +103,8 @@ class PpoObjective:
         return weights
 
     def counts(self, batch: ResponseBatch) -> Mapping[str, float]:
-        return {name: float(len(batch.targets)) for name in (*self.weights, *_REPORTED)}
+        reported = [name for name in _REPORTED if self.algorithm.has_critic or name != "value_clip_share"]
+        return {name: float(len(batch.targets)) for name in (*self.weights, *reported)}
 
     def loss(self, batch: ResponseBatch) -> Mapping[str, Tensor]:
         outputs = None if self.reused is None else self.reused.take(batch)
@@ -104,17 +114,25 @@ class PpoObjective:
         columns = batch.columns
         # In the first step the policy is its own old policy, so the ratio is exactly 1 in any packing.
         old = logprobs.detach() if batch.is_first else columns["old_logprobs"]
-        policy = clipped_policy_terms(
-            logprobs, old, columns["advantages"], clip_epsilon=self.clip_epsilon, dual_clip=self.dual_clip
+        policy = self.algorithm.policy_loss(
+            PolicyInputs(
+                logprobs=logprobs,
+                old_logprobs=old,
+                advantages=columns["advantages"],
+                responses=batch.responses,
+                clip_epsilon=self.clip_epsilon,
+                dual_clip=self.dual_clip,
+            )
         )
-        value = clipped_value_terms(values, columns["values"], columns["returns"], clip_range=self.value_clip)
         self.extremes.take(policy.ratio)
-        sums = {
-            "policy_loss": policy.loss.sum(),
-            "value_loss": value.loss.sum(),
+        sums = {"policy_loss": policy.loss.sum()}
+        if values is not None:
+            value = clipped_value_terms(values, columns["values"], columns["returns"], clip_range=self.value_clip)
+            sums["value_loss"] = value.loss.sum()
+            sums["value_clip_share"] = value.is_clipped.sum()
+        sums |= {
             "entropy": entropies.sum() if self.entropy_coefficient else entropies.sum().detach(),
             "clip_share": policy.is_clipped.sum(),
-            "value_clip_share": value.is_clipped.sum(),
             "approximate_kl": policy.approximate_kl.sum(),
             "ratio": policy.ratio.sum(),
         }
@@ -124,7 +142,7 @@ class PpoObjective:
 
     def idle(self, batch: ResponseBatch) -> Tensor:
         outputs = self.actor_critic(batch.ids, batch.layout, batch.positions, batch.targets)
-        return torch.stack([each.sum() for each in outputs]).sum() * 0.0
+        return torch.stack([each.sum() for each in outputs if each is not None]).sum() * 0.0
 
 
 class Stateful(Protocol):
@@ -188,7 +206,7 @@ class PolicyState:
             "kl_coefficient": self.controller.coefficient,
             "ratios": [self.objective.extremes.smallest, self.objective.extremes.largest],
             "guards": self.guards.state(),
-            "alarms": list(self.alerts),
+            "alerts": list(self.alerts),
             "check": self.check.state() if self.check is not None else None,
             "ahead": self.ahead.state() if self.ahead is not None else None,
         }
@@ -203,6 +221,7 @@ class PolicyState:
         self.objective.kl_coefficient = self.controller.coefficient if in_use is None else in_use
         self.objective.extremes.smallest, self.objective.extremes.largest = state["ratios"]
         self.guards.load(state["guards"])
-        self.alerts[:] = state["alarms"]
+        # "alarms" in the checkpoints of older versions.
+        self.alerts[:] = state["alerts"] if "alerts" in state else state["alarms"]
         if self.check is not None and state["check"] is not None:
             self.check.load(state["check"])

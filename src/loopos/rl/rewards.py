@@ -5,27 +5,29 @@ Functions are user code and run only if the config names them. `functional.advan
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
 import torch
 from transformers import PreTrainedTokenizerBase
 
 from loopos.config.diagnostics import UserError
+from loopos.config.own_function import OwnFunction, own_function
 from loopos.config.rl import PpoRewardSection, RolloutSection
-from loopos.evaluation.own_code import OwnFunction, called_for, numbers_of, own_function
+from loopos.config.variants import REWARDS
+from loopos.evaluation.checkers import checker
+from loopos.evaluation.own_code import called_for, numbers_of
 from loopos.evaluation.reward_predictor import Normalization, Scorer, raw_scores
 from loopos.models.folders import check_same_tokens, open_reward_model
-
-RewardFunction: TypeAlias = Callable[[Sequence["Response"]], list[float]]
-"""Responses → a number each."""
 
 
 @dataclass(frozen=True, slots=True)
 class Response:
     """One response to one prompt. `prompt_ids`: ids after the chat template. `ended`: by an end token or stop string,
-    not by the token limit. `source`: file and line of the prompt, empty if unknown.
+    not by the token limit. `source`: file and line of the prompt, empty if unknown. `row`: column → value of the row of
+    data that the prompt comes from.
     """
 
     prompt: str
@@ -34,32 +36,102 @@ class Response:
     ids: Sequence[int]
     ended: bool
     source: str = ""
+    row: Mapping[str, object] = field(default_factory=dict)
 
 
-def reward_function(name: str) -> RewardFunction:
-    """The function "module:function", called as `function(prompts, responses)`. Its return value is checked; its
-    exceptions are reported with the row of the call. Raises `UserError`.
-    """
-    function = own_function(name, "reward function")
+@dataclass(frozen=True, slots=True)
+class RewardFunction:
+    """Responses → a number each. `takes_rows`: whether the function gets the rows of data."""
 
-    def score(responses: Sequence[Response]) -> list[float]:
+    function: OwnFunction
+    takes_rows: bool
+
+    def __call__(self, responses: Sequence[Response]) -> list[float]:
+        """The numbers, checked; exceptions are reported with the row of the call. Raises `UserError`."""
         if not responses:
             return []
         sources = [called_for(response.prompt, response.source) for response in responses]
         try:
-            found = _called(function, responses, f"{len(responses)} responses, the first to {sources[0]}")
+            found = self._called(responses, f"{len(responses)} responses, the first to {sources[0]}")
         except UserError:
             # Call the function for each row separately, to find the row that fails.
             for response, source in zip(responses, sources, strict=True) if len(responses) > 1 else ():
-                _called(function, [response], source)
+                self._called([response], source)
             raise
-        return numbers_of(found, sources, function)
+        return numbers_of(found, sources, self.function)
 
-    return score
+    def _called(self, responses: Sequence[Response], about: str) -> Any:
+        prompts, texts = [each.prompt for each in responses], [each.text for each in responses]
+        if self.takes_rows:
+            return self.function(prompts, texts, [dict(each.row) for each in responses], about=about)
+        return self.function(prompts, texts, about=about)
 
 
-def _called(function: OwnFunction, responses: Sequence[Response], about: str) -> Any:
-    return function([each.prompt for each in responses], [each.text for each in responses], about=about)
+def reward_function(name: str) -> RewardFunction:
+    """The function of the table, or "module:function", called as `function(prompts, responses)`, or as
+    `function(prompts, responses, rows)` where it has a third parameter. Raises `UserError`.
+    """
+    if ":" in name:
+        function = own_function(name, "reward function")
+    else:
+        function = OwnFunction(f"reward function {name}", REWARDS[name].load())
+    return RewardFunction(function, takes_rows(function.function))
+
+
+def takes_rows(function: Callable[..., Any]) -> bool:
+    """Whether a function has a third parameter by position: one without a default, or one called `rows`."""
+    try:
+        parameters = list(inspect.signature(function).parameters.values())
+    except ValueError:
+        # A function of C without a signature.
+        return False
+    by_position = [each for each in parameters if each.kind in (each.POSITIONAL_ONLY, each.POSITIONAL_OR_KEYWORD)]
+    return len(by_position) > 2 and (by_position[2].default is inspect.Parameter.empty or by_position[2].name == "rows")
+
+
+Rows: TypeAlias = Sequence[Mapping[str, object]]
+
+
+def _answers_checked(name: str, responses: Sequence[str], rows: Rows) -> list[float]:
+    """The verdict of a checker on each response, against the column `answer` of its row."""
+    check, found = checker(name), []
+    for response, row in zip(responses, rows, strict=True):
+        column = next((each for each in row if each.lower() == "answer"), None)
+        if column is None:
+            known = ", ".join(row) or "none"
+            raise UserError(f'reward function {name}: got a row without a column "answer" (columns: {known})')
+        found.append(check(response, str(row[column]), row))
+    return found
+
+
+def automatic_answer(prompts: Sequence[str], responses: Sequence[str], rows: Rows) -> list[float]:
+    """1 where the response is the row's answer, compared as a number, as a letter or as text by what the answer is."""
+    return _answers_checked("auto", responses, rows)
+
+
+def exact_answer(prompts: Sequence[str], responses: Sequence[str], rows: Rows) -> list[float]:
+    """1 where the response is the row's answer as text, without regard to case, spaces and quotes."""
+    return _answers_checked("exact", responses, rows)
+
+
+def numeric_answer(prompts: Sequence[str], responses: Sequence[str], rows: Rows) -> list[float]:
+    """1 where the response states the number of the row's answer."""
+    return _answers_checked("numeric", responses, rows)
+
+
+def choice_answer(prompts: Sequence[str], responses: Sequence[str], rows: Rows) -> list[float]:
+    """1 where the response chooses the letter of the row's answer."""
+    return _answers_checked("choice", responses, rows)
+
+
+def math_answer(prompts: Sequence[str], responses: Sequence[str], rows: Rows) -> list[float]:
+    """1 where the response equals the row's answer as mathematics (package math-verify, extra rewards)."""
+    return _answers_checked("math_verify", responses, rows)
+
+
+def reasoning_gym_answer(prompts: Sequence[str], responses: Sequence[str], rows: Rows) -> list[float]:
+    """The score of reasoning-gym's own scorer of the row's task, from 0 to 1 (package reasoning-gym, extra rewards)."""
+    return _answers_checked("reasoning_gym", responses, rows)
 
 
 class ModelScores:
@@ -105,6 +177,11 @@ class Rewards:
         if model is not None:
             scores = ModelScores(model, description, device, ensemble_penalty=section.ensemble_penalty)
         return cls(scores, section, rollout)
+
+    @property
+    def read_rows(self) -> bool:
+        """Whether any function gets the rows of data."""
+        return any(function.takes_rows for function, _ in self.functions.values())
 
     def __call__(self, responses: Sequence[Response]) -> dict[str, list[float]]:
         """`total`, and its unweighted parts by name: `model` (normalized) and each function."""

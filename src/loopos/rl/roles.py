@@ -27,28 +27,31 @@ from loopos.models.folders import OpenedReward, RewardEnsemble
 from loopos.models.heads import PooledModel
 from loopos.models.language_model import LanguageModel
 from loopos.models.load import Pretrained, fingerprint
+from loopos.rl.experience import PolicyOutputs
 
 
 class ActorCritic(nn.Module):
     """Policy and value model in one module, so that one optimizer and one checkpoint contain both. `critic`: the value
-    head and, unless it is a view of the policy's, its backbone. `shares_states`: it reads the policy's last hidden
-    states.
+    head and, unless it is a view of the policy's, its backbone; None for an algorithm without. `shares_states`: it
+    reads the policy's last hidden states.
     """
 
-    def __init__(self, policy: LanguageModel, critic: PooledModel, *, shares_states: bool, temperature: float) -> None:
+    def __init__(
+        self, policy: LanguageModel, critic: PooledModel | None, *, shares_states: bool, temperature: float
+    ) -> None:
         """temperature: divides the logits of new, old and reference log-probabilities."""
         super().__init__()
         self.policy, self.critic = policy, critic
         self.shares_states, self.temperature = shares_states, temperature
 
-    def forward(
-        self, ids: Tensor, layout: PackedLayout, positions: Tensor, targets: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(self, ids: Tensor, layout: PackedLayout, positions: Tensor, targets: Tensor) -> PolicyOutputs:
         """Log-probabilities of `targets` `[M]`, entropies of their distributions, and values V of the states at
-        `positions` `[M]`, each before its token. ids `[T]` → three of `[M]` in fp32.
+        `positions` `[M]`, each before its token; None without a critic. ids `[T]` → three of `[M]` in fp32.
         """
         hidden = self.policy.backbone(ids, layout)[positions]
         logprobs, entropies = self.policy.logprobs(hidden, targets, temperature=self.temperature)
+        if self.critic is None:
+            return logprobs, entropies, None
         states = hidden if self.shares_states else self.critic.backbone(ids, layout)[positions]
         return logprobs, entropies, self.critic.outputs(states)[:, 0]
 
@@ -80,13 +83,14 @@ _REWARD, _VALUE = "reward", "value"
 
 @dataclass(frozen=True)
 class Roles:
-    """`actor_critic` trains. `reward`: raw scores of all heads of all reward models; None if rewards come only from
-    functions. `frozen`: modules with weights of their own, which take the policy's number format. `initially_frozen`:
-    parameters that `freeze_layers` freezes. `summary`: how many copies of the weights there are.
+    """`actor_critic` trains. `reference`: None where nothing needs it. `reward`: raw scores of all heads of all reward
+    models; None if rewards come only from functions. `frozen`: modules with weights of their own, which take the
+    policy's number format. `initially_frozen`: parameters that `freeze_layers` freezes. `summary`: how many copies of
+    the weights there are.
     """
 
     actor_critic: ActorCritic
-    reference: Reference
+    reference: Reference | None
     reward: PooledModel | RewardEnsemble | None
     frozen: tuple[nn.Module, ...]
     initially_frozen: tuple[nn.Parameter, ...]
@@ -100,23 +104,32 @@ class Roles:
                     parameter.data = parameter.data.to(number_format)
 
 
+@dataclass(frozen=True)
+class RolePlan:
+    """Which models a run has. `value_model`: "reward" (initialized from the first reward model), "policy" (from the
+    policy), "shared" (a head on the policy's hidden states), None (an algorithm without a critic). `reference`: whether
+    the policy before training is needed. `temperature`: divides the logits.
+    """
+
+    value_model: str | None
+    reference: bool
+    temperature: float
+
+
 def build_roles(
     pretrained: Pretrained,
     rewards: Sequence[OpenedReward],
     settings: TrainingSection,
+    plan: RolePlan,
     *,
-    value_model: str,
-    temperature: float,
     attention: str = "auto",
 ) -> Roles:
-    """value_model: "reward" (initialized from the first reward model), "policy" (from the policy), "shared" (a head on
-    the policy's hidden states). Raises `UserError`.
-    """
+    """The models of a run. Raises `UserError`."""
     if settings.trainable == "lora":
         policy = LanguageModel(pretrained.model, attention=attention)
-        roles = _one_backbone(policy, fingerprint(policy.backbone.model), rewards, settings, value_model, temperature)
+        roles = _one_backbone(policy, fingerprint(policy.backbone.model), rewards, settings, plan)
     else:
-        roles = _whole_models(pretrained, rewards, settings, value_model, temperature, attention)
+        roles = _whole_models(pretrained, rewards, settings, plan, attention)
     _checkpoint_activations(roles, settings)
     for module in (roles.actor_critic, *roles.frozen):
         without_dropout(module)
@@ -127,7 +140,8 @@ def _checkpoint_activations(roles: Roles, settings: TrainingSection) -> None:
     """Raises `UserError` if two trained roles share a backbone: recomputation would use the wrong adapter."""
     if not settings.gradient_checkpointing:
         return
-    critic = roles.actor_critic.critic.backbone
+    value_model = roles.actor_critic.critic
+    critic = None if value_model is None else value_model.backbone
     if isinstance(critic, AdapterView) and not roles.actor_critic.shares_states:
         raise UserError(
             "training.gradient_checkpointing: got true with a value model that is an adapter on the policy's backbone; "
@@ -143,27 +157,30 @@ def _whole_models(
     pretrained: Pretrained,
     rewards: Sequence[OpenedReward],
     settings: TrainingSection,
-    value_model: str,
-    temperature: float,
+    plan: RolePlan,
     attention: str,
 ) -> Roles:
     """Every role has its own weights, except a value head on the policy."""
-    original = copy.deepcopy(pretrained.model).requires_grad_(False)
-    policy, reference = (LanguageModel(each, attention=attention) for each in (pretrained.model, original))
+    original = copy.deepcopy(pretrained.model).requires_grad_(False) if plan.reference else None
+    policy = LanguageModel(pretrained.model, attention=attention)
+    reference = None if original is None else LanguageModel(original, attention=attention)
     initially_frozen = set_trained_language_model(policy.causal, policy.backbone.model, settings)
-    critic = _critic(policy, rewards, settings, value_model)
-    actor_critic = ActorCritic(policy, critic, shares_states=value_model == "shared", temperature=temperature)
+    critic = _critic(policy, rewards, settings, plan.value_model) if plan.value_model is not None else None
+    shares_states = plan.value_model == "shared"
     members = [reward.model.requires_grad_(False) for reward in rewards]
-    copies = 3 + len(members) - (value_model == "shared")
+    own_critic = critic is not None and not shares_states
+    copies = 1 + (reference is not None) + len(members) + own_critic
     return Roles(
-        actor_critic,
-        Reference(reference, reference.backbone, temperature=temperature),
+        ActorCritic(policy, critic, shares_states=shares_states, temperature=plan.temperature),
+        None if reference is None else Reference(reference, reference.backbone, temperature=plan.temperature),
         _ensemble(members),
-        (reference, *members),
+        (*([reference] if reference is not None else []), *members),
         tuple(initially_frozen),
-        f"models: {copies} copies of the weights: policy, reference"
+        f"models: {copies} {'copy' if copies == 1 else 'copies'} of the weights: policy"
+        + (", reference" if reference is not None else "")
         + _rewards_summary(members)
-        + (", value model" if value_model != "shared" else "; the values are a head on the policy"),
+        + (", value model" if own_critic else "")
+        + ("; the values are a head on the policy" if shares_states else ""),
     )
 
 
@@ -189,8 +206,7 @@ def _one_backbone(
     base: str,
     rewards: Sequence[OpenedReward],
     settings: TrainingSection,
-    value_model: str,
-    temperature: float,
+    plan: RolePlan,
 ) -> Roles:
     """Every role that can be is an adapter over the policy's weights."""
     backbone, lora, seed = policy.backbone, settings.lora or LoraSection(), settings.seed
@@ -203,30 +219,45 @@ def _one_backbone(
         for number, (reward, adapter) in enumerate(zip(rewards, adapters, strict=True))
     ]
     first = adapters[0] if adapters else None
-    if value_model == "shared":
+    critic: PooledModel | None
+    if plan.value_model is None:
+        critic = None
+    elif plan.value_model == "shared":
         critic = _value_head(AdapterView(backbone, ADAPTER))
-    elif value_model == "reward" and first is None:
-        critic = _critic(policy, rewards, settings, value_model)
+    elif plan.value_model == "reward" and first is None:
+        critic = _critic(policy, rewards, settings, plan.value_model)
     else:
-        if value_model == "reward" and first is not None:
+        if plan.value_model == "reward" and first is not None:
             load_adapter(backbone.model, first, _VALUE)
         else:
             add_lora(backbone.model, lora, seed=seed + 1, name=_VALUE)
         trained.append(_VALUE)
         critic = _value_head(AdapterView(backbone, _VALUE))
-        if value_model == "reward":
+        if plan.value_model == "reward":
             _start_as_reward(critic, rewards[0])
     _activate(backbone.model, trained)
-    copies = 1 + adapters.count(None) + isinstance(critic.backbone, Backbone)
-    shared = "one copy of the weights serves" if copies == 1 else f"{copies} copies of the weights serve"
+    has_own_critic = critic is not None and isinstance(critic.backbone, Backbone)
+    reference = Reference(policy, AdapterView(backbone, None), temperature=plan.temperature) if plan.reference else None
     return Roles(
-        ActorCritic(policy, critic, shares_states=value_model == "shared", temperature=temperature),
-        Reference(policy, AdapterView(backbone, None), temperature=temperature),
+        ActorCritic(policy, critic, shares_states=plan.value_model == "shared", temperature=plan.temperature),
+        reference,
         _ensemble(members),
         tuple(member.requires_grad_(False) for member in members),
         (),
-        f"models: {shared} as policy, reference{_rewards_summary(members)} and value model",
+        _shared_summary(members, 1 + adapters.count(None) + has_own_critic, plan),
     )
+
+
+def _shared_summary(members: Sequence[PooledModel], copies: int, plan: RolePlan) -> str:
+    """How many copies of the weights serve which roles."""
+    names = ["policy", *(["reference"] if plan.reference else [])]
+    if members:
+        names.append("reward model" if len(members) == 1 else f"{len(members)} reward models")
+    if plan.value_model is not None:
+        names.append("value model")
+    shared = "one copy of the weights serves" if copies == 1 else f"{copies} copies of the weights serve"
+    listed = names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"
+    return f"models: {shared} as {listed}"
 
 
 def _reward_adapter(backbone: Backbone, reward: OpenedReward, adapter: Path, *, name: str) -> PooledModel:

@@ -17,8 +17,9 @@ from loopos.rl.experience import Experience, ResponseBatch, ResponseRows
 
 @dataclass(frozen=True, kw_only=True)
 class RolloutPlan:
-    """The sizes of an online run. `num_prompts`: in the data. `batch_size`: responses per iteration over all processes.
-    `iterations`: of the whole run. `planned_end`: what ends it, "epochs" or "max_iterations".
+    """The sizes of an online run. `num_prompts`: in the data. `batch_size`: responses per iteration over all processes,
+    of which `responses_per_prompt` answer each prompt, one after another. `iterations`: of the whole run.
+    `planned_end`: what ends it, "epochs" or "max_iterations".
     """
 
     num_prompts: int
@@ -33,12 +34,21 @@ class RolloutPlan:
     approximate_kl_limit: float | None = None
     iterations: int = 0
     planned_end: str = "epochs"
+    responses_per_prompt: int = 1
 
     @classmethod
-    def of(cls, settings: PpoTrainingSection, *, num_prompts: int, rank: int, world: int) -> RolloutPlan:
+    def of(
+        cls,
+        settings: PpoTrainingSection,
+        *,
+        num_prompts: int,
+        rank: int,
+        world: int,
+        responses_per_prompt: int = 1,
+    ) -> RolloutPlan:
         """From a config's `training` section."""
         batch_size = settings.batch_size * world
-        iterations = -(-settings.num_epochs * num_prompts // batch_size)
+        iterations = -(-settings.num_epochs * num_prompts * responses_per_prompt // batch_size)
         limit = settings.max_iterations
         return cls(
             num_prompts=num_prompts,
@@ -53,14 +63,18 @@ class RolloutPlan:
             approximate_kl_limit=settings.approximate_kl_limit,
             iterations=min(iterations, limit or iterations),
             planned_end="max_iterations" if limit is not None and limit < iterations else "epochs",
+            responses_per_prompt=responses_per_prompt,
         )
 
     def prompts_of(self, iteration: int) -> list[int]:
-        """Indices of an iteration's prompts, for all processes. Each pass over the data has its own order."""
-        prompts = []
-        for number in range(iteration * self.batch_size, (iteration + 1) * self.batch_size):
+        """Indices of an iteration's prompts, one for each response, for all processes. Each pass over the data has its
+        own order.
+        """
+        prompts: list[int] = []
+        num_groups = self.batch_size // self.responses_per_prompt
+        for number in range(iteration * num_groups, (iteration + 1) * num_groups):
             turn, index = divmod(number, self.num_prompts)
-            prompts.append(int(self._order(turn)[index]))
+            prompts += [int(self._order(turn)[index])] * self.responses_per_prompt
         return prompts
 
     def _order(self, turn: int) -> np.ndarray:

@@ -17,7 +17,7 @@ from loopos.config.diagnostics import UserError
 from loopos.generation.completions import Completion, Running, TokenDelta
 from loopos.generation.engine import Engine
 from loopos.generation.scheduler import Scheduler
-from loopos.generation.settings import SamplingSettings
+from loopos.generation.settings import SamplingParams
 from loopos.serving.errors import ApiError, stopping
 from loopos.serving.limits import ServingLimits
 
@@ -32,7 +32,7 @@ class PendingRequest:
     def __init__(
         self,
         prompts: Sequence[Sequence[int]],
-        settings: Sequence[SamplingSettings],
+        settings: Sequence[SamplingParams],
         *,
         n: int,
         streams: bool,

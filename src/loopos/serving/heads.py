@@ -74,7 +74,7 @@ class ClassifyHead:
     def answers(self, questions: Sequence[str | tuple[str, str]]) -> Answers:
         found, report = self._predictor.predict(questions), self._predictor.tokens
         data = [{"object": "classification", "index": index, **each} for index, each in enumerate(found)]
-        return Answers(data, report.tokens, {"task": self._predictor.space.task, "truncated": report.truncated})
+        return Answers(data, report.tokens, {"task": self._predictor.space.task, "truncated": report.cut})
 
 
 class ScoreHead:

@@ -30,7 +30,7 @@ from loopos.data.supervised_rows import Completion as RawText
 from loopos.data.supervised_tokens import prompt_tokens
 from loopos.data.templates import ChatTemplate, Segment, TemplateRefusal
 from loopos.evaluation.reasoning import Reasoner
-from loopos.generation.settings import SamplingSettings
+from loopos.generation.settings import SamplingParams
 from loopos.serving.decoder import Decoder, ModelThread, PendingRequest
 from loopos.serving.errors import ApiError
 from loopos.serving.limits import ServingLimits, check_rows
@@ -301,7 +301,7 @@ class LanguageService:
         if form.includes_usage:
             yield event(form.last(num_prompt, made))
 
-    def _general(self, body: Generation, count: int) -> tuple[SamplingSettings, int]:
+    def _general(self, body: Generation, count: int) -> tuple[SamplingParams, int]:
         """The settings for each of `count` prompts, and the maximum of new tokens. Raises `ApiError` for values that
         the model or this server does not accept.
         """

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ipaddress
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from loopos.config.diagnostics import UserError
 
@@ -14,26 +14,26 @@ _MOST_ROWS = 4096
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ServingLimits:
-    """`max_rows`: completions decoded together. `max_context`: tokens of a prompt and its completion. `max_tokens`: new
-    tokens of one completion. `max_queue`: waiting completions, or waiting calls of a head. `max_body`: bytes of a
-    request. `max_messages`: messages of a request. `max_seconds`: from the first byte of a request to the last of its
-    response. `max_lag`: tokens that a streaming client may lag. `max_connections`: open connections; others wait.
-    `header_seconds`: from the start of a connection, or the first byte of a later request, to the end of its header.
-    `idle_seconds`: a connection between two requests. `grace_seconds`: time for running requests at shutdown.
+    """What a server takes, by the help texts of the options. `max_queue` counts the waiting calls of a head too;
+    `max_seconds` runs from the first byte of a request to the last of its response, `header_seconds` from the start of
+    a connection, or the first byte of a later request, to the end of its header, and `idle_seconds` between two
+    requests.
     """
 
-    max_rows: int = 16
-    max_context: int = 4096
-    max_tokens: int = 1024
-    max_queue: int = 128
-    max_body: int = 1 << 20
-    max_messages: int = 1024
-    max_seconds: float = 300.0
-    max_lag: int = 1024
-    max_connections: int = 512
-    header_seconds: float = 10.0
-    idle_seconds: float = 30.0
-    grace_seconds: float = 30.0
+    max_rows: int = field(default=16, metadata={"help": "Maximum completions decoded together."})
+    max_context: int = field(default=4096, metadata={"help": "Maximum tokens of prompt and completion."})
+    max_tokens: int = field(default=1024, metadata={"help": "Maximum new tokens per completion."})
+    max_queue: int = field(default=128, metadata={"help": "Maximum waiting completions; more get status 429."})
+    max_body: int = field(default=1 << 20, metadata={"help": "Maximum request size in bytes; larger gets status 413."})
+    max_messages: int = field(default=1024, metadata={"help": "Maximum messages per request; more get status 400."})
+    max_seconds: float = field(default=300.0, metadata={"help": "Maximum seconds per request; longer gets status 408."})
+    max_lag: int = field(
+        default=1024, metadata={"help": "Tokens that a streaming client may lag before it is cut off."}
+    )
+    max_connections: int = field(default=512, metadata={"help": "Maximum open connections; others wait."})
+    header_seconds: float = field(default=10.0, metadata={"help": "Timeout for a request header (seconds)."})
+    idle_seconds: float = field(default=30.0, metadata={"help": "Idle timeout of a connection (seconds)."})
+    grace_seconds: float = field(default=30.0, metadata={"help": "Seconds for running requests to finish at shutdown."})
 
     def diagnostics(self) -> list[str]:
         """Values out of range, by option name."""

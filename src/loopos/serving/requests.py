@@ -9,17 +9,24 @@ from __future__ import annotations
 import json
 import secrets
 from collections.abc import Mapping, Sequence
+from dataclasses import fields
 from typing import Annotated, Any, Literal, NoReturn, TypeVar, get_args
 
 from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, ValidationError
 
 from loopos.config.diagnostics import UserError
 from loopos.data.conversations import Message
-from loopos.generation.settings import SamplingSettings
+from loopos.generation.settings import SamplingFields, SamplingParams
 from loopos.serving.errors import ApiError, unknown_model
 
 # OpenAI's default when a completions request sets no number.
 COMPLETION_TOKENS = 16
+
+_DEFAULTS = SamplingFields()
+# What is not here a request writes in another way: the number of tokens, one stop or several, no seed for a random one.
+_SAME_FIELDS = tuple(
+    each.name for each in fields(SamplingFields) if each.name not in ("max_new_tokens", "stop", "seed")
+)
 
 
 class Body(BaseModel):
@@ -87,15 +94,16 @@ class ModelRequest(Body):
 class Generation(ModelRequest):
     """The fields that chat and completions share."""
 
+    # OpenAI's default and ranges, where they differ from those of the settings.
     temperature: Annotated[float, Field(ge=0, le=2)] = 1.0
-    top_p: float = 1.0
-    top_k: int = 0
-    min_p: float = 0.0
-    typical_p: float = 1.0
-    repetition_penalty: float = 1.0
-    presence_penalty: Annotated[float, Field(ge=-2, le=2)] = 0.0
-    frequency_penalty: Annotated[float, Field(ge=-2, le=2)] = 0.0
-    no_repeat_ngram: int = 0
+    top_p: float = _DEFAULTS.top_p
+    top_k: int = _DEFAULTS.top_k
+    min_p: float = _DEFAULTS.min_p
+    typical_p: float = _DEFAULTS.typical_p
+    repetition_penalty: float = _DEFAULTS.repetition_penalty
+    presence_penalty: Annotated[float, Field(ge=-2, le=2)] = _DEFAULTS.presence_penalty
+    frequency_penalty: Annotated[float, Field(ge=-2, le=2)] = _DEFAULTS.frequency_penalty
+    no_repeat_ngram: int = _DEFAULTS.no_repeat_ngram
     logit_bias: dict[Annotated[str, Field(pattern="^[0-9]{1,9}$")], Annotated[float, Field(ge=-100, le=100)]] = {}
     n: Annotated[int, Field(ge=1, le=128)] = 1
     stop: str | Annotated[list[str], Field(max_length=16)] = []
@@ -104,19 +112,11 @@ class Generation(ModelRequest):
     stream: bool = False
     stream_options: StreamOptions | None = None
 
-    def settings(self) -> SamplingSettings:
+    def settings(self) -> SamplingParams:
         """The sampling settings, without the number of new tokens; a random seed if none is set. Raises `ApiError`."""
         try:
-            return SamplingSettings(
-                temperature=self.temperature,
-                top_k=self.top_k,
-                top_p=self.top_p,
-                min_p=self.min_p,
-                typical_p=self.typical_p,
-                repetition_penalty=self.repetition_penalty,
-                presence_penalty=self.presence_penalty,
-                frequency_penalty=self.frequency_penalty,
-                no_repeat_ngram=self.no_repeat_ngram,
+            return SamplingParams(
+                **{name: getattr(self, name) for name in _SAME_FIELDS},
                 logit_bias={int(token): bias for token, bias in self.logit_bias.items()},
                 stop=(self.stop,) if isinstance(self.stop, str) else tuple(self.stop),
                 seed=secrets.randbits(63) if self.seed is None else self.seed,

@@ -177,7 +177,7 @@ class ResponseFormatter:
         offset: characters of the choice's text before it.
         """
         index, found = self._index(delta), []
-        has_logprob = self.logprobs and delta.finish_reason != "stop token"
+        has_logprob = self.logprobs and delta.finish_reason != "stop"
         if delta.text or has_logprob:
             logprobs = self._logprobs([delta.token], [delta.logprob], [offset]) if has_logprob else None
             found.append(self._chunk(index, self._content(delta.text), logprobs, None))
@@ -215,7 +215,7 @@ class ResponseFormatter:
     def _choice(self, completion: Completion) -> dict[str, Any]:
         logprobs = None
         if self.logprobs:
-            ended = completion.finish_reason == "stop token"
+            ended = completion.finish_reason == "stop"
             tokens = completion.token_ids[: -1 if ended else None]
             text = GrowingText(self.tokenizer)
             for token in tokens:

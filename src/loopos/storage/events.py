@@ -4,7 +4,8 @@
 
 `metrics` holds what a resumed run must repeat exactly, `timing` what depends on the clock. Resume truncates the log to
 the offset in the checkpoint, so that it equals the log of the uninterrupted run except for timing and session events.
-`TensorBoardAdapter` has the same `write`. torch is not imported.
+`TrackerWriter` has the same `write`. `read` is the one reader: resuming, reports and `loopos runs` get every event from
+it, under the names of today. torch is not imported.
 """
 
 from __future__ import annotations
@@ -19,12 +20,17 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Protocol
 
+from loopos.config.aliases import current_key, current_settings
 from loopos.config.diagnostics import MissingRequirement, UserError
 from loopos.config.extras import install_command
+from loopos.config.own_function import OwnFunction
 from loopos.storage.durable import JSON, explain_disk_full
 from loopos.storage.json_files import json_text
 
 FINGERPRINTED_EVENTS = ("step", "validation")
+EVENT_NAMES: Mapping[str, str] = {"alarm": "alert"}
+METRIC_NAMES: Mapping[str, str] = {"end_share": "eos_rate", "centring": "center_rewards"}
+"""Names in the logs of older versions → names of today."""
 _KEYS = frozenset({"event", "step", "metrics", "timing"})
 _CHUNK_BYTES = 65536
 RESTORE = "restore the log that belongs to this checkpoint, or start in another output_dir"
@@ -35,7 +41,7 @@ class EventLogError(UserError):
 
 
 class EventWriter(Protocol):
-    """Interface of event receivers: the log and every adapter."""
+    """Interface of event receivers: the log and every tracker."""
 
     def write(self, kind: str, *, step: int | None, metrics: Mapping[str, JSON], timing: Mapping[str, float]) -> None:
         """Record one event."""
@@ -138,38 +144,76 @@ class EventLog:
         return 0
 
 
-class TensorBoardAdapter:
-    """Writes the numbers among metrics and timings as TensorBoard scalars named `kind/name`.
+class TensorBoardTracker:
+    """TensorBoard files in the folder `tensorboard` of the run (extra track).
 
-    Events without a step and values that are not numbers are skipped. `resumed_step` hides what an earlier process
-    wrote from that step on. Raises `MissingRequirement` if the extra `track` is missing.
+    `resumed_step` hides what an earlier process wrote from that step on. Raises `MissingRequirement` if the extra is
+    missing.
     """
 
-    def __init__(self, folder: Path, *, resumed_step: int | None = None) -> None:
+    def __init__(self, run_dir: Path, *, resumed_step: int | None = None) -> None:
         try:
             from torch.utils.tensorboard.writer import SummaryWriter
         except ImportError as error:
             raise MissingRequirement(
-                f"training.tensorboard: tensorboard cannot be imported ({error}); run\n  {install_command('track')}"
+                f"training.trackers: tensorboard cannot be imported ({error}); run\n  {install_command('track')}"
             ) from error
-        self._writer = SummaryWriter(str(folder), purge_step=resumed_step)
+        self._writer = SummaryWriter(str(run_dir / "tensorboard"), purge_step=resumed_step)
 
-    def write(self, kind: str, *, step: int | None, metrics: Mapping[str, JSON], timing: Mapping[str, float]) -> None:
+    def log(self, step: int, metrics: Mapping[str, float]) -> None:
         """Record the numbers of one event."""
-        if step is None:
-            return
-        for name, value in {**metrics, **timing}.items():
-            # TensorBoard records the time of day itself.
-            if name != "time" and isinstance(value, int | float) and not isinstance(value, bool):
-                self._writer.add_scalar(f"{kind}/{name}", value, step)
+        for name, value in metrics.items():
+            self._writer.add_scalar(name, value, step)
 
     def close(self) -> None:
         """Flush and close."""
         self._writer.close()
 
 
+class TrackerWriter:
+    """Passes the numbers among metrics and timings to a tracker, as `kind/name`.
+
+    Events without a step and values that are not numbers are skipped.
+    """
+
+    def __init__(self, name: str, tracker: type[Any], run_dir: Path, *, resumed_step: int | None = None) -> None:
+        """name: of the tracker, for messages. tracker: called as `tracker(run_dir, resumed_step=...)`. Raises
+        `UserError` where it cannot be made.
+        """
+        about = f"the run in {run_dir}"
+        made = OwnFunction(f"tracker {name}", tracker)(run_dir, resumed_step=resumed_step, about=about)
+        self._log, self._close = (
+            OwnFunction(f"tracker {name}, {method}", _method(made, name, method)) for method in ("log", "close")
+        )
+        self._about = about
+
+    def write(self, kind: str, *, step: int | None, metrics: Mapping[str, JSON], timing: Mapping[str, float]) -> None:
+        """Record the numbers of one event. Raises `UserError` for what the tracker raises."""
+        if step is None:
+            return
+        # "time" is the time of day, which trackers record themselves.
+        numbers = {
+            f"{kind}/{name}": float(value)
+            for name, value in {**metrics, **timing}.items()
+            if name != "time" and isinstance(value, int | float) and not isinstance(value, bool)
+        }
+        self._log(step, numbers, about=f"step {step} of {self._about}")
+
+    def close(self) -> None:
+        """Flush and close."""
+        self._close(about=self._about)
+
+
+def _method(tracker: object, name: str, method: str) -> Callable[..., Any]:
+    found = getattr(tracker, method, None)
+    if not callable(found):
+        raise UserError(f"tracker {name}: it has no method {method}; expected log(step, metrics) and close()")
+    bound: Callable[..., Any] = found
+    return bound
+
+
 def read(path: Path, *, num_bytes: int | None = None) -> Iterator[dict[str, Any]]:
-    """Yield the events in order, only of the first `num_bytes` if set.
+    """Yield the events in order as `current` names them, only of the first `num_bytes` if set.
 
     An incomplete last line is skipped; a broken line elsewhere raises `EventLogError`.
     """
@@ -181,11 +225,32 @@ def read(path: Path, *, num_bytes: int | None = None) -> Iterator[dict[str, Any]
                 return
             try:
                 event = json.loads(line)
-            except ValueError as error:
+            except (ValueError, RecursionError) as error:
                 raise _broken(path, number, f"({error})") from error
             if not isinstance(event, dict) or not event.keys() >= _KEYS or not isinstance(event["metrics"], dict):
                 raise _broken(path, number, f"(keys: expected {', '.join(sorted(_KEYS))})")
-            yield event
+            yield current(event)
+
+
+def current(event: dict[str, Any]) -> dict[str, Any]:
+    """An event of any version, with its kind, metrics and settings under the names of today. A metric that already has
+    its name of today keeps its value.
+    """
+    written = event["metrics"]
+    metrics = {current_metric(name): value for name, value in written.items() if METRIC_NAMES.get(name) not in written}
+    if isinstance(metrics.get("settings"), dict):
+        metrics["settings"] = current_settings(metrics["settings"])
+    if isinstance(metrics.get("changed"), dict):
+        metrics["changed"] = {current_key(key): values for key, values in metrics["changed"].items()}
+    kind = EVENT_NAMES.get(event["event"], event["event"])
+    if kind == "alert":
+        metrics["name"] = current_metric(str(metrics["name"]))
+    return {**event, "event": kind, "metrics": metrics}
+
+
+def current_metric(name: str) -> str:
+    """The name of a metric today."""
+    return METRIC_NAMES.get(name, name)
 
 
 def _broken(path: Path, number: int, why: str) -> EventLogError:

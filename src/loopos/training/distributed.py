@@ -127,7 +127,7 @@ def _sum_bucket(bucket: Sequence[Tensor], local_rank: int) -> None:
         tensor.copy_(part.view_as(tensor))
 
 
-def join_world(device: str, settings: DistributedSection) -> World:
+def init_distributed(device: str, settings: DistributedSection) -> World:
     """Joins the process group of `torchrun` (NCCL on CUDA, gloo otherwise); a single process without `torchrun` has
     none.
     """
@@ -176,7 +176,7 @@ def rendezvous_store() -> Store:
     return _get_default_store()
 
 
-def leave_world(world: World) -> None:
+def destroy_distributed(world: World) -> None:
     """Destroys the process group of a run with several processes."""
     if world.size > 1 and dist.is_initialized():
         dist.destroy_process_group()

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Generic, Protocol, TypeVar
 
@@ -171,6 +171,36 @@ class StepSource(Protocol[BatchT]):
         ...
 
 
+@dataclass(frozen=True, kw_only=True)
+class RunSetup:
+    """What a run has apart from its weights and data. config: the whole config, for config.json and the log. callbacks:
+    receive each event and may end the run. facts: extra fields of the "session" event. unfreeze: called once, at
+    `training.unfreeze_step`.
+    """
+
+    run_dir: Path
+    config: MethodConfig
+    settings: TrainingSection
+    progress: RunProgress
+    world: World
+    callbacks: Callbacks
+    facts: Mapping[str, JSON] = field(default_factory=dict)
+    unfreeze: Callable[[], None] | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunPlan:
+    """How long a run is. steps: defaults to `num_epochs` × steps per epoch. end: the reason recorded after them.
+    validation_unit: steps per unit of `validate_every`. gives_up: called after each step; returns the method's own
+    reason to stop, or None.
+    """
+
+    steps: int | None = None
+    end: str = "epochs"
+    validation_unit: int = 1
+    gives_up: Callable[[], str | None] = lambda: None
+
+
 class Fit(Generic[BatchT]):
     """One run in one folder: call `open`, then `run`. A source may end an epoch early; step numbers then jump to the
     first step of the next epoch.
@@ -178,46 +208,34 @@ class Fit(Generic[BatchT]):
 
     def __init__(
         self,
+        run: RunSetup,
         *,
-        run_dir: Path,
-        config: MethodConfig,
-        settings: TrainingSection,
         update: Update,
         batches: StepSource[BatchT],
         objective: Objective[BatchT],
         validation: Validation | None,
-        progress: RunProgress,
-        world: World,
         identity: Identity,
-        facts: Mapping[str, JSON] | None = None,
-        unfreeze: Callable[[], None] | None = None,
-        planned_steps: int | None = None,
-        planned_end: str = "epochs",
-        validation_unit: int = 1,
+        plan: RunPlan = RunPlan(),
         method_state: MethodState | None = None,
-        gives_up: Callable[[], str | None] = lambda: None,
-        callbacks: Callbacks | None = None,
     ) -> None:
-        """config: the whole config, for config.json and the log. identity: the training data and the meaning of the
-        outputs; a checkpoint with another identity is refused. facts: extra fields of the "session" event. unfreeze:
-        called once, at `training.unfreeze_step`. planned_steps: defaults to `num_epochs` × steps per epoch.
-        planned_end: the reason recorded after them. validation_unit: steps per unit of `validate_every`. method_state:
-        additional state for checkpoints. gives_up: called after each step; returns a reason to stop, or None.
-        callbacks: receive each event and may end the run.
+        """identity: the training data and the meaning of the outputs; a checkpoint with another identity is refused.
+        method_state: additional state for checkpoints.
         """
-        self.callbacks = callbacks or Callbacks()
-        self.run_dir, self.config, self.settings = run_dir, config.model_dump(mode="json"), settings
-        self.update, self.batches = update, batches
-        self.objective, self.validation, self.progress, self.world = objective, validation, progress, world
-        self.facts, self.unfreeze = dict(facts or {}), unfreeze
-        planned = settings.num_epochs * batches.steps_an_epoch if planned_steps is None else planned_steps
-        self.validation_unit = validation_unit
+        settings, world = run.settings, run.world
+        self.callbacks, self.progress, self.world = run.callbacks, run.progress, world
+        self.run_dir, self.config, self.settings = run.run_dir, run.config.model_dump(mode="json"), settings
+        self.facts, self.unfreeze = dict(run.facts), run.unfreeze
+        self.update, self.batches, self.objective, self.validation = update, batches, objective, validation
+        self.validation_unit = plan.validation_unit
         self.tracker = ValidationTracker(validation, settings) if validation is not None else None
-        self.stop_criteria = StopCriteria(settings, planned, planned_end, self.tracker, world, gives_up, self.callbacks)
+        planned = settings.num_epochs * batches.steps_an_epoch if plan.steps is None else plan.steps
+        self.stop_criteria = StopCriteria(
+            settings, planned, plan.end, self.tracker, world, plan.gives_up, self.callbacks
+        )
         self.total_steps = self.stop_criteria.total_steps
         self.warmup = warmup_steps(settings.warmup, self.total_steps)
         self.state = RunState(
-            run_dir / "checkpoints",
+            run.run_dir / "checkpoints",
             {**identity, **of_training(settings, batches, update)},
             update,
             self.tracker,
@@ -254,7 +272,7 @@ class Fit(Generic[BatchT]):
                 self.run_dir.mkdir(parents=True, exist_ok=True)
                 self.progress.say(*self.state.clear(found))
                 save_json(self.run_dir / "config.json", self.config)
-            self.log.open(start.written, tensorboard=self.settings.tensorboard, resumed_step=start.step)
+            self.log.open(start.written, trackers=self.settings.all_trackers, resumed_step=start.step)
         if resume:
             self.progress.say(start.sentence())
         facts = {"total_steps": self.total_steps, **start.facts(), **self.facts, "settings": self.config}

@@ -14,7 +14,6 @@ from typing import Any, Protocol, TypeAlias
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from loopos.config.chain_of_thought import ChainOfThoughtConfig
 from loopos.config.differences import shown
 from loopos.config.fine_tuning import FineTuningConfig
 from loopos.config.ppo import PpoConfig
@@ -22,7 +21,15 @@ from loopos.config.preference import PreferenceConfig
 from loopos.config.pretraining import PretrainingConfig
 from loopos.config.reward_model import RewardModelConfig
 from loopos.config.sections import TrainingSection
-from loopos.data.digest import comparisons_digest, prompts_digest, rows_digest, text_digest, tokenizer_digest
+from loopos.config.sft import SftConfig
+from loopos.data.digest import (
+    comparisons_digest,
+    prompts_digest,
+    records_digest,
+    rows_digest,
+    text_digest,
+    tokenizer_digest,
+)
 from loopos.data.label_space import LabelSpace
 from loopos.data.preference_tokens import EncodedComparison, PreferenceEncoder
 from loopos.data.supervised_tokens import SupervisedEncoder
@@ -34,6 +41,7 @@ _MOST_CHARACTERS = 200
 # Keys of the data that decide neither the training rows nor what they mean.
 _NOT_OF_THE_ROWS = ("output_dir", "output_weights", "validation_data", "validation_split", "pretrained_weights")
 _DIGITS = 12
+_BEFORE_SFT = "chain_of_thought"
 
 Settings: TypeAlias = Mapping[str, tuple[Any, Any]]
 """Dotted key of the config → its value before and now, of those that differ."""
@@ -43,13 +51,17 @@ Settings: TypeAlias = Mapping[str, tuple[Any, Any]]
 class Trait:
     """One property that must stay the same. `value`: JSON, or with `digest_of` a digest of what that names. `keys`:
     config keys that decide it, the most important first; "data." stands for all keys of the section `data`. `sentence`:
-    message for a difference, with {was} and {now}, if it is not "KEY: was …, is …".
+    message for a difference, with {was} and {now}, if it is not "KEY: was …, is …". `if_absent`: the value in runs of
+    versions that did not record the trait; None where that cannot be known. `same_as`: what an older version recorded
+    for the same.
     """
 
     value: JSON
     keys: tuple[str, ...]
     digest_of: str = ""
     sentence: str = ""
+    if_absent: JSON = None
+    same_as: JSON = None
 
     def decided_by(self, changed: Settings) -> list[str]:
         """The changed keys that decide this trait."""
@@ -69,9 +81,9 @@ Identity: TypeAlias = Mapping[str, Trait]
 """Name → trait. The names stand in checkpoints."""
 
 
-def setting(key: str, value: JSON) -> dict[str, Trait]:
-    """A setting that must keep its effective value, named after its key."""
-    return {key: Trait(value, (key,))}
+def setting(key: str, value: JSON, *, if_absent: JSON = None) -> dict[str, Trait]:
+    """A setting that must keep its effective value, named after its key. if_absent: as in `Trait`."""
+    return {key: Trait(value, (key,), if_absent=if_absent)}
 
 
 class RowCounts(Protocol):
@@ -139,6 +151,7 @@ def compare(saved: Mapping[str, Any], identity: Identity, changed: Settings) -> 
     """Compares a run with what its checkpoint saved. changed: settings that differ from those of the checkpoint's
     session.
     """
+    saved = {**{name: each.if_absent for name, each in identity.items() if each.if_absent is not None}, **saved}
     refused: list[str] = []
     causes: list[str] = []
     for name, trait in identity.items():
@@ -146,7 +159,7 @@ def compare(saved: Mapping[str, Any], identity: Identity, changed: Settings) -> 
         if name not in saved:
             # Checkpoint of an older version: only the config can be compared.
             keys = [] if trait.digest_of else keys
-        elif saved[name] == trait.value:
+        elif saved[name] == trait.value or (trait.same_as is not None and saved[name] == trait.same_as):
             continue
         causes += keys
         refused += [was_is(key, *changed[key]) for key in keys]
@@ -182,9 +195,7 @@ def _short(value: object) -> str:
     return text if len(text) <= _MOST_CHARACTERS else f"{text[:_MOST_CHARACTERS]}…"
 
 
-_Config: TypeAlias = (
-    FineTuningConfig | ChainOfThoughtConfig | RewardModelConfig | PreferenceConfig | PpoConfig | PretrainingConfig
-)
+_Config: TypeAlias = FineTuningConfig | SftConfig | RewardModelConfig | PreferenceConfig | PpoConfig | PretrainingConfig
 
 
 def of_task(
@@ -204,23 +215,28 @@ def of_task(
         losses += (("label_smoothing", section.label_smoothing),)
     elif space.task == "regression":
         losses = (("regression_loss", section.regression_loss), ("huber_delta", section.huber_delta))
+    own_loss = section.model_copy(update={"loss": None}).loss_of(space.task)
     named = (("task", space.task), ("labels", list(space.class_names)), ("pooling", section.pooling), *losses)
     return {
         **_learned_from(config, "training_data", rows_digest(rows, targets), tokenizer, max_length, base),
         **{f"model.{key}": Trait(value, (f"model.{key}",)) for key, value in named},
+        **setting("model.loss", section.loss or own_loss, if_absent=own_loss),
     }
 
 
-def of_reasoning(
-    config: ChainOfThoughtConfig, rows: Sequence[Encoded], encoder: SupervisedEncoder, *, base: str
-) -> Identity:
-    """Identity of a language model: rows with the weight of each token, template and step format."""
-    key = "reasoning_examples" if config.data.reasoning_examples else "training_data"
+def of_sft(config: SftConfig, rows: Sequence[Encoded], encoder: SupervisedEncoder, *, base: str) -> Identity:
+    """Identity of a language model: rows with the weight of each token, and the template."""
+    key, digest = config.data.source_key, rows_digest(rows)
     return {
-        **_learned_from(config, key, rows_digest(rows), encoder.tokenizer, encoder.max_length, base),
+        **_learned_from(config, key, digest, encoder.tokenizer, encoder.max_length, base),
         **_template(encoder.template.source),
-        **setting("data.step_format", asdict(encoder.step_format)),
     }
+
+
+def of_reasoning(config: SftConfig, rows: Sequence[Encoded], encoder: SupervisedEncoder, *, base: str) -> Identity:
+    """Identity of a language model that reasons: that of `of_sft`, and the step format."""
+    step_format = setting("data.step_format", asdict(encoder.step_format))
+    return {**of_sft(config, rows, encoder, base=base), **step_format}
 
 
 def of_preferences(
@@ -228,11 +244,12 @@ def of_preferences(
 ) -> Identity:
     """Identity of a reward model: comparisons with their pairs, and the settings of the pair loss."""
     key = "preference_data" if config.data.preference_data else "training_data"
-    learned = ("heads", "centring", "margins", "soft_labels")
+    learned = ("heads", "center_rewards", "margins", "soft_labels")
     return {
         **_learned_from(config, key, comparisons_digest(rows), encoder.tokenizer, encoder.max_length, base),
         **_template(encoder.template.source),
         **{f"reward.{name}": Trait(getattr(config.reward, name), (f"reward.{name}",)) for name in learned},
+        **setting("reward.loss", config.reward.loss, if_absent="bradley_terry"),
     }
 
 
@@ -262,15 +279,29 @@ def of_comparisons(config: PreferenceConfig, rows: str, encoder: PreferenceEncod
 
 
 def of_policy(
-    config: PpoConfig, prompts: Sequence[Sequence[int]], encoder: PreferenceEncoder, *, base: str
+    config: PpoConfig,
+    prompts: Sequence[Sequence[int]],
+    encoder: PreferenceEncoder,
+    *,
+    base: str,
+    rewards_read_rows: bool = False,
 ) -> Identity:
-    """Identity of a policy: the prompts and the rewards. base: of policy and reward models."""
+    """Identity of a policy: the prompts and the rewards. base: of policy and reward models. rewards_read_rows: whether
+    the columns of the prompts' rows decide the rewards too.
+    """
     key = "prompts" if config.data.prompts else "training_data"
+    columns = {}
+    if rewards_read_rows:
+        rows = [encoder.origins[tuple(ids)].row for ids in prompts]
+        columns["columns"] = Trait(records_digest(rows), (f"data.{key}", "data."), "the columns of the prompts' rows")
     return {
         **_learned_from(config, key, prompts_digest(prompts), encoder.tokenizer, encoder.max_length, base),
+        **columns,
         **_template(encoder.template.source),
         **setting("reward", config.reward.model_dump(mode="json")),
         **setting("training.value_model", config.training.value_model),
+        **setting("training.algorithm", config.training.algorithm, if_absent="ppo"),
+        **setting("generation.responses_per_prompt", config.generation.responses_per_prompt, if_absent=1),
     }
 
 
@@ -294,9 +325,11 @@ def _learned_from(
     """Traits of every method. key: the key of `data` that names the rows. rows: digest of the encoded rows in their
     order. max_length: the effective value.
     """
+    method = config.computation.method
     decides = (f"data.{key}", "data.", "training.max_length", "training.seed", "model.labels", "model.task")
     return {
-        **setting("computation.method", config.computation.method),
+        # Before sft was a method, its name meant chain_of_thought.
+        "computation.method": Trait(method, ("computation.method",), same_as=_BEFORE_SFT if method == "sft" else None),
         "base": Trait(base, ("data.pretrained_weights", "data.reward_model"), "the weights"),
         "training rows": Trait(rows, decides, "the encoded rows"),
         "data.tokenizer": Trait(tokenizer_digest(tokenizer), ("data.tokenizer",), "the tokenizer's tokens"),

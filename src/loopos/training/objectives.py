@@ -6,21 +6,25 @@ Letters: N sequences or responses, C outputs, P pairs, k reward heads, E experts
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Generic, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from loopos.config.diagnostics import UserError
+from loopos.config.registry import loaded
 from loopos.config.sections import ModelSection
+from loopos.config.variants import LOSSES, TASK_LOSSES
 from loopos.data.batches import Batch, ComparisonBatch, PackedRows, in_step
 from loopos.data.targets import Targets
 from loopos.data.tokens import Encoded
 from loopos.functional import losses
 from loopos.functional.packing import PackedLayout
-from loopos.functional.preference_loss import bradley_terry_sum, center_rewards_sum, preferred
+from loopos.functional.preference_loss import center_rewards_sum, preferred
 from loopos.training.distributed import World
 from loopos.training.update import Objective
 
@@ -107,8 +111,45 @@ def with_router_loss(objective: Objective[BatchT], backbone: Routed, coefficient
 
 
 @dataclass(frozen=True)
+class NamedLoss:
+    """A loss of `LOSSES`, imported. `options`: those of its parameters that the objective has values for."""
+
+    name: str
+    function: Callable[..., Tensor]
+    options: tuple[str, ...]
+    returns_sum: bool
+
+    @classmethod
+    def of(cls, name: str, known: Sequence[str]) -> NamedLoss:
+        """The loss of this name. known: the parameters that the objective has values for. Raises `UserError`."""
+        row = LOSSES[name]
+        function = loaded(row.function)
+        options = tuple(each for each in known if each in inspect.signature(function).parameters)
+        return cls(name, function, options, row.returns == "sum")
+
+    def summed(self, found: Tensor, shape: tuple[int, ...], weights: Tensor | None = None) -> Tensor:
+        """The sum of what the function returned. shape: one number for each row, unless it returns their sum. weights:
+        of the rows. Raises `UserError` for another shape: a mean over one forward pass is not the mean over the step.
+        """
+        if self.returns_sum:
+            return found
+        if not isinstance(found, Tensor) or found.shape != shape:
+            got = list(found.shape) if isinstance(found, Tensor) else type(found).__name__
+            raise UserError(
+                f'loss "{self.name}": its function returned {got}; expected {list(shape)}, one number for each '
+                "row, not their sum or mean"
+            )
+        return found.sum() if weights is None else (found * weights).sum()
+
+
+@dataclass(frozen=True)
 class TaskObjective:
-    """Cross-entropy, binary cross-entropy, or (on standardized targets) squared or Huber error. One name: "loss"."""
+    """A loss of `LOSSES` over the outputs of a head: that of the task, or the one that `loss_name` names; targets of
+    regression are standardized. One name: "loss".
+
+    A loss may have the parameters class_weights, label_smoothing and delta. Its count is that of the task's own loss:
+    the weights of the rows' classes where it takes them, else the number of targets.
+    """
 
     model: Callable[[Tensor, PackedLayout, Tensor | None], Tensor]
     task: str
@@ -116,6 +157,7 @@ class TaskObjective:
     label_smoothing: float = 0.0
     regression_loss: str = "mse"
     huber_delta: float = 1.0
+    loss_name: str | None = None
 
     @property
     def weights(self) -> Mapping[str, float]:
@@ -133,23 +175,29 @@ class TaskObjective:
         return self.model(batch.ids, batch.layout, batch.token_types).sum() * 0.0
 
     def sum_of(self, outputs: Tensor, targets: Tensor) -> Tensor:
-        """The loss summed over outputs `[N, C]`; targets `[N]`, or `[N, C]` for multi-label tasks."""
-        if self.task == "classification":
-            weights = self.class_weights.to(outputs.device) if self.class_weights is not None else None
-            return losses.cross_entropy_sum(
-                outputs, targets, class_weights=weights, label_smoothing=self.label_smoothing
-            )
-        if self.task == "multi_label":
-            return losses.binary_cross_entropy_sum(outputs, targets)
-        if self.regression_loss == "huber":
-            return losses.huber_sum(outputs[:, 0], targets, delta=self.huber_delta)
-        return losses.squared_error_sum(outputs[:, 0], targets)
+        """The loss summed over outputs `[N, C]`; targets `[N]`, or `[N, C]` for multi-label tasks. Raises `UserError`
+        for a loss of the user's that does not return one number per row.
+        """
+        loss = self._loss
+        options = {name: self._option(name, outputs) for name in loss.options}
+        found = loss.function(outputs[:, 0] if self.task == "regression" else outputs, targets, **options)
+        return loss.summed(found, (len(outputs),))
 
     def count_of(self, targets: Tensor) -> float:
         """The divisor of `sum_of`: the weights of the rows' classes, or the number of targets."""
-        if self.task == "classification" and self.class_weights is not None:
+        if self.class_weights is not None and "class_weights" in self._loss.options:
             return losses.class_weight_sum(targets, self.class_weights.to(targets.device))
         return float(targets.numel())
+
+    @cached_property
+    def _loss(self) -> NamedLoss:
+        name = self.loss_name or TASK_LOSSES.get(self.task, self.regression_loss)
+        return NamedLoss.of(name, ("class_weights", "label_smoothing", "delta"))
+
+    def _option(self, name: str, outputs: Tensor) -> Tensor | float | None:
+        if name == "class_weights":
+            return self.class_weights.to(outputs.device) if self.class_weights is not None else None
+        return self.label_smoothing if name == "label_smoothing" else self.huber_delta
 
     def mean_of(self, outputs: Tensor, targets: Tensor) -> float:
         """The loss of existing outputs, as training would report it."""
@@ -169,7 +217,15 @@ def task_objective(
         weights = balanced_weights(targets.train, num_outputs)
     elif section.class_weights is not None:
         weights = torch.tensor(section.class_weights)
-    return TaskObjective(model, task, weights, section.label_smoothing, section.regression_loss, section.huber_delta)
+    return TaskObjective(
+        model,
+        task,
+        weights,
+        section.label_smoothing,
+        section.regression_loss,
+        section.huber_delta,
+        loss_name=section.loss,
+    )
 
 
 def balanced_weights(labels: Tensor, num_classes: int) -> Tensor:
@@ -228,16 +284,23 @@ def mean_loss(objective: NextToken, rows: Sequence[Encoded], *, device: torch.de
 
 @dataclass(frozen=True)
 class PairObjective:
-    """Bradley–Terry loss averaged over all heads, plus `centring` times the mean of (r_b + r_w)². Names: "loss",
-    "centring" if its coefficient is not 0, and "pair_accuracy" of the mean score, which is only reported.
+    """A loss of pairs of `LOSSES`, averaged over all heads, plus `center_rewards` times the mean of (r_b + r_w)².
+
+    Names: "loss", "center_rewards" if its coefficient is not 0, and "pair_accuracy" of the mean score, which is only
+    reported. A loss may have the parameters probabilities and margins.
     """
 
     model: Callable[[Tensor, PackedLayout], Tensor]
-    centring: float = 0.0
+    center_rewards: float = 0.0
+    loss_name: str = "bradley_terry"
+
+    @cached_property
+    def _loss(self) -> NamedLoss:
+        return NamedLoss.of(self.loss_name, ("probabilities", "margins"))
 
     @property
     def weights(self) -> Mapping[str, float]:
-        return {"loss": 1.0, "centring": self.centring} if self.centring else {"loss": 1.0}
+        return {"loss": 1.0, "center_rewards": self.center_rewards} if self.center_rewards else {"loss": 1.0}
 
     def counts(self, batch: ComparisonBatch) -> Mapping[str, float]:
         weight = float(batch.weights.sum())
@@ -247,14 +310,14 @@ class PairObjective:
         scores = self.model(batch.ids, batch.layout)  # [N, k]
         better, worse = scores[batch.better], scores[batch.worse]  # [P, k]
         each = batch.weights[:, None] / scores.shape[1]
+        known = {"probabilities": batch.probabilities[:, None], "margins": batch.margins[:, None]}
+        found = self._loss.function(better, worse, **{name: known[name] for name in self._loss.options})
         sums = {
-            "loss": bradley_terry_sum(
-                better, worse, probabilities=batch.probabilities[:, None], margins=batch.margins[:, None], weights=each
-            ),
+            "loss": self._loss.summed(found, tuple(better.shape), each),
             "pair_accuracy": (preferred(better.mean(-1), worse.mean(-1)) * batch.weights).sum().detach(),
         }
-        if self.centring:
-            sums["centring"] = center_rewards_sum(better, worse, weights=each)
+        if self.center_rewards:
+            sums["center_rewards"] = center_rewards_sum(better, worse, weights=each)
         return sums
 
     def idle(self, batch: ComparisonBatch) -> Tensor:

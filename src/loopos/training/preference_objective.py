@@ -12,9 +12,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from loopos.config.diagnostics import UserError
+from loopos.config.registry import loaded
+from loopos.config.variants import LOSSES
 from loopos.data.response_batches import PreferenceBatch
 from loopos.functional.packing import PackedLayout
-from loopos.functional.preference_losses import PREFERENCE_LOSSES, LossSettings, Pairs
+from loopos.functional.preference_losses import LossSettings, Pairs
 
 Logprobs = Callable[[Tensor, PackedLayout, Tensor, Tensor], tuple[Tensor, Tensor]]
 """(ids `[T]`, layout, positions `[M]`, targets `[M]`) → log-probabilities and entropies of the targets, `[M]` each."""
@@ -31,7 +34,7 @@ _BY_TOKEN = ("logprob_per_token_chosen", "logprob_per_token_rejected")
 class PreferenceObjective:
     """Σ_k w_k·L_k, each L_k the weighted mean over the pairs of a step (`sft`: over the tokens of chosen responses).
 
-    `losses`: name → weight; a name is a row of `PREFERENCE_LOSSES`, or "sft". `reference`: computes the
+    `losses`: name → weight; a name is a row of `config.variants.LOSSES`. `reference`: computes the
     log-probabilities of the reference for batches that hold none. In the first step the policy is the reference: its
     log-probabilities are then the policy's own, so that all rewards are exactly 0 in any packing. `length_alpha`:
     weight of the tokens beyond the length of a pair's shorter response (LD-DPO: Liu et al. 2024, equation 8).
@@ -46,12 +49,12 @@ class PreferenceObjective:
     @property
     def needs_reference(self) -> bool:
         """Whether any loss reads the reference."""
-        return any(name != SFT and PREFERENCE_LOSSES[name].needs_reference for name in self.losses)
+        return any(LOSSES[name].reference for name in self.losses)
 
     @property
     def needs_ranks(self) -> bool:
         """Whether any loss compares ranks within the step."""
-        return any(name != SFT and PREFERENCE_LOSSES[name].needs_ranks for name in self.losses)
+        return any(LOSSES[name].ranks for name in self.losses)
 
     @property
     def weights(self) -> Mapping[str, float]:
@@ -140,9 +143,11 @@ class PreferenceObjective:
 
     def _sum(self, name: str, batch: PreferenceBatch, pairs: Pairs, logprobs: Tensor) -> Tensor:
         weights = batch.pairs.weights
-        if name == SFT:
-            return -(batch.per_response(logprobs)[batch.pairs.better] * weights).sum()
-        return (PREFERENCE_LOSSES[name].function(pairs, self.settings) * weights).sum()
+        found = loaded(LOSSES[name].function)(pairs, self.settings)
+        if not isinstance(found, Tensor) or found.shape != pairs.chosen.shape:
+            shape = tuple(found.shape) if isinstance(found, Tensor) else type(found).__name__
+            raise UserError(f"preference.loss: {name} returned {shape}; expected one loss per pair, [{len(weights)}]")
+        return (found * weights).sum()
 
     @torch.no_grad()
     def _reported(self, batch: PreferenceBatch, pairs: Pairs, logprobs: Tensor) -> dict[str, Tensor]:

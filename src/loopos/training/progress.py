@@ -1,7 +1,7 @@
-"""Terminal output of a run (progress bar, or plain lines without a terminal), and `samples.jsonl`, the sampled outputs
-of each validation.
+"""What a run shows (a progress bar on a terminal or in a notebook, plain lines elsewhere), and `samples.jsonl`, the
+sampled outputs of each validation.
 
-All output goes to standard error; standard output is reserved for results. `events.py` keeps the record of a run.
+Text goes to standard error; standard output is reserved for results. `events.py` keeps the record of a run.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import sys
 import time
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping
+from html import escape
 from pathlib import Path
 
 from rich.console import Console
@@ -30,6 +31,9 @@ _BAR_WIDTH = 20
 _FIXED_WIDTH = len("training") + _BAR_WIDTH + len("0:00:00") + 4
 # Characters per line without a terminal.
 _LINE_WIDTH = 120
+# A notebook's server sends each change to the browser.
+_NOTEBOOK_EVERY_SECONDS = 0.5
+_NOTEBOOK_METRICS = 8
 
 
 class RunProgress:
@@ -44,12 +48,17 @@ class RunProgress:
         self._spent: deque[float] = deque(maxlen=_RATE_OVER_STEPS)
         self._last_step = self._last_line = 0.0
         self._total = 0
+        self._notebook: NotebookDisplay | None = None
+        self._notebook_text: NotebookText | None = None
 
     def begin(self, total_steps: int, completed: int) -> None:
         """Starts the display of a run with `total_steps` optimizer steps, `completed` of them done."""
         self._total = total_steps
         self._last_step = time.monotonic()
-        if not self.quiet and self.console.is_terminal:
+        if not self.quiet and self.console.is_jupyter:
+            # Later lines come below the bar.
+            self._notebook, self._notebook_text = NotebookDisplay(total_steps, completed), None
+        elif not self.quiet and self.console.is_terminal:
             still = Column(no_wrap=True)
             columns = (
                 TextColumn("{task.description}", table_column=still),
@@ -78,6 +87,8 @@ class RunProgress:
             room = self.console.width - _FIXED_WIDTH - 2 * len(str(self._total)) - 2
             metrics = " ".join([speed, *_fitting(named, room - len(speed), " ")])
             self._bar.update(self._bar.task_ids[0], completed=step, metrics=metrics, seconds_left=left, at=now)
+        elif self._notebook is not None:
+            self._notebook.step(step, " · ".join([*named, speed, f"{_as_clock(left)} left"]))
         elif not self.quiet and (now - self._last_line > _LINE_EVERY_SECONDS or step == self._total):
             self._last_line = now
             opening, closing = f"step {step}/{self._total}", f"{speed} · {_as_clock(left)} left"
@@ -90,6 +101,9 @@ class RunProgress:
         """
         shown_once = once(metrics)
         order = [first, *shown_once] if first is not None and first in metrics else list(shown_once)
+        if self._notebook is not None:
+            self._notebook.validation(step, {name: metrics[name] for name in order}, verdict)
+            return
         named = [f"{name} {figure(metrics[name])}" for name in dict.fromkeys(order)]
         opening, closing = f"validation at step {step}: ", f" · {verdict}" if verdict else ""
         shown = _fitting(named, _LINE_WIDTH - len(opening) - len(closing), " · ")
@@ -97,18 +111,88 @@ class RunProgress:
 
     def say(self, *sentences: str) -> None:
         """Prints each sentence on its own line, unless quiet."""
+        if self.console.is_jupyter and not self.quiet and sentences:
+            self._notebook_text = self._notebook_text or NotebookText()
+            self._notebook_text.add(*sentences)
+            return
         for sentence in () if self.quiet else sentences:
             self.console.print(printable(sentence), markup=False)
 
     def warn(self, sentence: str) -> None:
         """Prints a sentence even when quiet."""
+        self._notebook_text = None
         self.console.print(printable(sentence), markup=False, style="yellow" if sys.stderr.isatty() else None)
 
     def end(self) -> None:
-        """Removes the bar."""
+        """Removes the bar of a terminal; a notebook keeps what it shows."""
         if self._bar is not None:
             self._bar.stop()
             self._bar = None
+        if self._notebook is not None:
+            self._notebook.end()
+            self._notebook = None
+
+
+class NotebookDisplay:
+    """A run in a notebook: a progress bar and a table of its validations, in one output that changes in place.
+
+    Written without rich, whose live displays need ipywidgets and leave nothing in a notebook that is opened again.
+    """
+
+    def __init__(self, total_steps: int, completed: int) -> None:
+        from IPython.display import HTML, display
+
+        self._as_html, self._total, self._completed, self._text = HTML, total_steps, completed, ""
+        self._validations: list[tuple[int, Mapping[str, float], str]] = []
+        self._shown_at = time.monotonic()
+        self._handle = display(HTML(self._html()), display_id=True)
+
+    def step(self, step: int, text: str) -> None:
+        """Shows a finished step, if the last change is long enough ago."""
+        self._completed, self._text = step, text
+        if time.monotonic() - self._shown_at > _NOTEBOOK_EVERY_SECONDS:
+            self._update()
+
+    def validation(self, step: int, metrics: Mapping[str, float], verdict: str) -> None:
+        """Adds a row to the table. metrics: the most important first."""
+        self._validations.append((step, metrics, verdict))
+        self._update()
+
+    def end(self) -> None:
+        """Shows the last state."""
+        self._update()
+
+    def _update(self) -> None:
+        self._shown_at = time.monotonic()
+        self._handle.update(self._as_html(self._html()))
+
+    def _html(self) -> str:
+        bar = f'<progress value="{self._completed}" max="{self._total}" style="width:20em"></progress>'
+        line = f"<div>{bar} step {self._completed}/{self._total} {escape(self._text)}</div>"
+        names = list(dict.fromkeys(name for _, metrics, _ in self._validations for name in metrics))[:_NOTEBOOK_METRICS]
+        if not names:
+            return line
+        head = "".join(f"<th>{escape(name)}</th>" for name in ("step", *names, ""))
+        rows = []
+        for step, metrics, verdict in self._validations:
+            cells = [str(step), *(figure(metrics[name]) if name in metrics else "" for name in names), verdict]
+            rows.append(f"<tr>{''.join(f'<td>{escape(cell)}</td>' for cell in cells)}</tr>")
+        return f"{line}<table><tr>{head}</tr>{''.join(rows)}</table>"
+
+
+class NotebookText:
+    """Lines in a notebook, in one output that grows: rich makes an output of each."""
+
+    def __init__(self) -> None:
+        from IPython.display import HTML, display
+
+        self._as_html, self._lines = HTML, list[str]()
+        self._handle = display(HTML(""), display_id=True)
+
+    def add(self, *lines: str) -> None:
+        """Adds lines at the end."""
+        self._lines += map(printable, lines)
+        self._handle.update(self._as_html(f"<pre>{escape(chr(10).join(self._lines))}</pre>"))
 
 
 class _TimeLeft(ProgressColumn):

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from loopos.config.aliases import current_key
 from loopos.config.diagnostics import UserError
 from loopos.config.differences import changes
 from loopos.config.machine import usable_cores
@@ -128,7 +129,8 @@ def starting_point(run_dir: Path, config: Mapping[str, Any], identity: Identity,
     changed = changes(written.settings or config, config)
     # The folder may have moved; its path is not a training setting.
     changed.pop("data.output_dir", None)
-    compared = compare(found.state.get("identity", {}), identity, changed)
+    recorded = {current_key(name): value for name, value in found.state.get("identity", {}).items()}
+    compared = compare(recorded, identity, changed)
     if compared.refused:
         raise UserError(
             f"{run_dir}: --resume: this config does not belong to the run in this folder:{as_lines(compared.refused)}\n"

@@ -8,13 +8,15 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from loopos.config.aliases import current_settings
+from loopos.config.variants import TRACKERS
 from loopos.storage.durable import JSON
-from loopos.storage.events import RESTORE, EventLog, EventLogError, EventWriter, TensorBoardAdapter, read
+from loopos.storage.events import RESTORE, EventLog, EventLogError, EventWriter, TrackerWriter, read
 from loopos.training.callbacks import Callbacks
 
 _EVENTS, _CONFIG = "events.jsonl", "config.json"
@@ -72,13 +74,16 @@ class RunLog:
         self._log: EventLog | None = None
         self._writers: list[EventWriter] = []
 
-    def open(self, written: WrittenLog, *, tensorboard: bool, resumed_step: int | None) -> None:
-        """written: the log is truncated to its end. Raises `EventLogError` and `DiskFull`."""
+    def open(self, written: WrittenLog, *, trackers: Sequence[str], resumed_step: int | None) -> None:
+        """written: the log is truncated to its end. trackers: names of the table, or "module:name". Raises
+        `EventLogError`, `DiskFull` and `UserError`.
+        """
         self._log = EventLog(written.path, self._callbacks or None)
         self._writers = [self._log]
         self._log.rewind(written.offset)
-        if tensorboard:
-            self._writers.append(TensorBoardAdapter(written.path.parent / "tensorboard", resumed_step=resumed_step))
+        for name in trackers:
+            tracker = TRACKERS[name].load()
+            self._writers.append(TrackerWriter(name, tracker, written.path.parent, resumed_step=resumed_step))
 
     def write(self, kind: str, step: int, metrics: Mapping[str, JSON], timing: Mapping[str, float]) -> None:
         """One event. Raises `DiskFull`."""
@@ -118,4 +123,4 @@ def _config(path: Path) -> dict[str, Any] | None:
         found = json.loads(path.read_bytes())
     except (OSError, ValueError):
         return None
-    return found if isinstance(found, dict) else None
+    return current_settings(found) if isinstance(found, dict) else None

@@ -179,11 +179,20 @@ class RunState:
 
 @dataclass(frozen=True)
 class FitResult:
-    """`stopped_by`: "epochs", "max_iterations", "max_steps", "max_time", "early stopping", "guard", "callback",
-    "callback error", or the name of a signal. `best_step`, `best_metric`: of the best validation, None if none beat the
-    start. `best_trained_step`, `best_trained_metric`: of the best validation after the start, whether or not it beat
-    the start. `start_metric`: of the validation before the first update. `beat_start`: whether training beat it, None
-    if unknown. `seconds`: in steps, validations and saves.
+    """How a training ended.
+
+    Attributes:
+        step: Optimizer steps done.
+        stopped_by: "epochs", "max_iterations", "max_steps", "max_time", "early stopping", "guard", "callback",
+            "callback error", or the name of a signal.
+        best_step: Of the best validation; None if none beat the start.
+        best_metric: Of the best validation; None if none beat the start.
+        tokens: Tokens trained on.
+        seconds: Time in steps, validations and saves.
+        best_trained_step: Of the best validation after the start, whether or not it beat the start.
+        best_trained_metric: Of the same validation.
+        start_metric: Of the validation before the first update.
+        beat_start: Whether training beat the start; None if unknown.
     """
 
     step: int

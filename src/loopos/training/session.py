@@ -24,7 +24,13 @@ from torch.distributed.distributed_c10d import Store
 
 from loopos.config.diagnostics import UserError
 from loopos.config.sections import DistributedSection, TrainingSection
-from loopos.training.distributed import World, is_broken_collective, join_world, leave_world, rendezvous_store
+from loopos.training.distributed import (
+    World,
+    destroy_distributed,
+    init_distributed,
+    is_broken_collective,
+    rendezvous_store,
+)
 from loopos.training.precision import pick_device
 from loopos.training.random_states import seed_everything
 from loopos.training.stopping import run_ends_at_once
@@ -280,7 +286,7 @@ def session(settings: TrainingSection, distributed: DistributedSection) -> Itera
     fails or is lost, all end and one reports why. Raises `UserError` for a device that is not available.
     """
     device = pick_device(settings.device)
-    world = join_world(device.type, distributed)
+    world = init_distributed(device.type, distributed)
     if device.type == "cuda":
         device = torch.device("cuda", world.local_rank)
     try:
@@ -289,7 +295,7 @@ def session(settings: TrainingSection, distributed: DistributedSection) -> Itera
         with run_ends_at_once(), nullcontext() if world.size == 1 else _watched(world, distributed):
             yield device, world
     finally:
-        leave_world(world)
+        destroy_distributed(world)
 
 
 @contextmanager

@@ -138,6 +138,11 @@ class TrainedWeights:
         self.master_weights.load(found.tensors["weights"])
         return found.step
 
+    @property
+    def is_first(self) -> bool:
+        """Whether this process is rank 0, which writes."""
+        return self._world.is_first
+
     def gather(self) -> bool:
         """Gathers the trained model on rank 0 after training. Returns whether this process is rank 0 and should write
         the model. Call on every process.
@@ -157,7 +162,6 @@ def take_chosen(
     run_dir: Path,
     settings: TrainingSection,
     result: FitResult,
-    world: World,
     progress: RunProgress,
     *,
     callbacks: Callbacks,
@@ -171,7 +175,7 @@ def take_chosen(
     step = trained.take_best(run_dir, settings)
     kind, sentence = _described(step, result)
     progress.say(f"exporting {sentence}" + ("" if of_round is None else f", of round {of_round}"))
-    if not world.is_first:
+    if not trained.is_first:
         return
     taken = result.step if step is None else step
     logs: dict[Path, dict[str, JSON]] = {run_dir: {"weights": kind}}

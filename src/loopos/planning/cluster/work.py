@@ -11,15 +11,11 @@ from typing import Any
 
 from transformers import PreTrainedConfig
 
-from loopos.config.chain_of_thought import ChainOfThoughtConfig
 from loopos.config.diagnostics import UserError
-from loopos.config.fine_tuning import FineTuningConfig
+from loopos.config.methods import method_row
 from loopos.config.ppo import PpoConfig
-from loopos.config.reward_model import RewardModelConfig
-from loopos.config.rlhf import RlhfConfig
 from loopos.config.sections import TrainingSection
 from loopos.models.load import Sizes, load_config, new_config
-from loopos.models.resolve import weights_source
 from loopos.models.tokenizers import open_tokenizer
 from loopos.planning import estimate
 from loopos.planning.dry_run import generated_rows
@@ -91,16 +87,19 @@ class Load:
 
 def loads_of(config: Any, *, tokens: int | None, trust_remote_code: bool) -> list[Load]:
     """The phases of a config's method. tokens: of a forward pass, if known. Raises `UserError`."""
-    if isinstance(config, RlhfConfig):
-        first = loads_of(config.reward_model_config(), tokens=tokens, trust_remote_code=trust_remote_code)[0]
-        ppo = config.ppo_config()
+    if len(config.phases) > 1:
+        *earlier, ppo = config.phases
+        first = [
+            load for phase in earlier for load in loads_of(phase, tokens=tokens, trust_remote_code=trust_remote_code)
+        ]
         described = _architecture(ppo, trust_remote_code)
-        rewards = [planned_reward_shape(config, described)]
-        return [first, _policy_load(ppo, described, rewards, tokens, trust_remote_code)]
+        rewards = [planned_reward_shape(phase, described) for phase in earlier]
+        return [*first, _policy_load(ppo, described, rewards, tokens, trust_remote_code)]
     described = _architecture(config, trust_remote_code)
-    if isinstance(config, PpoConfig):
-        source = weights_source(config.data.pretrained_weights)
-        tokenizer = open_tokenizer(source, config.data.tokenizer, trust_remote_code=trust_remote_code)
+    if method_row(config.computation.method).trains == "roles":
+        tokenizer = open_tokenizer(
+            config.data.pretrained_weights, config.data.tokenizer, trust_remote_code=trust_remote_code
+        )
         rewards = trained_reward_shapes(config, tokenizer)
         return [_policy_load(config, described, rewards, tokens, trust_remote_code)]
     return [_offline_load(config, described, tokens, trust_remote_code)]
@@ -116,17 +115,17 @@ def _architecture(config: Any, trust_remote_code: bool) -> PreTrainedConfig:
 
 def _offline_load(config: Any, described: PreTrainedConfig, tokens: int | None, trust_remote_code: bool) -> Load:
     training: TrainingSection = config.training
-    head = None
-    if isinstance(config, FineTuningConfig):
+    trains, head = method_row(config.computation.method).trains, None
+    if trains == "head":
         head = config.model.num_classes or len(config.model.labels or ()) or _UNKNOWN_CLASSES
-    elif isinstance(config, RewardModelConfig):
+    elif trains == "scores":
         head = config.reward.heads
     model = meta_model(training, described, head=head, trust_remote_code=trust_remote_code)
     longest = longest_row(training, described)
-    sequences = _RESPONSES if isinstance(config, RewardModelConfig) else 1
+    sequences = _RESPONSES if "comparisons" in method_row(config.computation.method).reads else 1
     row_tokens = sequences * longest if tokens is None else -(-tokens // training.batch_size)
     cache = None
-    if isinstance(config, ChainOfThoughtConfig) and config.generates:
+    if config.generates:
         cache = Cache(generated_rows(config), longest + config.generation.max_new_tokens)
     network = Network("model", model.parameters, model, "the model in training")
     return Load(
@@ -163,7 +162,7 @@ def _policy_load(
     rows = -(-training.batch_size // passes)
     row_tokens = _sequence(config, described)
     return Load(
-        "ppo",
+        config.computation.method,
         training,
         networks,
         rows,

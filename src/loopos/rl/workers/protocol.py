@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerBase
 
 from loopos.generation.completions import Completion
 from loopos.generation.engine import Engine
-from loopos.generation.settings import SamplingSettings
+from loopos.generation.settings import SamplingParams
 
 
 @dataclass(frozen=True)
@@ -21,7 +21,7 @@ class Request:
     """`n` completions of every prompt. `settings`: one per prompt; their seeds fix the completions on any worker."""
 
     prompts: list[list[int]]
-    settings: list[SamplingSettings]
+    settings: list[SamplingParams]
     n: int = 1
 
     def of(self, indices: Sequence[int]) -> Request:

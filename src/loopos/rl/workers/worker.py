@@ -21,7 +21,7 @@ from loopos.config.diagnostics import MissingRequirement, UserError
 from loopos.config.sections import LoraSection
 from loopos.generation.completions import Completion, FinishReason
 from loopos.generation.engine import Engine
-from loopos.generation.settings import SamplingSettings
+from loopos.generation.settings import SamplingParams
 from loopos.models.adapters import ADAPTER, add_lora
 from loopos.models.backbone import headless
 from loopos.models.load import NUMBER_FORMATS, Sizes, cast_parameters, load_pretrained
@@ -178,7 +178,7 @@ class VllmWriter:
         ]
 
 
-def _sampling(settings: SamplingSettings, n: int) -> Any:
+def _sampling(settings: SamplingParams, n: int) -> Any:
     from vllm import SamplingParams
 
     return SamplingParams(
@@ -201,5 +201,5 @@ def _completion(index: int, sample: int, output: Any) -> Completion:
     logprobs = [candidates[token].logprob for candidates, token in zip(output.logprobs, tokens, strict=True)]
     reason: FinishReason = "length"
     if output.finish_reason == "stop":
-        reason = "stop string" if isinstance(output.stop_reason, str) else "stop token"
+        reason = "stop string" if isinstance(output.stop_reason, str) else "stop"
     return Completion(index, sample, tokens, output.text, logprobs, None, (), reason)
