@@ -29,6 +29,7 @@ from loopos.data.preference_tokens import (
     PROMPT_OVER,
     SAME_TOKENS,
     EncodedComparison,
+    PreferenceEncoder,
     encode_comparisons,
     encode_prompts,
 )
@@ -221,7 +222,7 @@ def _pretraining(config: PretrainingConfig, console: Console, num_rows: int, *, 
 def _comparisons(config: RewardModelConfig, console: Console, num_rows: int, *, trust_remote_code: bool) -> None:
     inputs = open_comparisons(config, trust_remote_code=trust_remote_code)
     encoder = inputs.encoder
-    for example in inputs.data.train[:num_rows]:
+    for number, example in enumerate(inputs.data.train[:num_rows]):
         console.print(_row_location(example.row))
         try:
             # Without a length limit, so that cut tokens can be shown.
@@ -229,7 +230,9 @@ def _comparisons(config: RewardModelConfig, console: Console, num_rows: int, *, 
         except DataError as error:
             console.print(Text(f"dropped: {error}\n", style="red"))
             continue
-        _show(console, encoder.tokenizer, whole, encoder.max_length, config.data.over_length)
+        thumbs = None if inputs.thumbs is None else inputs.thumbs[number]
+        names = preferences_of(whole.pairs, len(whole.responses)) if thumbs is None else _thumbs(thumbs)
+        _show(console, encoder, whole, config.data.over_length, names)
     console.print(Text(_COMPARISON_LEGEND))
     for sentence in (*inputs.data.summary, encoder.template.summary):
         console.print(Text(printable(sentence)))
@@ -239,19 +242,30 @@ def _comparisons(config: RewardModelConfig, console: Console, num_rows: int, *, 
         console.print(Text(f"validation: {encoder.comparisons(inputs.data.validation)[1].summary()}"))
 
 
-def _show(console: Console, tokenizer: Any, whole: EncodedComparison, max_length: int | None, over_length: str) -> None:
-    """One comparison: the prompt, then its responses, each with its length and its preference."""
-    num_used, fate = response_fates(whole, max_length, over_length)
+def _thumbs(desirable: Sequence[bool]) -> list[tuple[str, str]]:
+    """The name of each answer with a thumb."""
+    return [("up" if each else "down", "") for each in desirable]
+
+
+def _show(
+    console: Console,
+    encoder: PreferenceEncoder,
+    whole: EncodedComparison,
+    over_length: str,
+    names: Sequence[tuple[str, str]],
+) -> None:
+    """One comparison: the prompt, then its responses, each with its name, length and preference."""
+    tokenizer = encoder.tokenizer
+    num_used, fate = response_fates(whole, encoder.max_length, over_length)
     # A dropped comparison drops its prompt too.
     context = CONTEXT if any(num_used) else CUT
     console.print(_line("prompt", marked_text(tokenizer, whole.prompt, [context] * len(whole.prompt))))
-    names = preferences_of(whole.pairs, len(whole.responses))
     for (name, judged), response, length in zip(names, whole.responses, num_used, strict=True):
         marks = [LEARNED] * length + [CUT] * (len(response) - length)
         console.print(_line(name, marked_text(tokenizer, response, marks)))
         cut = f", {len(response) - length} cut" if 0 < length < len(response) else ""
         console.print(Text(f"{_INDENT}{len(response)} tokens{cut}{judged}"))
-    if len(whole.responses) > 2:
+    if len(whole.pairs) > 1:
         console.print(_line("pairs", Text("; ".join(map(_pair, whole.pairs)))))
     console.print(Text(f"{_INDENT}{len(whole.prompt)} tokens of prompt, {whole.num_tokens} in all{fate}\n"))
 
@@ -335,6 +349,7 @@ _PREVIEWS: Mapping[str, Callable[..., None]] = {
     "text": _pretraining,
     "prompts": _prompts,
     "comparisons": _comparisons,
+    "thumbs": _comparisons,
     "demonstrations": _supervised,
 }
 """Kind of rows → what shows them."""

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -23,7 +23,7 @@ from loopos.config.reward_model import RewardModelConfig
 from loopos.config.sections import LoraSection
 from loopos.config.sft import SftConfig
 from loopos.data.labelled import LabeledData, load_labeled
-from loopos.data.preference_data import PreferenceData, load_comparisons, load_prompts
+from loopos.data.preference_data import PreferenceData, load_comparisons, load_prompts, load_thumbs
 from loopos.data.preference_tokens import EncodedComparison, PreferenceEncoder
 from loopos.data.preferences import Comparison
 from loopos.data.prompts import Prompt
@@ -71,11 +71,14 @@ def open_inputs(config: FineTuningConfig, *, trust_remote_code: bool) -> Inputs:
 
 @dataclass(frozen=True)
 class ComparisonInputs:
-    """Comparisons, their encoder, and the architecture that scores them."""
+    """Comparisons, their encoder, and the architecture that reads them. `thumbs`: of answers with a thumb, whether each
+    of a training row is desirable; None for comparisons.
+    """
 
     data: PreferenceData[Comparison]
     encoder: PreferenceEncoder
     architecture: PreTrainedConfig
+    thumbs: list[tuple[bool, ...]] | None = None
 
 
 @dataclass(frozen=True)
@@ -97,11 +100,20 @@ class RewardShape:
     adapter: LoraSection | None
 
 
-def open_comparisons(config: RewardModelConfig, *, trust_remote_code: bool) -> ComparisonInputs:
-    """The comparisons of a config, not tokenized yet. Raises `UserError`, as training does."""
-    data = load_comparisons(config.data, config.data.source, seed=config.training.seed)
+def open_comparisons(config: Any, *, trust_remote_code: bool) -> ComparisonInputs:
+    """The comparisons of a config, or its answers with a thumb, not tokenized yet. Raises `UserError`, as training
+    does.
+    """
+    has_thumbs = "thumbs" in method_row(config.computation.method).reads
+    load = load_thumbs if has_thumbs else load_comparisons
+    data: PreferenceData[Any] = load(config.data, config.data.source, seed=config.training.seed)
+    thumbs = [each.desirable for each in data.train] if has_thumbs else None
+    if has_thumbs:
+        train, validation = ([each.comparison for each in rows] for rows in (data.train, data.validation))
+        data = replace(data, train=train, validation=validation)
     architecture, tokenizer, max_length = _opened(config, trust_remote_code)
-    return ComparisonInputs(data, PreferenceEncoder(config.data, tokenizer, max_length=max_length), architecture)
+    encoder = PreferenceEncoder(config.data, tokenizer, max_length=max_length)
+    return ComparisonInputs(data, encoder, architecture, thumbs)
 
 
 def open_prompts(config: PpoConfig, *, trust_remote_code: bool) -> PromptInputs:
@@ -116,9 +128,7 @@ def open_prompts(config: PpoConfig, *, trust_remote_code: bool) -> PromptInputs:
     return PromptInputs(data, validation, encoder, architecture)
 
 
-def _opened(
-    config: FineTuningConfig | SftConfig | RewardModelConfig | PpoConfig, trust_remote_code: bool
-) -> tuple[PreTrainedConfig, PreTrainedTokenizerBase, int | None]:
+def _opened(config: Any, trust_remote_code: bool) -> tuple[PreTrainedConfig, PreTrainedTokenizerBase, int | None]:
     """Architecture, tokenizer, and the maximum sequence length."""
     section, max_length = config.data, config.training.max_length
     sizes, weights = Sizes.of(config.model, max_length=max_length), resolve(section.pretrained_weights)
@@ -201,6 +211,7 @@ def work_of(config: Any, *, trust_remote_code: bool) -> Work:
         "labeled": _labeled_work,
         "text": _text_work,
         "comparisons": _comparison_work,
+        "thumbs": _comparison_work,
         "demonstrations": _supervised_work,
     }
     name = config.computation.method
