@@ -10,7 +10,7 @@ import pytest
 
 from loopos.config.diagnostics import DataError
 from loopos.config.sections import DataSection, ModelSection
-from loopos.data.labelled import LabeledData, load_labeled
+from loopos.data.labeled import LabeledData, load_labeled
 
 
 def load(folder: Path, labels: list[Any], /, *, skip: bool = True, suffix: str = ".csv", **model: Any) -> LabeledData:
