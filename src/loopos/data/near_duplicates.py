@@ -4,6 +4,7 @@ Two texts are near if their sets of 5 characters in a row, ignoring case, punctu
 `NEAR` of their union in common (Jaccard). MinHash (Broder 1997) with bands (Leskovec et al., Mining of Massive
 Datasets, section 3.4) finds candidates: 16 bands of 4 hashes find a pair at 0.8 with probability 0.9998. Each candidate
 is then compared exactly. Memory: about 700 bytes a text. Equal texts (`repeats`) are near too.
+Apart from `data check`, its only user: an algorithm that knows neither rows nor columns.
 """
 
 from __future__ import annotations

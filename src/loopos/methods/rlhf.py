@@ -2,7 +2,8 @@
 
     phase 1: comparisons → reward model        phase 2: prompts → responses → scores → PPO
 
-The reward model's run is in `reward_model/` under the output folder, the policy's run in the folder itself.
+The reward model's run is in `reward_model/` under the output folder, the policy's run in the folder itself. Apart from
+both phases, because each method has a file of its own.
 """
 
 from __future__ import annotations
