@@ -61,7 +61,7 @@ class PpoTrainingSection(LanguageTrainingSection):
     schedule: Schedule = Field(default="linear", description="shape of the learning rate over the steps")
     # Adam's averages are warm after a few of the many small steps of PPO.
     warmup: Warmup = Field(
-        default=0, description="linear warmup: whole steps, or a share of all steps below 1; 0 is none"
+        default=0, description="linear warmup: whole steps, or a fraction of all steps below 1; 0 is none"
     )
     value_learning_rate: AboveZero | None = Field(
         default=None,

@@ -80,7 +80,7 @@ class StepFormat:
                 return f"the answer {shown(answer)} holds the delimiter {shown(self.delimiter)}"
             if self.answer_marker.strip() and "\n" in answer:
                 marker = shown(self.answer_marker)
-                return f"the answer {shown(answer)} holds a line break; behind {marker} one line is read"
+                return f"the answer {shown(answer)} contains a line break; after {marker} only one line is read"
         read = self.parse(self._written(steps, answer))
         if read != (tuple(steps), answer, True):
             return f"it would be read back as the steps {shown(list(read.steps))} and the answer {shown(read.answer)}"

@@ -69,7 +69,7 @@ class RewardModelTrainer(Trainer[RewardModelConfig]):
         self.shares_prompts = self.device.type == "cpu" and backbone.supports_shared_prefixes
         self.print_attention(backbone)
         if not self.shares_prompts:
-            self.progress.say("prompts: computed once for each response, not once for all of a row")
+            self.progress.say("prompts are computed once per response: shared prefixes are not exact for this model")
         initially_frozen = set_trained(backbone.model, settings)
         if settings.gradient_checkpointing:
             backbone.model.activation_checkpointing_enable()
