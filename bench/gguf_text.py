@@ -21,7 +21,7 @@ from typing import Any
 
 PROMPTS = (
     "What is the capital of France?", "Write one sentence about a lighthouse.", "What is 17 + 26?",
-    "List three colours of the rainbow.", "Explain in two sentences why the sky is blue.",
+    "List three colors of the rainbow.", "Explain in two sentences why the sky is blue.",
     "Give me a name for a grey cat.", "How do I boil an egg?", "Translate 'good morning' to Spanish.",
     "Who wrote Romeo and Juliet?", "Write a Python function that adds two numbers.", "What do bees make?",
     "Finish the sentence: If it rains tomorrow,", "What is the opposite of hot?", "Name a river in Egypt.",

@@ -69,7 +69,7 @@ def imports_of(file: Path) -> Iterator[tuple[int, str]]:
             yield from ((node.lineno, f"{stem}.{alias.name}") for alias in node.names)
 
 
-def told(file: Path, line: int, what: str) -> str:
+def at(file: Path, line: int, what: str) -> str:
     return f"{file.relative_to(SOURCE)}:{line}: {what}"
 
 
@@ -90,7 +90,7 @@ def test_no_room_imports_against_the_arrows() -> None:
             if parts[0] != "loopos" or len(parts) < 2 or room == "" or parts[1] not in ARROWS:
                 continue
             if parts[1] != room and parts[1] not in ARROWS[room]:
-                wrong.append(told(file, line, f"{room} imports {name}"))
+                wrong.append(at(file, line, f"{room} imports {name}"))
     assert not wrong, "\n".join(wrong)
 
 
@@ -104,7 +104,7 @@ def test_methods_never_import_each_other() -> None:
         for line, name in imports_of(file):
             parts = name.split(".")
             if parts[:2] == ["loopos", "methods"] and len(parts) > 2 and parts[2] not in allowed:
-                wrong.append(told(file, line, name))
+                wrong.append(at(file, line, name))
     assert not wrong, "\n".join(wrong)
 
 
@@ -135,17 +135,41 @@ def test_maths_and_models_know_no_rank_and_no_run() -> None:
                 assert not heavy, f"{file}: {heavy}"
 
 
+def importers() -> dict[Path, set[Path]]:
+    """Module → the modules that import it or a name of it."""
+    named = {"loopos." + ".".join(file.relative_to(SOURCE).with_suffix("").parts): file for file in modules()}
+    found: dict[Path, set[Path]] = {file: set() for file in modules()}
+    for file in modules():
+        for _, name in imports_of(file):
+            imported = named.get(name) or named.get(name.rpartition(".")[0])
+            if imported is not None and imported != file:
+                found[imported].add(file)
+    return found
+
+
+def test_a_short_module_with_one_importer_says_why_it_stands_apart() -> None:
+    small = [
+        file
+        for file, by in importers().items()
+        if len(by) == 1 and file.name != "__init__.py" and len(file.read_text(encoding="utf-8").splitlines()) < 120
+    ]
+    assert 5 <= len(small) <= 20, sorted(map(str, small))
+    reasons = {file: ast.get_docstring(ast.parse(file.read_text(encoding="utf-8"))) or "" for file in small}
+    silent = [str(file.relative_to(SOURCE)) for file, reason in reasons.items() if "Apart from" not in reason]
+    assert not silent, f"fold them, or give the reason in a sentence that begins with Apart from: {silent}"
+
+
 def test_files_and_functions_stay_short() -> None:
     wrong = []
     for file in modules():
         text = file.read_text(encoding="utf-8")
         if (lines := text.count("\n")) > MOST_LINES_OF_A_FILE:
-            wrong.append(told(file, lines, f"{lines} lines, at most {MOST_LINES_OF_A_FILE}"))
+            wrong.append(at(file, lines, f"{lines} lines, at most {MOST_LINES_OF_A_FILE}"))
         for node in ast.walk(ast.parse(text)):
             if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) and node.end_lineno is not None:
                 length = node.end_lineno - node.lineno + 1
                 if length > MOST_LINES_OF_A_FUNCTION:
-                    wrong.append(told(file, node.lineno, f"{node.name} has {length} lines"))
+                    wrong.append(at(file, node.lineno, f"{node.name} has {length} lines"))
     assert not wrong, "\n".join(wrong)
 
 
@@ -171,7 +195,7 @@ def test_nothing_is_caught_that_was_not_expected() -> None:
             if isinstance(node, ast.ExceptHandler):
                 handlers += 1
                 if catches_everything(node):
-                    wrong.append(told(file, node.lineno, "except of everything"))
+                    wrong.append(at(file, node.lineno, "except of everything"))
     assert handlers >= 30
     assert not wrong, "\n".join(wrong)
 
@@ -211,7 +235,7 @@ def test_the_package_itself_has_only_its_front_doors() -> None:
 def test_no_room_imports_the_front_doors() -> None:
     doors = {file.removesuffix(".py") for file in FRONT} - {"__init__", "__main__"}
     wrong = [
-        told(file, line, name)
+        at(file, line, name)
         for file in modules()
         if room_of(file) != ""
         for line, name in imports_of(file)

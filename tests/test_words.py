@@ -55,8 +55,6 @@ ALLOWED = {
     "_TEST_SHARE": "the fraction of rows that the split takes",
     **dict.fromkeys(("joined_text", "_joined_row"), "texts put together"),
 }
-# Leftovers that code under change still uses.
-LEFTOVERS = {"_PLACES", "place_diagnostics", "licence"}
 
 # What a document or a help text must not say, outside code → what to say instead. The private sense only.
 PHRASES = {
@@ -109,7 +107,7 @@ def private_identifiers(source: str) -> list[str]:
     """`12: told (say summary, message, describe())` for every private word of a file's identifiers."""
     found = []
     for line, name in identifiers_of(ast.parse(source)):
-        if name in ALLOWED or name in LEFTOVERS:
+        if name in ALLOWED:
             continue
         for part in parts_of(name):
             if part in PARTS:

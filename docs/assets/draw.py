@@ -30,7 +30,6 @@ CONFIG = {
     "training": {
         "learning_rate": 1e-4,
         "head_learning_rate": 1e-3,
-        "optimizer": "adamw",
         "batch_size": 16,
         "num_epochs": 3,
         "schedule": "linear",

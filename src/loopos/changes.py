@@ -249,7 +249,7 @@ def export(
     from loopos.exporting.settings import ExportSettings, check_settings
     from loopos.storage.output_folder import require_new_folder
 
-    settings = ExportSettings(format=format, type=type, push=push, licence=license, check=check)
+    settings = ExportSettings(format=format, type=type, push=push, license=license, check=check)
     check_settings(settings)
     require_new_folder(Path(output))
     from loopos.exporting.export import export as export_model

@@ -123,7 +123,7 @@ def test_an_overlong_history_drops_its_oldest_turns_and_reports_it(chat: Any) ->
 
 def test_a_line_that_is_too_long_is_refused_and_the_chat_continues(chat: Any, greedy: Reference) -> None:
     result = chat("q " * 300, "my card")
-    assert "say it in fewer words" in result.stderr
+    assert "send a shorter message" in result.stderr
     assert result.stdout == greedy([turn("user", "my card")], 8) + "\n"
 
 

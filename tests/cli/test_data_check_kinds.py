@@ -43,10 +43,10 @@ KINDS: dict[str, tuple[list[dict[str, Any]], str, str]] = {
         "trains sft and chain",
     ),
     "GSM8K": ([{"question": "a?", "answer": "b\n#### 3"}], "demonstrations", "trains sft and chain_of_thought"),
-    "labelled": ([{"text": "a", "label": "x"}, {"text": "b", "label": "y"}], "labelled", "trains fine_tuning"),
+    "labeled": ([{"text": "a", "label": "x"}, {"text": "b", "label": "y"}], "labeled", "trains fine_tuning"),
     "a pair of texts with a label": (
         [{"question": "a", "answer": "b", "label": 0}, {"question": "c", "answer": "d", "label": 1}],
-        "labelled",
+        "labeled",
         "trains fine_tuning",
     ),
     "texts": ([{"text": "a"}, {"text": "b"}], "texts", "no label column"),
@@ -167,7 +167,7 @@ def test_unknown_columns_name_what_would_do(
 def test_columns_choose_the_kind(invoke: Invoke, tmp_path: Path) -> None:
     file = write_jsonl(tmp_path / "a.jsonl", [{"ask": "a", "said": "b", "y": 1}, {"ask": "c", "said": "d", "y": 2}])
     for columns, kind in (
-        (["text=ask", "label=y"], "labelled"),
+        (["text=ask", "label=y"], "labeled"),
         (["problem=ask", "answer=said"], "demonstrations"),
         (["prompt=ask"], "prompts"),
     ):

@@ -11,7 +11,7 @@ import pytest
 
 from loopos.config.load import load
 from loopos.config.methods import config_classes
-from loopos.data.labelled import load_labeled
+from loopos.data.labeled import load_labeled
 from loopos.data.read_ahead import reuse_in_training
 from loopos.data.row_check import check_rows
 from loopos.data.rows import RowReader

@@ -45,7 +45,7 @@ def test_a_good_config_loads_with_its_values_and_defaults(load_text: Loads, good
     assert (config.training.learning_rate, config.training.batch_size, config.training.num_epochs) == (1e-5, 16, 5)
     assert (config.training.optimizer, config.training.schedule, config.training.betas) == (
         "adamw",
-        "linear",
+        "cosine",
         (0.9, 0.999),
     )
     assert config.data.validation_share == 0.1

@@ -75,7 +75,7 @@ def test_diagnostics_come_at_once(diagnostics: Faults) -> None:
         ({"tokenizer": "bese"}, "tokenizer", '"first", "base", "union" or a model'),
         ({"tokenizer": "base"}, "tokenizer", "without a base model"),
         ({"patterns": [{"tensors": "re:("}]}, "patterns.0.tensors", "a regular expression"),
-        ({"patterns": [{"tensors": "*", "weights": [1, 2, 3]}]}, "patterns.0.weights", "2, one a model"),
+        ({"patterns": [{"tensors": "*", "weights": [1, 2, 3]}]}, "patterns.0.weights", "2, one per model"),
         ({"method": "della", "base": "smollm2-135m", "density": 0.9, "epsilon": 0.4}, "epsilon", "at most 0.2"),
         ({"method": "breadcrumbs", "base": "smollm2-135m", "drop_largest": 0.2}, "drop_smallest", "less than 1"),
         ({"method": "ties", "base": "smollm2-135m", "result": "adapter"}, "result", "linear or task_arithmetic"),

@@ -82,8 +82,8 @@ def test_context_follows_the_question(tmp_path: Path, row: dict[str, Any], expec
         (["10", "20"], 1, "B"),
         ({"1": "Ulm", "2": "Bonn"}, "2", "2"),
         (["Ulm", "Bonn"], "Bonn", "Bonn"),
-        (["Ulm", "Bonn"], 2, "a place from 0 to 1"),
-        (["0", "2", "1"], 2, "the text of one choice and the place of another"),
+        (["Ulm", "Bonn"], 2, "an index from 0 to 1"),
+        (["0", "2", "1"], 2, "the text of one choice and the index of another"),
         (["0", "1"], 1, "1"),
     ],
 )
@@ -91,7 +91,7 @@ def test_an_answer_that_is_an_index_becomes_its_letter(
     tmp_path: Path, choices: object, answer: object, expected: str
 ) -> None:
     row = {"question": "Which city?", "choices": choices, "answer": answer}
-    if "place" in expected:
+    if "index" in expected:
         with pytest.raises(DataError, match=expected):
             supervised(tmp_path, row)
         return

@@ -43,9 +43,9 @@ def test_columns_of_common_data_sets(columns: str, text: str, pair: str | None, 
 
 
 def test_the_choice_is_reported() -> None:
-    assert detect(["sentence", "intent"], {}).summary == 'format: labelled (text <- "sentence", label <- "intent")'
+    assert detect(["sentence", "intent"], {}).summary == 'format: labeled (text <- "sentence", label <- "intent")'
     pair = detect(["premise", "hypothesis", "label"], {}).summary
-    assert pair == 'format: labelled (text <- "premise", text_pair <- "hypothesis", label <- "label")'
+    assert pair == 'format: labeled (text <- "premise", text_pair <- "hypothesis", label <- "label")'
 
 
 @pytest.mark.parametrize(

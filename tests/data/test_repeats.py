@@ -14,7 +14,7 @@ from loopos.config.differences import resumed_config
 from loopos.config.preferences import PreferenceTextSection
 from loopos.config.pretraining import PretrainingConfig
 from loopos.config.sections import DataSection, ModelSection
-from loopos.data.labelled import load_labeled
+from loopos.data.labeled import load_labeled
 from loopos.data.preference_data import load_comparisons, load_prompts
 from loopos.data.repeats import key_of_prompt
 from loopos.data.supervised import load_supervised
@@ -25,7 +25,7 @@ Rows = list[dict[str, Any]]
 Load = Callable[[dict[str, Any]], Any]
 
 
-def _labelled(data: dict[str, Any]) -> Any:
+def _labeled(data: dict[str, Any]) -> Any:
     section = DataSection.model_validate({"pretrained_weights": "new", "output_dir": "run", **data})
     return load_labeled(section, ModelSection(), seed=42)
 
@@ -46,7 +46,7 @@ def _preferences(load: Any) -> Load:
 
 
 CASES: dict[str, tuple[Load, Callable[[int, int], dict[str, Any]], bool]] = {
-    "labelled": (_labelled, lambda asked, number: {"text": f"film {asked}", "label": f"c{number % 2}"}, True),
+    "labeled": (_labeled, lambda asked, number: {"text": f"film {asked}", "label": f"c{number % 2}"}, True),
     "demonstrations": (
         _supervised,
         lambda asked, number: {"problem": f"{asked} + 1?", "reasoning": [f"way {number}"], "answer": "2"},
@@ -83,13 +83,13 @@ def test_rows_of_one_prompt_stay_together(name: str, write_rows: Callable[[str, 
     train, validation = ({key_of_prompt(each) for each in side} for side in (found.train, found.validation))
     assert train.isdisjoint(validation)
     assert len(train) + len(validation) == 20
-    assert any(f"of the 20 {'text' if name == 'labelled' else 'prompt'}s" in each for each in found.summary) is repeats
-    assert not any("partly memory" in each for each in found.summary)
+    assert any(f"of the 20 {'text' if name == 'labeled' else 'prompt'}s" in each for each in found.summary) is repeats
+    assert not any("partly measure memorization" in each for each in found.summary)
     if repeats:
         by_row = load({"training_data": str(file), "validation_share": 0.2, "split_by": "row"})
         assert len(by_row.validation) == 16
         assert "of 16 rows" in by_row.summary[-1]
-        assert "partly memory" in by_row.summary[-1]
+        assert "partly measure memorization" in by_row.summary[-1]
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -100,10 +100,10 @@ def test_validation_rows_that_training_has_are_counted(name: str, write_rows: Ca
     other = [row(3, 3), row(4, 4), row(5, 6), row(30, 31), row(32, 31)]
     files = write_rows("a.jsonl", train), write_rows("b.jsonl", other)
     found = load({"training_data": str(files[0]), "validation_data": str(files[1])})
-    what, whole = {"labelled": "text"}.get(name, "prompt"), 3 if name == "prompts" else 2
+    what, whole = {"labeled": "text"}.get(name, "prompt"), 3 if name == "prompts" else 2
     shared = "" if name == "prompts" else f" and 1 share their {what} with a training row"
     expected = f"validation: of 5 rows {whole} are in the training data too{shared}; "
-    assert found.summary[-1] == f"{expected}what is measured on them is partly memory"
+    assert found.summary[-1] == f"{expected}metrics on them partly measure memorization"
 
 
 def test_pretraining_counts_documents(tmp_path: Path) -> None:

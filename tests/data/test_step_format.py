@@ -93,7 +93,7 @@ def test_any_text_has_a_reading_and_a_border(form: StepFormat, text: str) -> Non
         (THINK, ["a"], "1\n", "white space around it"),
         (HASHES, ["#### 4"], "1", "step 1 begins with the answer marker '####'"),
         (LINES, [], "1\n2", "holds the delimiter"),
-        (HASHES, ["a"], "1\n2", "holds a line break"),
+        (HASHES, ["a"], "1\n2", "contains a line break"),
         (THINK, ["a"], "1\n\nQuestion: 2", "it would be read back as the steps ['a'] and the answer '1'"),
         (StepFormat(delimiter="\n\n"), ["a\n", "b"], "1", "it would be read back as the steps ['a', '\\nb']"),
     ],

@@ -10,7 +10,7 @@ import pytest
 
 from loopos.config.diagnostics import DataError
 from loopos.config.sections import DataSection, ModelSection
-from loopos.data.labelled import LabeledData, load_labeled
+from loopos.data.labeled import LabeledData, load_labeled
 
 
 def load(folder: Path, labels: list[Any], /, *, skip: bool = True, suffix: str = ".csv", **model: Any) -> LabeledData:
@@ -42,13 +42,13 @@ CLASSES = ["pos", "neg"] * 12
 @pytest.mark.parametrize(
     ("labels", "model", "task", "dropped"),
     [
-        ([*CLASSES, "???"], {"labels": ["neg", "pos"]}, "classification", "label of no class"),
-        ([*RATINGS, "N/A"], {"task": "regression"}, "regression", "label that is no number"),
-        ([*RATINGS, "N/A"], {}, "regression", "label that is no number"),
-        ([*([0, 1] * 12), 9], {"num_classes": 2}, "classification", "label of no class"),
-        ([*([0, 1] * 12), 9], {"labels": ["neg", "pos"]}, "classification", "label of no class"),
-        ([*([0, 1] * 12), "N/A"], {}, "classification", "label of no class"),
-        ([*([0, 1] * 12), "maybe"], {"labels": ["neg", "pos"]}, "classification", "label of no class"),
+        ([*CLASSES, "???"], {"labels": ["neg", "pos"]}, "classification", "label is not a known class"),
+        ([*RATINGS, "N/A"], {"task": "regression"}, "regression", "label is not a number"),
+        ([*RATINGS, "N/A"], {}, "regression", "label is not a number"),
+        ([*([0, 1] * 12), 9], {"num_classes": 2}, "classification", "label is not a known class"),
+        ([*([0, 1] * 12), 9], {"labels": ["neg", "pos"]}, "classification", "label is not a known class"),
+        ([*([0, 1] * 12), "N/A"], {}, "classification", "label is not a known class"),
+        ([*([0, 1] * 12), "maybe"], {"labels": ["neg", "pos"]}, "classification", "label is not a known class"),
     ],
 )
 def test_rows_of_no_class_are_skipped(
@@ -124,7 +124,7 @@ def test_lists_of_one_label(tmp_path: Path) -> None:
     data = load(tmp_path, labels, skip=False, suffix=".jsonl")
     assert data.space.task == "multi_label"
     assert any(
-        'every list holds one label: for one class a row set model.task to "classification"' in summary
+        'every list holds one label: for one class per row set model.task to "classification"' in summary
         for summary in data.summary
     )
     data = load(tmp_path, labels, skip=False, suffix=".jsonl", task="classification")
@@ -133,7 +133,7 @@ def test_lists_of_one_label(tmp_path: Path) -> None:
         load(tmp_path, [*labels, ["pos", "neg"]], skip=False, suffix=".jsonl", task="classification")
     assert caught.value.diagnostics[0].line == 4
     data = load(tmp_path, [*labels * 2, ["pos", "neg"]], suffix=".jsonl", task="classification")
-    assert data.reports[0].summary() == "7 rows read, 6 used, 1 dropped (label of no class)"
+    assert data.reports[0].summary() == "7 rows read, 6 used, 1 dropped (label is not a known class)"
 
 
 PRODIGY = [

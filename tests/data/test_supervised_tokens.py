@@ -251,7 +251,7 @@ def test_masks_equal_those_of_transformers_where_the_template_marks_what_is_gene
         return_dict=True,
         return_assistant_tokens_mask=True,
     )
-    # The reference tokenises the whole text: it may join what we keep apart, so the words are compared, and the ids
+    # The reference tokenizes the whole text: it may join what we keep apart, so the words are compared, and the ids
     # where no token crosses a border.
     learned = [token for token, is_learned in zip(row.ids, row.mask, strict=True) if is_learned]
     expected = [

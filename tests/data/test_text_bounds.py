@@ -123,7 +123,7 @@ def test_what_cannot_be_shown_to_be_equal_is_not_cut(tokenizers: dict[str, Any])
         ("bpe", "longer", "right"),
     ],
 )
-def test_labelled_rows_are_those_of_the_tokenizer(
+def test_labeled_rows_are_those_of_the_tokenizer(
     name: str, pair: str | None, side: str, tokenizers: dict[str, Any]
 ) -> None:
     tokenizer = tokenizers[name]

@@ -130,7 +130,7 @@ def test_tools_of_preferences_and_prompts(tokenizer: PreTrainedTokenizerBase, tm
          CHATML.replace("messages %}", "messages if message['role'] != 'developer' %}", 1),
          "leaves out a message of the role developer: 'be kind'"),
         ({"messages": [ASKED, {**FOUND, "reasoning_content": "so it is"}]}, CHATML,
-         "leaves out the reasoning_content of what the assistant says: 'so it is'"),
+         "drops the assistant's reasoning_content: 'so it is'"),
     ],
 )  # fmt: skip
 def test_what_a_template_would_drop_is_refused(
@@ -197,7 +197,7 @@ def test_calls_under_a_template_without_an_end_token(tokenizer: PreTrainedTokeni
         ({"messages": [ASKED, {**FOUND, "content": None, "tool_calls": []}]}, "messages[1].content", "null"),
         ({"messages": [ASKED, FOUND], "tools": "find"}, "tools", "a list of tools, also as JSON text"),
         ({"messages": [ASKED, FOUND], "tools": [{"type": "function"}]}, "tools[0]", "a tool such as"),
-        ({"prompt": "a", "completion": "b", "tools": [TOOL]}, "tools", "beside text that stands as it is"),
+        ({"prompt": "a", "completion": "b", "tools": [TOOL]}, "tools", "with raw text, which no template renders"),
         ({"messages": [{"role": "user", "content": [{"type": "text", "text": "a"}, {"type": "image_url"}]}, FOUND]},
          "messages[0].content[1]", "a part of the type 'image_url'"),
         ({"messages": [{"role": "user", "content": [{"type": "input_audio", "text": "a"}]}, FOUND]},

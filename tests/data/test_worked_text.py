@@ -79,7 +79,7 @@ def test_more_steps_than_are_looked_at(tmp_path: Path) -> None:
         ("Problem: p\nstep\n\nProblem: q\nAnswer: 2\n", 1, "answer", "a problem without answer"),
         ("Problem: p\nAnswer:\n\nProblem: q\nAnswer: 2\n", 1, "answer", "a problem without answer"),
         ("Problem: p\nAnswer: 1\n\nProblem:\nAnswer: 2\n", 4, "problem", "a problem without problem"),
-        ("Problem: p\nAnswer: 1\n\nWhat is q?\nAnswer: 2\n", 4, "answer", "'What is q?' behind the answer"),
+        ("Problem: p\nAnswer: 1\n\nWhat is q?\nAnswer: 2\n", 4, "answer", "'What is q?' after the answer"),
         ("Problem: p\nAnswer: 1\nAnswer: 2\n", 3, "answer", "a second answer"),
         ("Problem: p\nReasoning: a\nSteps: b\nAnswer: 2\n", 3, "reasoning", "a second reasoning"),
         (

@@ -82,8 +82,8 @@ def test_messages_have_5_to_30_words_and_clean_edges() -> None:
 
 
 def test_no_message_repeats_in_or_between_files() -> None:
-    normalised = Counter(" ".join(words_of(text)) for text in every_message())
-    assert [text for text, count in normalised.items() if count > 1] == []
+    normalized = Counter(" ".join(words_of(text)) for text in every_message())
+    assert [text for text, count in normalized.items() if count > 1] == []
 
 
 def test_no_two_messages_share_more_than_half_of_their_words() -> None:

@@ -45,7 +45,7 @@ def regressors(tmp_path_factory: pytest.TempPathFactory, pico_folder: Path) -> l
 
 
 @pytest.fixture
-def labelled(tmp_path: Path) -> Path:
+def labeled(tmp_path: Path) -> Path:
     return write_jsonl(tmp_path / "held_out.jsonl", class_rows(21, ("a", "b", "c")))
 
 
@@ -90,16 +90,16 @@ def test_fitted_weights_are_the_likeliest_mixture(members: list[str], tmp_path: 
     assert "optimistic" in (tmp_path / "all" / "report.md").read_text()
 
 
-def test_every_method_is_measured_as_a_single_model_is(members: list[str], tmp_path: Path, labelled: Path) -> None:
+def test_every_method_is_measured_as_a_single_model_is(members: list[str], tmp_path: Path, labeled: Path) -> None:
     for method in ("mean", "logits", "majority"):
-        joined = made(members, tmp_path / method, method=method, test=str(labelled))
+        joined = made(members, tmp_path / method, method=method, test=str(labeled))
         [measured] = joined.measured
-        again = loopos.load(tmp_path / method).evaluate_file(str(labelled))
+        again = loopos.load(tmp_path / method).evaluate_file(str(labeled))
         assert again == measured.together
         assert again["rows"] == 21
         assert sum(map(sum, again["confusion"])) == 21
         for place, alone in zip(members, measured.by_member, strict=True):
-            single = loopos.load(place).evaluate_file(str(labelled))
+            single = loopos.load(place).evaluate_file(str(labeled))
             assert alone == {name: single[name] for name in alone}
         assert measured.mean["accuracy"] == pytest.approx(sum(a["accuracy"] for a in measured.by_member) / 3)
         report = (tmp_path / method / "report.md").read_text()
@@ -179,7 +179,7 @@ def check_refused(told: str, actual: list[str], out: Path, **settings: Any) -> N
 
 
 def test_what_cannot_form_an_ensemble_is_refused(
-    members: list[str], regressors: list[str], tmp_path: Path, labelled: Path, pico_folder: Path
+    members: list[str], regressors: list[str], tmp_path: Path, labeled: Path, pico_folder: Path
 ) -> None:
     out = tmp_path / "out"
     other = fine_tuned(tmp_path / "other", pico_folder, class_rows(18, ("a", "b", "d")), 1)
@@ -189,7 +189,7 @@ def test_what_cannot_form_an_ensemble_is_refused(
     check_refused("occurs twice", [members[0], members[0]], out)
     check_refused("--method: got median", members, out, method="median")
     check_refused("add --fit DATA", members, out, method="weighted")
-    check_refused("--fit: fits weights", members, out, method="mean", fit=str(labelled))
+    check_refused("--fit: fits weights", members, out, method="mean", fit=str(labeled))
     check_refused("expected one of mean, weighted", regressors, out, method="majority")
     check_refused("no trained model here", [members[0], str(tmp_path)], out)
     made(members[:2], tmp_path / "pair")

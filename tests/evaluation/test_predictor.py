@@ -88,11 +88,11 @@ def test_predictions_come_in_the_order_of_the_input(runs: dict[str, Path]) -> No
 def test_a_file_gives_a_prediction_a_row_with_or_without_labels(runs: dict[str, Path], home: Path) -> None:
     texts = [text_of(WORDS[i % 3], i) for i in range(7)]
     bare = write_jsonl(home / "bare.jsonl", [{"text": text} for text in texts])
-    labelled = write_jsonl(home / "labelled.jsonl", [{"text": text, "label": "nonsense"} for text in texts])
+    labeled = write_jsonl(home / "labeled.jsonl", [{"text": text, "label": "nonsense"} for text in texts])
     predictor = Predictor.open(runs["classification"])
     expected = predictor.predict(texts)
     assert predictor.predict_file(str(bare)) == expected
-    assert predictor.predict_file(str(labelled)) == expected
+    assert predictor.predict_file(str(labeled)) == expected
     other = write_jsonl(home / "other_column.jsonl", [{"review": text, "id": i} for i, text in enumerate(texts)])
     assert predictor.predict_file(str(other), {"text": "review"}) == expected
 

@@ -241,7 +241,7 @@ def test_the_card_lists_what_is_known_and_its_code_runs(
         data={"validation_data": str(rows)},
     )  # fmt: skip
     train(config)
-    as_folder(run, tmp_path / "intents", licence="cc-by-4.0")
+    as_folder(run, tmp_path / "intents", license="cc-by-4.0")
     head, text = card_of(tmp_path / "intents")
     assert head["license"] == "cc-by-4.0"
     assert head["pipeline_tag"] == "text-classification"

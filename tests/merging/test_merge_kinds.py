@@ -107,15 +107,15 @@ def test_a_classifier_and_a_language_model_share_their_layers(
             save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
             rewrite_config(folder, tie_word_embeddings=True)
     keys = {"base": base} if method in ("task_arithmetic", "model_stock") else {}
-    labelled, spoken = tmp_path / "labelled", tmp_path / "spoken"
-    result = run(method, [classifiers[0], speaker], labelled, evaluate=[held_out], **keys)
+    labeled, spoken = tmp_path / "labeled", tmp_path / "spoken"
+    result = run(method, [classifiers[0], speaker], labeled, evaluate=[held_out], **keys)
     run(method, [speaker, classifiers[0]], spoken, **keys)
     [measured] = result.measured
     assert list(measured.values) == [str(classifiers[0]), "result"]
     head = load_file(classifiers[0] / "model" / "head.safetensors")["weight"]
-    torch.testing.assert_close(load_file(labelled / "head.safetensors")["weight"], head)
+    torch.testing.assert_close(load_file(labeled / "head.safetensors")["weight"], head)
     assert any("a language model: its output embedding is ignored" in each for each in result.notes)
-    one, two = tensors_of(labelled), tensors_of(spoken)
+    one, two = tensors_of(labeled), tensors_of(spoken)
     for name in one.keys() - {"score.weight"}:
         torch.testing.assert_close(two[name], one[name], msg=name)
     assert not (spoken / "head.safetensors").exists()
@@ -124,7 +124,7 @@ def test_a_classifier_and_a_language_model_share_their_layers(
         assert opened.lm_head.weight is opened.model.embed_tokens.weight
     else:
         torch.testing.assert_close(opened.lm_head.weight.detach(), tensors_of(speaker)["lm_head.weight"])
-    assert Predictor.open(labelled).predict(["good the parcel came late"])[0]["label"] in ("a", "b", "c")
+    assert Predictor.open(labeled).predict(["good the parcel came late"])[0]["label"] in ("a", "b", "c")
 
 
 def test_a_soup_needs_models_of_one_kind(

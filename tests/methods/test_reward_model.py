@@ -1,4 +1,4 @@
-"""Reward modelling through its real entry point, on the pico model."""
+"""Reward modeling through its real entry point, on the pico model."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ def test_a_response_does_not_see_another_response_of_its_prompt(pico_folder: Pat
     torch.testing.assert_close(last[0], last[1], atol=1e-6, rtol=0)
 
 
-def test_preferences_are_learned_and_scores_are_normalised(tmp_path: Path, pico_folder: Path) -> None:
+def test_preferences_are_learned_and_scores_are_normalized(tmp_path: Path, pico_folder: Path) -> None:
     method = trained(reward_config(tmp_path / "run", pico_folder))
     validations = events_of(tmp_path / "run", "validation")
     assert validations[-1]["pair_accuracy"] == 1.0
@@ -98,7 +98,7 @@ def test_preferences_are_learned_and_scores_are_normalised(tmp_path: Path, pico_
 def test_scores_are_normalized_over_the_requested_number_of_comparisons(tmp_path: Path, pico_folder: Path) -> None:
     config = reward_config(tmp_path / "run", pico_folder, training={"num_epochs": 1}, reward={"normalize_over": 3})
     method = trained(config)
-    chosen = method._normalising_rows()
+    chosen = method._normalizing_rows()
     assert len(chosen) == 3 < len(method.train_rows)
     opened = open_reward_model(tmp_path / "run")
     responses = [[*row.prompt, *response] for row in chosen for response in row.responses]

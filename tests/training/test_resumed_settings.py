@@ -405,7 +405,7 @@ def test_a_run_from_when_other_defaults_held_keeps_them(tmp_path: Path, pico_fol
 
     whole, new = trained("whole", **before), trained("new")
     assert recorded(whole) == before
-    assert recorded(new) == {"optimizer": "adamw", "schedule": "linear", "warmup": 0.05}
+    assert recorded(new) == {"optimizer": "adamw", "schedule": "cosine", "warmup": 0.05}
     trained("old", **before, max_steps=3)
     old = trained("old", resume=True)
     assert recorded(old) == before

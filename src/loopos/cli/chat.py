@@ -169,7 +169,7 @@ class Conversation:
             if forgotten >= len(self.messages):
                 raise UserError(
                     f"{len(prompt)} tokens: the model has {positions} positions and its answer needs some of them; "
-                    "say it in fewer words"
+                    "send a shorter message"
                 )
             forgotten += 2
         if forgotten > self.forgotten:
@@ -192,7 +192,7 @@ class Conversation:
         Raises `UserError` where there is nothing to save, or the file cannot be written.
         """
         if not self.messages:
-            raise UserError("nothing has been said yet")
+            raise UserError("the conversation is empty")
         if file.suffix.lower() != ".jsonl":
             raise UserError(f"/save: got {file}; expected a name that ends in .jsonl: one conversation a line")
         messages = [message.as_template() for message in (*self._system_message(), *self.messages)]

@@ -188,7 +188,7 @@ _MOST_LISTED = 12
 _FAULTY = 2
 _WORDING = OptionWording([COLUMNS, ENCODING])
 _SERVES = {
-    "labelled": "trains fine_tuning",
+    "labeled": "trains fine_tuning",
     "texts": "no label column: loopos predict reads the texts; fine_tuning needs a label; sft and pretraining "
     "learn whole texts from a column text",
     "language": "trains sft and chain_of_thought; its prompts work in loopos generate --input and loopos winrate",
@@ -272,7 +272,7 @@ def check(source: str, columns: Mapping[str, str], rules: TextRules) -> CheckRep
     found.summary.append(report.summary())
     found.add_diagnostics(reader.report.diagnostics, reader.report.num_diagnostics)
     _measure(found, examples, "text" if isinstance(examples[0], Labeled) else "prompt")
-    if kind.family == "labelled":
+    if kind.family == "labeled":
         _judge_labels(found, examples, kind.roles["label"])
     return found
 

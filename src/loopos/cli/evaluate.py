@@ -65,7 +65,7 @@ from loopos.config.figures import as_time
 if TYPE_CHECKING:
     from loopos.config.keys import Strategy
     from loopos.data.decoding import TextRules
-    from loopos.evaluation.judgement import Judgement
+    from loopos.evaluation.judgment import Judgment
     from loopos.models.resolve import ModelRef
 
 METRICS = ("accuracy", "loss", "perplexity")
@@ -201,32 +201,32 @@ def _run_on_head(
     from loopos.training.precision import pick_device
 
     predictor = open_predictor(model, device=pick_device(options.device).type)
-    judgement = judge_file(
+    judgment = judge_file(
         predictor, source, columns, on_bad_row="skip" if options.skip_bad_rows else "error", rules=rules
     )
     if options.json:
-        say_json(judgement.metrics)
+        say_json(judgment.metrics)
     else:
-        _describe_head(source, judgement)
+        _describe_head(source, judgment)
     if options.output is not None:
-        write_whole(options.output, rendered(judgement.rows(), file_format))
-        first = "largest errors" if judgement.space.task == "regression" else "most confident mistakes"
-        note(f"{options.output}: {judgement.metrics['rows']:,} rows, {first} first")
+        write_whole(options.output, rendered(judgment.rows(), file_format))
+        first = "largest errors" if judgment.space.task == "regression" else "most confident mistakes"
+        note(f"{options.output}: {judgment.metrics['rows']:,} rows, {first} first")
     if report is not None:
         from loopos.evaluation.blocks import as_html
 
-        write_whole(report, as_html(f"{model.name} on {source}", judgement.blocks()), "--report")
+        write_whole(report, as_html(f"{model.name} on {source}", judgment.blocks()), "--report")
         note(f"{report}: report")
     return 0
 
 
-def _describe_head(source: str, judgement: Judgement) -> None:
+def _describe_head(source: str, judgment: Judgment) -> None:
     from loopos.evaluation.task_report import largest_confusions
 
-    metrics: dict[str, Any] = judgement.metrics
+    metrics: dict[str, Any] = judgment.metrics
     say(f"{source}: {metrics['rows']:,} rows{_dropped(metrics.get('dropped', {}))}")
     say(table([(name, value) for name, value in metrics.items() if isinstance(value, float)]))
-    classes = judgement.classes()
+    classes = judgment.classes()
     if not classes:
         return
     worst = sorted(classes, key=lambda each: -1.0 if each.f1 is None else each.f1)
@@ -237,7 +237,7 @@ def _describe_head(source: str, judgement: Judgement) -> None:
         (each.name, each.precision, each.recall, each.f1, each.rows)
         for each in (worst[:_MOST_CLASSES_ON_SCREEN] if is_long else classes)
     ]
-    head = ("class" if judgement.space.task == "classification" else "label", "precision", "recall", "F1", "support")
+    head = ("class" if judgment.space.task == "classification" else "label", "precision", "recall", "F1", "support")
     say(table(figures, head=head))
     if "confusion" not in metrics:
         return

@@ -55,7 +55,7 @@ def run(source: Exportable, options: ExportOptions) -> int:
         format=options.format,
         type=options.type,
         push=options.push,
-        licence=options.license,
+        license=options.license,
         check=not options.no_check,
     )
     check_settings(settings)

@@ -1,7 +1,7 @@
 """Calibration text: rows of tokens, all of one length.
 
 Documents are concatenated with the end token between them and cut into rows, as in pretraining, so that there are no
-pads. Letters: N rows of L tokens.
+pads. Apart from `pipeline`: this reads texts and knows no weights. Letters: N rows of L tokens.
 """
 
 from __future__ import annotations

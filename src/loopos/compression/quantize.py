@@ -102,7 +102,7 @@ def kinds_of(model: PreTrainedModel) -> list[Kind]:
             continue
         seen.add(id(layer._weight_qdata))
         where = "embedding" if isinstance(layer, QuantizedEmbedding) else "linear layers"
-        scales = "a scale a row" if layer.bits == 8 else f"groups of {layer.group}"
+        scales = "one scale per row" if layer.bits == 8 else f"groups of {layer.group}"
         found.setdefault(f"{where}, {layer.bits} bits, {scales}", []).append(layer)
     kinds = [
         Kind(name, len(layers), sum(each.shape[0] * each.shape[1] for each in layers), sum(map(_bytes, layers)))

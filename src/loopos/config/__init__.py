@@ -1,1 +1,1 @@
-"""The config room: a text file becomes a tree with places, then frozen models, or faults that name their line."""
+"""Text files become a tree with positions, then frozen sections, or diagnostics that name their line."""

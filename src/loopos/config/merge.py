@@ -113,7 +113,7 @@ def _check_patterns(recipe: MergeConfig) -> Iterator[Problem]:
                 yield Problem((field,), f'"{pattern.tensors}" ({problem})', 'a regular expression after "re:"')
         if pattern.weights is not None and len(pattern.weights) != len(recipe.models):
             field, actual = f"patterns.{number}.weights", f"{len(pattern.weights)} weights"
-            yield Problem((field, "models"), actual, f"{len(recipe.models)}, one a model")
+            yield Problem((field, "models"), actual, f"{len(recipe.models)}, one per model")
 
 
 def _check_breadcrumbs(recipe: MergeConfig) -> Iterator[Problem]:
@@ -231,7 +231,7 @@ class MergeConfig(MethodConfig):
     description: str = Field(default="", description="free text")
     t: Units = Field(default=0.5, description="slerp: position between the first model (0) and the second (1)")
     scale: Weights = Field(default=1.0, description="factor λ on the merged change, before the base is added")
-    density: Densities = Field(default=0.5, description="ties, dare, della: share of each delta's elements kept")
+    density: Densities = Field(default=0.5, description="ties, dare, della: fraction of each delta's elements kept")
     epsilon: Fractions = Field(default=0.1, description="della: width of the window of drop probabilities")
     drop_smallest: Fractions = Field(default=0.85, description="breadcrumbs: share of elements dropped as negligible")
     drop_largest: Fractions = Field(default=0.01, description="breadcrumbs: share of elements dropped as outliers")

@@ -17,13 +17,16 @@ _SAME_METHOD = {
     "sft": "supervised supervised_fine_tuning supervised_finetuning instruction_tuning instruct chat chat_sft",
     "fine_tuning": "classification classifier classify cls sequence_classification text_classification regression "
     "finetuning finetune",
+    "dpo": "preference preference_optimization direct_preference_optimization",
+    "apo_zero": "apo",
+    "slic": "hinge",
     "reward_model": "rm reward reward_modeling reward_modelling reward_trainer",
     "autoregressive": "pt pretrain pretraining clm causal_lm language_modeling",
 }
 METHODS_HERE = {other: name for name, others in _SAME_METHOD.items() for other in others.split()}
 """The name of a method elsewhere → its name here."""
 _NOT_HERE = {
-    "preference": "dpo ipo kto orpo simpo cpo bco aot apo online_dpo xpo nash_md rrhf",
+    "preference": "online_dpo xpo nash_md rrhf",
     "reward": "grpo rloo gspo dapo drgrpo reinforce reinforce++ remax raft",
     "adapter": "lora qlora dora peft adapter",
 }
@@ -87,7 +90,10 @@ def method_advice(name: str) -> tuple[str, bool] | None:
     upper = name.upper()
     kind = _KINDS.get(folded)
     if kind == "preference":
-        return f'{upper} is not available; train on preferences with "rlhf" ("reward_model", then "ppo")', False
+        return (
+            f'{upper} is not available; learn from preferences with "dpo", or with "rlhf" (a reward model, then PPO)',
+            False,
+        )
     if kind == "reward":
         return f'{upper} is not available; a policy learns from rewards of a model or of functions with "ppo"', False
     if kind == "adapter":

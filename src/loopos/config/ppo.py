@@ -248,7 +248,7 @@ def _effects(config: PpoConfig) -> dict[str, tuple[bool, str]]:
         "training.value_clip": critic,
         "training.kl_in": (has_penalty, "kl_coefficient is 0"),
         "training.kl_estimator": (has_penalty, "kl_coefficient is 0"),
-        "training.kl_horizon": (training.kl_target is not None, "there is no kl_target"),
+        "training.kl_horizon": (training.kl_target is not None, "kl_target is not set"),
         "reward.model_weight": (has_model, "there is no data.reward_model"),
         "reward.ensemble_penalty": (has_model, "there is no data.reward_model"),
         "guards.judge_drop": (evaluation.judge is not None, "there is no evaluation.judge"),

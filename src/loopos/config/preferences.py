@@ -88,7 +88,7 @@ class RewardSection(Section):
     heads: Count = Field(default=1, description="scalar heads, an ensemble whose mean is the score")
     margins: bool = Field(default=False, description="subtract the rows' margins from the gap of the scores")
     soft_labels: bool = Field(
-        default=True, description="use p_human, the share of people who preferred the chosen response, as the target"
+        default=True, description="use p_human, the fraction of people who preferred the chosen response, as the target"
     )
     normalize: bool = Field(
         default=True, description="normalize scores to mean 0, standard deviation 1 over training responses"

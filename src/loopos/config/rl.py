@@ -20,6 +20,7 @@ from loopos.config.keys import (
     Duration,
     Fraction,
     Location,
+    Schedule,
     Section,
     Text,
     VariantName,
@@ -57,9 +58,10 @@ class PpoTrainingSection(LanguageTrainingSection):
     num_epochs: Count = Field(default=3, description="passes over the prompts")
     max_iterations: Count | None = Field(default=None, description="iterations after which training ends")
     epsilon: AboveZero = Field(default=1e-5, description="added to the second moment's root (unit of the gradient)")
+    schedule: Schedule = Field(default="linear", description="shape of the learning rate over the steps")
     # Adam's averages are warm after a few of the many small steps of PPO.
     warmup: Warmup = Field(
-        default=0, description="linear warmup: whole steps, or a share of all steps below 1; 0 is none"
+        default=0, description="linear warmup: whole steps, or a fraction of all steps below 1; 0 is none"
     )
     value_learning_rate: AboveZero | None = Field(
         default=None,

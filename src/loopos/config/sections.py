@@ -157,9 +157,9 @@ class TrainingSection(Section):
     weight_decay: Annotated[float, Field(ge=0)] = Field(
         default=0.0, description="fraction of each weight taken off per unit of learning rate"
     )
-    schedule: Schedule = Field(default="linear", description="shape of the learning rate over the steps")
+    schedule: Schedule = Field(default="cosine", description="shape of the learning rate over the steps")
     warmup: Warmup = Field(
-        default=0.05, description="linear warmup: whole steps, or a share of all steps below 1; 0 is none"
+        default=0.05, description="linear warmup: whole steps, or a fraction of all steps below 1; 0 is none"
     )
     minimum_ratio: Annotated[float, Field(ge=0, le=1)] = Field(
         default=0.0, description="last learning rate / peak learning rate"

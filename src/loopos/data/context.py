@@ -64,10 +64,10 @@ def chosen_letter(fields: RowFields, answer: str) -> str:
     is_index = index < len(choices)
     if answer in texts and not (is_index and texts[index] != answer):
         return answer
-    expected, hint = f"a letter, or a place from 0 to {len(choices) - 1}", "write the letter of the right choice"
+    expected, hint = f"a letter, or an index from 0 to {len(choices) - 1}", "write the letter of the right choice"
     if answer in texts or not is_index:
-        actual = f"{answer}, which is the text of one choice and the place of another" if is_index else answer
-        fields.add("answer is no choice", fields.field("answer"), actual, expected, hint)
+        actual = f"{answer}, which is the text of one choice and the index of another" if is_index else answer
+        fields.add("answer is not one of the choices", fields.field("answer"), actual, expected, hint)
         return ""
     return choices[index][0]
 

@@ -113,7 +113,7 @@ def messages_of(fields: RowFields, role: str) -> list[Message]:
 def message_of(fields: RowFields, source: str, value: object) -> Message | None:
     """The message that a value at `source` of a row holds; None, with `fields.problems` filled, if there is none."""
     if not isinstance(value, dict):
-        fields.add("message is no object", source, f"{shown(value)} ({kind_name(value)})", _MESSAGE_EXPECTED)
+        fields.add("message is not an object", source, f"{shown(value)} ({kind_name(value)})", _MESSAGE_EXPECTED)
         return None
     names = next((pair for pair in _NAMES if pair[0] in value), None)
     if names is None:
@@ -139,7 +139,7 @@ def with_system(fields: RowFields, messages: Sequence[Message], summary: str) ->
     system = fields.optional_text("system")
     if system is not None and messages and messages[0].role in ("system", "developer"):
         actual = f"a system message at the start of {summary} too"
-        fields.add("two system messages", fields.field("system"), actual, "the system's words in one place")
+        fields.add("two system messages", fields.field("system"), actual, "one system message")
     return (*_optional_message("system", system), *messages)
 
 
@@ -164,7 +164,12 @@ def _history(fields: RowFields) -> list[Message]:
         return []
     if not isinstance(value, list) or not all(isinstance(turn, list) and len(turn) == 2 for turn in value):
         actual = f"{shown(value)} ({kind_name(value)})"
-        fields.add("history is no list of pairs", fields.field("history"), actual, 'pairs [["asked", "answered"], ...]')
+        fields.add(
+            "history is not a list of pairs",
+            fields.field("history"),
+            actual,
+            'pairs such as [["question", "answer"], ...]',
+        )
         return []
     for number, (question, reply) in enumerate(value):
         location = f"{fields.field('history')}[{number}]"
@@ -185,7 +190,7 @@ def _content(fields: RowFields, source: str, value: object, *, is_optional: bool
                 kind = part.get("type") if isinstance(part, dict) else None
                 actual = f"a part of the type {shown(kind)}" if kind is not None else f"a part {shown(part)}"
                 hint = "images, sound and files are not learned: take them out of the rows, or the rows themselves"
-                fields.add("content is not text alone", f"{source}[{number}]", actual, _PART_EXPECTED, hint)
+                fields.add("content has parts that are not text", f"{source}[{number}]", actual, _PART_EXPECTED, hint)
                 return ""
             texts.append(text)
         value = "".join(texts)
@@ -205,10 +210,10 @@ def _weight(fields: RowFields, source: str, role: str, value: object) -> float:
     if role != ASSISTANT and value not in (None, 0):
         actual = f"{shown(value)} on a message of the {role}"
         hint = "train_on all learns what users say too"
-        fields.add("weight on what is not learned", f"{source}.{_WEIGHT}", actual, "0, or no weight", hint)
+        fields.add("weight on a message that is not learned", f"{source}.{_WEIGHT}", actual, "0, or no weight", hint)
     if value is None or role != ASSISTANT:
         return 1.0
     if not isinstance(value, int | float) or isinstance(value, bool) or not math.isfinite(value) or value < 0:
-        fields.add("weight is no factor", f"{source}.{_WEIGHT}", shown(value), "a number >= 0")
+        fields.add("weight is not a number >= 0", f"{source}.{_WEIGHT}", shown(value), "a number >= 0")
         return 1.0
     return float(value)

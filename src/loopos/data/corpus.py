@@ -1,7 +1,7 @@
 """Plain text for pretraining: files and data sets → documents.
 
-Enters: a text file (documents are parted by blank lines), or any source of rows with a text column. Leaves: documents.
-Imports neither torch nor transformers: the text is checked before them. Left out: tokens (`corpus_tokens`).
+In a text file, blank lines separate documents; any other source needs a text column. Imports neither torch nor
+transformers, so that the text is checked before these.
 """
 
 from __future__ import annotations

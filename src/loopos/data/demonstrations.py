@@ -59,7 +59,7 @@ def _chain(fields: RowFields, delimiter: str) -> tuple[tuple[str, ...], str]:
         return (_split(before, delimiter), after.strip()) if hashes else ((), answer)
     if hashes and before.strip():
         actual = f"{shown(answer)}, with reasoning before {HASHES}, beside {shown(fields.field('reasoning'))}"
-        fields.add("answer holds reasoning", fields.field("answer"), actual, "the reasoning in one place")
+        fields.add("answer holds reasoning", fields.field("answer"), actual, "the reasoning in only one of them")
     return _steps(fields, delimiter), after.strip() if hashes else answer
 
 

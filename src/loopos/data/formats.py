@@ -101,7 +101,7 @@ def detect(
         raise DataError([*diagnostics, *no_label])
     assert text is not None, "a missing text column is an error"
     served = [("text", text), ("text_pair", pair), ("label", label)]
-    summary = "format: labelled (" + ", ".join(f'{role} <- "{name}"' for role, name in served if name is not None) + ")"
+    summary = "format: labeled (" + ", ".join(f'{role} <- "{name}"' for role, name in served if name is not None) + ")"
     left = unread(columns, (text, pair, label))
     verdict = next((name for name in left if plain_name(name) == VERDICT), None) if require_label else None
     return LabeledFormat(text, pair, label, summary, require_label, verdict)

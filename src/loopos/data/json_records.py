@@ -82,7 +82,7 @@ class JsonReader:
     def record(self, value: object, line: int) -> Record | Diagnostic:
         """The last decoded value as a row, or why it is none."""
         if not isinstance(value, dict):
-            hint = "a row's values need names" if isinstance(value, list) else ""
+            hint = "each value of a row needs a column name" if isinstance(value, list) else ""
             return Diagnostic(self.source, line, None, "row", shown(value), _OBJECT_EXPECTED, hint)
         if self._doubled:
             name = self._doubled[0]
@@ -112,7 +112,7 @@ def json_lines(lines: Iterator[tuple[int, str]], source: str, report: ReadReport
         rest = line[end:].strip()
         if rest:
             position = line.index(rest, end)
-            yield reader.syntax_diagnostic(line, position, "more text behind the value", number)
+            yield reader.syntax_diagnostic(line, position, "more text after the value", number)
         else:
             yield reader.record(value, number)
 
@@ -165,9 +165,9 @@ def json_document(text: str, source: str) -> Records:
     if text[start] == "{" and text.startswith("{", behind):
         line = text.count("\n", 0, behind) + 1
         hint = "put them into one array: [{...}, {...}], or write each on one line, in a file named .jsonl"
-        raise file_error(source, "a second object behind the first", _DOCUMENT_EXPECTED, hint, line=line)
+        raise file_error(source, "a second object after the first", _DOCUMENT_EXPECTED, hint, line=line)
     if behind < len(text):
-        raise DataError([reader.syntax_diagnostic(text, behind, "more text behind the document", None)])
+        raise DataError([reader.syntax_diagnostic(text, behind, "more text after the document", None)])
 
 
 def _array(reader: JsonReader, text: str, start: int) -> Generator[Record | Diagnostic, None, int]:
@@ -259,12 +259,12 @@ def _holds_constant(value: object) -> bool:
 
 def _syntax_hint(rest: str, reason: str, is_line: bool) -> str:
     if "property name" in reason and rest.startswith("'"):
-        return "JSON strings stand in double quotes"
+        return "JSON strings need double quotes"
     if rest.startswith(","):
-        return "a line of JSON Lines ends without a comma" if "behind the value" in reason else ""
+        return "a line of JSON Lines ends without a comma" if "after the value" in reason else ""
     if "control character" in reason:
         return r"write a line end inside a string as \n and a tab as \t"
     if "Unterminated" in reason or not rest:
-        part = "the line may be cut off; JSON Lines wants each object whole, on one line"
+        part = "the line may be cut off; JSON Lines needs each object complete on one line"
         return part if is_line else "the file may be cut off"
     return ""

@@ -2,7 +2,7 @@
 
 Each kind is detected as its method detects it; if several fit, the more specific one wins:
 
-    comparisons > demonstrations, conversations, instructions, completions > labelled > prompts > texts
+    comparisons > demonstrations, conversations, instructions, completions > labeled > prompts > texts
 
 But a question and an answer with a column "label" are a labeled pair of texts, and a text next to a prompt is a
 generated response. Apart from `data check`, its only user, because it knows the formats and prints nothing.
@@ -25,7 +25,7 @@ from loopos.data.rows import RowReader
 from loopos.data.step_format import NAMED_FORMATS
 from loopos.data.supervised_rows import read_supervised
 
-Family: TypeAlias = Literal["labelled", "texts", "language", "comparisons", "prompts"]
+Family: TypeAlias = Literal["labeled", "texts", "language", "comparisons", "prompts"]
 
 _OF_COMPARISONS = frozenset({"chosen", "rejected", "responses", "response_j", "response_k"})
 _EXPECTED = (
@@ -56,7 +56,7 @@ def kind_of(columns: Sequence[str], overrides: Mapping[str, str], source: str) -
 
     compared = attempt("comparisons", lambda: preference_formats.detect(columns, overrides, source=source))
     language = attempt("language", lambda: supervised_rows.detect(columns, overrides, source=source))
-    labeled = attempt("labelled", lambda: formats.detect(columns, overrides, require_label=False, source=source))
+    labeled = attempt("labeled", lambda: formats.detect(columns, overrides, require_label=False, source=source))
     prompts = attempt("prompts", lambda: preference_formats.detect(columns, overrides, source=source, prompts=True))
     if compared is not None:
         return Kind("comparisons", compared.kind, compared.columns)
@@ -72,7 +72,7 @@ def kind_of(columns: Sequence[str], overrides: Mapping[str, str], source: str) -
     if labeled is not None and (has_label or prompts is None or plain_name(labeled.text) == "text"):
         served = {"text": labeled.text, "text_pair": labeled.text_pair, "label": labeled.label}
         roles = {role: name for role, name in served.items() if name is not None}
-        return Kind("labelled" if has_label else "texts", "labelled" if has_label else "texts", roles)
+        return Kind("labeled" if has_label else "texts", "labeled" if has_label else "texts", roles)
     if language is not None:
         return Kind("language", language.kind, language.columns)
     if prompts is not None:
@@ -83,8 +83,8 @@ def kind_of(columns: Sequence[str], overrides: Mapping[str, str], source: str) -
 def read_kind(reader: RowReader, kind: Kind, overrides: Mapping[str, str]) -> tuple[list[Any], DataReport]:
     """The examples, read as the method that trains on them reads them. Raises `DataError`."""
     match kind.family:
-        case "labelled" | "texts":
-            return read_labeled(reader, overrides, require_label=kind.family == "labelled")
+        case "labeled" | "texts":
+            return read_labeled(reader, overrides, require_label=kind.family == "labeled")
         case "language":
             examples, report = read_supervised(reader, overrides, step_format=NAMED_FORMATS["think"])
             return list(examples), report
@@ -102,14 +102,14 @@ def _no_kind(
     """The error of the reader that the user's own roles are meant for; without any, of all of them in one."""
     if overrides:
         known = {
-            "labelled": set(formats.ROLES),
+            "labeled": set(formats.ROLES),
             "comparisons": set(preference_formats.NAMES),
             "language": set(supervised_rows.NAMES),
         }
         meant = max(known, key=lambda name: len(set(overrides) & known[name]))
         return refused[meant]
     if candidates(columns, LABEL_TIERS) or likely(columns, TEXT_TIERS) is not None:
-        return refused["labelled"]
+        return refused["labeled"]
     doubtful = [error for error in refused.values() if "columns may be the" in str(error) or "formats:" in str(error)]
     if doubtful:
         return doubtful[0]

@@ -100,7 +100,7 @@ def comma_diagnostic(example: Labeled, column: str) -> Diagnostic:
     point, bars = example.label.replace(",", "."), example.label.replace(",", "|")
     hint = (
         f'write {point} for a number, {bars} with model.task "multi_label" for two classes, or set model.task to '
-        '"classification" to learn it as it stands'
+        '"classification" to use it as a class name'
     )
     return Diagnostic(
         row.source_label, row.line, None, column, f"{shown(example.label)}, with a comma", "a class or a number", hint
@@ -270,7 +270,7 @@ def _member_kind(examples: Sequence[Labeled], members: Sequence[Sequence[object]
         for member in listed:
             kind = kind_of(member)
             if kind is None or kind == "list":
-                hint = 'with several classes a row, model.task is "multi_label"' if kind == "list" else ""
+                hint = 'with several classes per row, model.task is "multi_label"' if kind == "list" else ""
                 raise label_error(example.row, column, example.label, f"one class (task: {task})", hint)
             only_strings = only_strings and isinstance(member, str)
             kinds.setdefault(kind, example)
@@ -358,5 +358,5 @@ def _summary(
     if len(keys) > max(20, len(examples) // 2):
         summary += f"; {len(keys)} classes for {len(examples)} rows: is {shown(column)} the right column?"
     if task == "multi_label" and all(isinstance(each.label, list) and len(each.label) == 1 for each in examples):
-        summary += '; every list holds one label: for one class a row set model.task to "classification"'
+        summary += '; every list holds one label: for one class per row set model.task to "classification"'
     return summary

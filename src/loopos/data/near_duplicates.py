@@ -1,11 +1,10 @@
-"""Texts → those that are nearly the same as an earlier one.
+"""Pairs of texts that are nearly equal, as index pairs.
 
-Enters: texts. Leaves: index pairs. Two texts are near where their sets of 5 characters in a row, letter case, marks
-and white space aside, have at least `NEAR` of their union in common (Jaccard). Candidates are found by MinHash (Broder
-1997) with bands (Leskovec et al., Mining of Massive Datasets, section 3.4): 16 bands of 4 hashes find a pair at 0.8
-with probability 0.9998; each is then compared exactly. Memory: some 700 bytes a text beside the texts themselves.
-Left out: texts that are equal (`repeats`), which are near too. Apart from `data check`, its only user, as pure
-mathematics of texts.
+Two texts are near if their sets of 5 characters in a row, ignoring case, punctuation and white space, have at least
+`NEAR` of their union in common (Jaccard). MinHash (Broder 1997) with bands (Leskovec et al., Mining of Massive
+Datasets, section 3.4) finds candidates: 16 bands of 4 hashes find a pair at 0.8 with probability 0.9998. Each candidate
+is then compared exactly. Memory: about 700 bytes a text. Equal texts (`repeats`) are near too.
+Apart from `data check`, its only user: an algorithm that knows neither rows nor columns.
 """
 
 from __future__ import annotations

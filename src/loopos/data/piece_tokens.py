@@ -70,8 +70,8 @@ class SegmentTokenizer:
             if both[: len(before)] == before:
                 return both[len(before) :]
         raise UserError(
-            f"the tokenizer joins the text {shown(text)} with whatever stands before it, so that prompt and answer "
-            "have no border; name another tokenizer in data.tokenizer"
+            f"the tokenizer merges the text {shown(text)} with the text before it, so that prompt and answer "
+            "have no clear boundary; choose another tokenizer in data.tokenizer"
         )
 
     def _ids(self, texts: Sequence[str]) -> list[list[int]]:

@@ -1,7 +1,6 @@
-"""The comparisons and prompts of a run: rows read, columns found, validation rows set apart.
+"""The comparisons and prompts of a run: rows read, columns found, validation rows split off.
 
-Enters: the `data` section of a method that learns from preferences. Leaves: training and validation examples. Imports
-neither torch nor transformers: the rows are checked before them. Left out: tokens (`preference_encoder`), batches.
+Imports neither torch nor transformers, so that rows are checked before these.
 """
 
 from __future__ import annotations

@@ -226,10 +226,10 @@ def _chosen_pair(fields: RowFields) -> Pair:
     margin, probability = _number(fields, "margin", math.inf), _number(fields, "p_human", 1.0)
     if _is_tie(fields):
         if probability is not None:
-            actual = f"{probability:g} beside {shown(fields.field('tie'))}, which is true"
+            actual = f"{probability:g}, but {shown(fields.field('tie'))} marks the row as a tie"
             fields.add("p_human of a tie", fields.field("p_human"), actual, "one of the two")
         if margin:
-            actual = f"{margin:g} beside {shown(fields.field('tie'))}, which is true"
+            actual = f"{margin:g}, but {shown(fields.field('tie'))} marks the row as a tie"
             fields.add("margin of a tie", fields.field("margin"), actual, "no margin, or 0")
         probability = _TIE
     return Pair(0, 1, 1.0 if probability is None else probability, margin or 0.0)

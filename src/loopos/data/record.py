@@ -208,7 +208,7 @@ def in_order(value: Mapping[str, Any], names: Sequence[str]) -> dict[str, Any]:
 
 
 def _no_constant(name: str) -> float:
-    raise ValueError(f"{name} is no JSON")
+    raise ValueError(f"{name} is not valid JSON")
 
 
 def _python_literal(text: str) -> object:

@@ -72,7 +72,7 @@ def repeats_summary(train: Sequence[AnyExample], validation: Sequence[AnyExample
     found += [f"{shared} share their {what} with a training row"] if shared else []
     if not found:
         return []
-    return [f"validation: of {len(validation)} rows {' and '.join(found)}; what is measured on them is partly memory"]
+    return [f"validation: of {len(validation)} rows {' and '.join(found)}; metrics on them partly measure memorization"]
 
 
 def _key(content: PromptContent) -> str:

@@ -1,17 +1,10 @@
-"""Whether a source has the columns that a method or a command reads, found out from its first rows.
+"""Checks of rows before torch and transformers are imported, so that a mistake shows at once.
 
-Enters: a config, or a source with the user's own choice of columns. Leaves: nothing, or a `DataError` with the faults
-of all sources at once. It looks without torch and transformers, so that a wrong name shows at once and not after their
-import. What it refuses, reading would refuse: columns may differ by row in JSON, so there a fault of the first rows is
-looked for in all of them. Left out: hub ids and data sets saved by `datasets`, which take longer to open than this may;
-the rows themselves (`row_check`).
-
-The rows that training would read, read before torch and transformers are imported.
-
-Enters: a config. Leaves: nothing, or the faults of its rows: what cannot be read, labels of no class, chats without an
-answer, pairs that are the same. What is found to be good is handed to training by `read_ahead`. Left out: hub ids and
-data sets saved by `datasets`, which take longer to open than this may; what the tokenizer decides, as rows that are too
-long: its class and its chat template come with transformers.
+`check_columns` finds the columns from the first rows; in JSON, where columns differ by row, it looks for a problem of
+the first rows in all of them. `check_rows` reads what training would read: unreadable rows, labels of no class, chats
+without an answer, identical pairs. Good rows are handed to training through `read_ahead`. Hub ids and data sets saved
+by `datasets` are left to training, because opening them takes too long; so are rows over the maximum length, because
+the tokenizer comes with transformers.
 """
 
 from __future__ import annotations
@@ -64,7 +57,7 @@ def check_labeled(
     remembered: Mapping[str, str | None] | None = None,
     rules: TextRules = PLAIN_RULES,
 ) -> None:
-    """Raises `DataError` where a source lacks the columns of labelled rows; without `require_label`, of texts.
+    """Raises `DataError` where a source lacks the columns of labeled rows; without `require_label`, of texts.
     remembered: role → column as the model was trained.
     """
     _check_one(source, _labeled(columns, require_label=require_label, remembered=remembered), rules)
@@ -215,7 +208,7 @@ def _check_phase(config: Any) -> None:
     for kind in method_row(config.computation.method).reads:
         match kind:
             case "labeled":
-                from loopos.data.labelled import check_for_task, load_labeled
+                from loopos.data.labeled import check_for_task, load_labeled
 
                 check_for_task(config, read_for_reuse(load_labeled, data, config.model, seed=seed).space)
             case "text":

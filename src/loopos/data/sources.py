@@ -203,5 +203,8 @@ def _missing(source: str) -> DataError:
         named = " or ".join(repr(os.path.join(os.path.dirname(source), name)) for name in near)
         hint = f"did you mean {named}?" if near else f"paths are relative to {os.getcwd()!r}"
     return file_error(
-        source, "a path where nothing is", f'a file ({FORMATS_EXPECTED}), a folder, a glob or a hub id "org/name"', hint
+        source,
+        "a path that does not exist",
+        f'a file ({FORMATS_EXPECTED}), a folder, a glob or a hub id "org/name"',
+        hint,
     )

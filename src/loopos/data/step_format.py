@@ -1,17 +1,15 @@
-r"""How reasoning is written: steps and an answer to text, and back.
+"""The step format: steps and an answer as text, and back.
 
     opening · step₁ · delimiter · … · stepₙ · delimiter · closing · answer_marker · answer
 
-Enters: steps and an answer, or the text that a model made. Leaves: the text, or what it holds. Three formats have
-names: "think" (one step a line inside `<think>` … `</think>`, then the answer), "hashes" (one step a line, then
-`#### answer`, as in GSM8K) and "lines" (one step a line; the last line is the answer).
+Three formats have names: "think" (one step a line inside `<think>` … `</think>`, then the answer), "hashes" (one step a
+line, then `#### answer`, as in GSM8K) and "lines" (one step a line; the last line is the answer).
 
-Nothing is escaped: a model learns the very text of the data. What could not be read back exactly is refused instead
-(`problem` says why): a step that is blank, or holds the delimiter, the closing tag, or begins as the answer does; an
-answer that is blank, has white space around it, or holds several lines where the format reads one. So
-parse(render(steps, answer)) gives the same steps and answer. What a model writes behind its answer (an explanation, the
-marker again, the next question) is not part of it.
-Left out: tokens (`supervised_tokens`), whether an answer is right (`evaluation`).
+Nothing is escaped, because a model learns the exact text of the data. What could not be parsed back exactly is refused
+(`problem` gives the reason): a step that is blank, contains the delimiter or the closing tag, or begins like the
+answer; an answer that is blank, has white space around it, or has several lines where the format has one. So
+parse(render(steps, answer)) returns the same steps and answer. Text that a model writes after its answer (an
+explanation, the marker again, the next question) is not part of the answer.
 """
 
 from __future__ import annotations
@@ -82,7 +80,7 @@ class StepFormat:
                 return f"the answer {shown(answer)} holds the delimiter {shown(self.delimiter)}"
             if self.answer_marker.strip() and "\n" in answer:
                 marker = shown(self.answer_marker)
-                return f"the answer {shown(answer)} holds a line break; behind {marker} one line is read"
+                return f"the answer {shown(answer)} contains a line break; after {marker} only one line is read"
         read = self.parse(self._written(steps, answer))
         if read != (tuple(steps), answer, True):
             return f"it would be read back as the steps {shown(list(read.steps))} and the answer {shown(read.answer)}"

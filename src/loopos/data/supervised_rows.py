@@ -1,16 +1,8 @@
-"""Columns → what the rows of a data set for language models are: demonstrations, conversations, instructions,
-completions or plain text.
+"""Rows for language models: demonstrations, conversations, instructions, completions or plain text.
 
-Enters: names of columns and, from `data.columns`, the user's own choice. Leaves: a `SupervisedFormat` with the sentence
-that says it. The names are those that TRL, LLaMA-Factory and Axolotl read by default, without regard to case. Plain
-text is the last resort; two other formats that both fit are an error, because a guess could train on the wrong one.
-Left out: how the format is found (`format_detection`), the rows themselves (`demonstrations`, `conversations`).
-
-Rows → examples that a language model learns from, whatever their format.
-
-Enters: the rows of a reader, the user's choice of columns, the `StepFormat` of the run. Leaves: examples in the rows'
-order and a `DataReport` in which read = used + dropped. Left out: templates and tokens (`templates`,
-`supervised_tokens`).
+Column names are those that TRL, LLaMA-Factory and Axolotl read by default, without regard to case; `data.columns`
+overrides them. Plain text is the last resort. Two other formats that both fit are an error, because a guess could train
+on the wrong one. The report states read = used + dropped.
 """
 
 from __future__ import annotations

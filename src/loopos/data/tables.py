@@ -106,7 +106,7 @@ def _sheet_records(path: str, worksheet: Any, report: ReadReport) -> Records:
         if beyond is not None:
             actual = f"{shown(cells[beyond])} in column {_letters(beyond)}, which has no name"
             yield Diagnostic(
-                path, number, None, _letters(beyond), actual, f"a name for it in row {head_line}, or nothing"
+                path, number, None, _letters(beyond), actual, f"a column name in row {head_line}, or an empty cell"
             )
             continue
         values = {name: _value(cells[index] if index < len(cells) else None) for index, name in header.items()}

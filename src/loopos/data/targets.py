@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from loopos.config.keys import TargetScaling
-from loopos.data.labelled import LabeledData, Target
+from loopos.data.labeled import LabeledData, Target
 
 
 @dataclass(frozen=True)

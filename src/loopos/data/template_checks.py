@@ -43,7 +43,7 @@ def check_reasoning(message: Message, turn: str) -> None:
     for name in REASONING:
         content = message.more.get(name)
         if isinstance(content, str) and end_of_text(content, turn, 0, len(turn)) < 0:
-            reason = f"the chat template leaves out the {name} of what the assistant says: {shown(content)}"
+            reason = f"the chat template drops the assistant's {name}: {shown(content)}"
             raise TemplateRefusal(reason, SPLIT_HINT)
 
 

@@ -34,7 +34,7 @@ _WORKED_ROLES: dict[str, Role] = {
     "a": "answer",
 }
 _WORKED_LABEL = re.compile(rf"\s*({'|'.join(_WORKED_ROLES)})(?:\s*\d+)?\s*:(?=\s|$)", re.IGNORECASE)
-_WORKED_EXPECTED = "a line Problem: ..., its steps one a line, and a line Answer: ..."
+_WORKED_EXPECTED = "a line Problem: ..., one step per line, and a line Answer: ..."
 
 
 class _Line(NamedTuple):
@@ -94,7 +94,7 @@ def _worked_record(block: Sequence[_Line], path: str) -> Record | Diagnostic:
         elif role == "answer" and parts[role]:
             hint = "begin each problem with a line Problem: ..., and write its answer on one line"
             return Diagnostic(
-                path, line.number, None, role, f"{shown(line.summary)} behind the answer", "nothing more", hint
+                path, line.number, None, role, f"{shown(line.summary)} after the answer", "nothing more", hint
             )
         assert role is not None, "a file of worked problems begins with a problem"
         summary = line.text if is_option else line.summary

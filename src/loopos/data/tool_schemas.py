@@ -31,7 +31,7 @@ def tools_of(fields: RowFields) -> tuple[Tool, ...]:
     if value is None or (isinstance(value, str) and not value.strip()):
         return ()
     if not isinstance(value, list):
-        fields.add("tools are no list", field, f"{shown(value)} ({kind_name(value)})", _TOOLS_EXPECTED)
+        fields.add("tools is not a list", field, f"{shown(value)} ({kind_name(value)})", _TOOLS_EXPECTED)
         return ()
     tools = [_tool(fields, f"{field}[{number}]", item) for number, item in enumerate(value)]
     return tuple(tool for tool in tools if tool is not None)
@@ -40,7 +40,7 @@ def tools_of(fields: RowFields) -> tuple[Tool, ...]:
 def check_no_tools(fields: RowFields, tools: tuple[Tool, ...]) -> None:
     """Notes tools beside a text that no template touches: nothing would write them."""
     if tools:
-        actual, expected = f"{len(tools)} tools beside text that stands as it is", "messages, or no tools"
+        actual, expected = f"{len(tools)} tools with raw text, which no template renders", "messages, or no tools"
         hint = 'write them into the prompt, or leave them out: data.columns: {"tools": null}'
         fields.add("tools beside text", fields.field("tools"), actual, expected, hint)
 

@@ -1,9 +1,8 @@
-"""Symbolic tasks whose chains are known: last letters, coin flips, additions with carries.
+"""Symbolic tasks with known steps: last letters, coin flips, additions with carries.
 
-Enters: how many items, which task, its size, the split and a seed. Leaves: `SymbolicItem`s, the same for the same
-arguments. The tasks are those of Wei et al. 2022 (sections 3 and 5); names and numbers are drawn here, nothing is taken
-from their data. Whether an item belongs to training or test is read off a hash of its problem, so the two never share
-one, whatever seeds and numbers they are drawn with. Left out: files and models.
+The tasks are those of Wei et al. 2022 (sections 3 and 5); names and numbers are generated here, none are taken from
+their data. The same arguments give the same items. A hash of the problem assigns it to training or test, so the two
+never share a problem, whatever the seed.
 """
 
 from __future__ import annotations

@@ -18,12 +18,12 @@ from loopos.data import rows
 from loopos.data.decoding import PLAIN_RULES, TextRules
 from loopos.data.formats import Labeled, read_labeled
 from loopos.data.label_space import LabelSpace, label_space_of
-from loopos.data.labelled import Target, encode_all
+from loopos.data.labeled import Target, encode_all
 from loopos.data.reading import DataReport
 from loopos.data.rows import Row
 from loopos.data.tokens import encode_labeled
 from loopos.evaluation.combining import Combined, Tally, in_order, tied
-from loopos.evaluation.judgement import Judgement
+from loopos.evaluation.judgment import Judgment
 from loopos.evaluation.outputs import Meaning, interpret, measure, outputs_of
 from loopos.evaluation.progress import OnProgress, silent
 from loopos.models.folders import open_task_model
@@ -84,7 +84,7 @@ class Predictor:
     def evaluate_file(
         self, source: str, columns: Mapping[str, str] | None = None, *, on_bad_row: Literal["error", "skip"] = "error"
     ) -> dict[str, Any]:
-        """`Judgement.metrics` of a labeled data file."""
+        """`Judgment.metrics` of a labeled data file."""
         return judge_file(self, source, columns, on_bad_row=on_bad_row).metrics
 
     def meaning_of(self, examples: Sequence[Labeled], targets: Sequence[Target] = ()) -> Meaning:
@@ -223,8 +223,8 @@ class EnsemblePredictor:
 
             return self.combined(examples, visit).meaning
 
-        judgement = judge_file(self, source, columns, on_bad_row=on_bad_row, meaning_of=together)
-        return by_member, judgement.metrics
+        judgment = judge_file(self, source, columns, on_bad_row=on_bad_row, meaning_of=together)
+        return by_member, judgment.metrics
 
     def meaning_of(self, examples: Sequence[Labeled], targets: Sequence[Target] = ()) -> Meaning:
         """As `Predictor.meaning_of`, of all members combined."""
@@ -308,7 +308,7 @@ def judge_file(
     on_bad_row: Literal["error", "skip"] = "error",
     rules: TextRules = PLAIN_RULES,
     meaning_of: MeaningOf | None = None,
-) -> Judgement:
+) -> Judgment:
     """Predictions for the rows of a labeled data file, compared with their labels. Raises `DataError`.
 
     Args:
@@ -320,4 +320,4 @@ def judge_file(
     examples, targets, report = encode_all(model.space, read, report, on_bad_row=on_bad_row)
     meaning = (meaning_of or model.meaning_of)(examples, targets)
     threshold = model.description["threshold"]
-    return Judgement(model.space, examples, targets, meaning, report, model.tokens, threshold)
+    return Judgment(model.space, examples, targets, meaning, report, model.tokens, threshold)

@@ -218,7 +218,7 @@ def _write(
         file=file,
         output_format=settings.format,
         type_name=type_name,
-        license=settings.licence,
+        license=settings.license,
         layout=layout_in(partial)
         if model.architecture in ("head", "reward") and settings.format == "huggingface"
         else None,

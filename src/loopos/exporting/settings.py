@@ -58,14 +58,14 @@ def own_client() -> HubClient:
 class ExportSettings:
     """format: a name of `EXPORTERS`, or "module:name". type: the number format of the weights; None for that of the
     model, and f16 for GGUF.
-    push: the repository to upload the folder to; None: no upload. licence: the license in the card; None for what is
+    push: the repository to upload the folder to; None: no upload. license: the license in the card; None for what is
     known. check: whether the export is opened again and compared.
     """
 
     format: str
     type: str | None = None
     push: str | None = None
-    licence: str | None = None
+    license: str | None = None
     check: bool = True
 
 

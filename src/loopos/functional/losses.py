@@ -1,5 +1,6 @@
 """Losses as sums, never means: only `training.update` divides, by the count of the whole step.
 
+Apart from `training.objectives`, which calls them by name: pure functions of tensors.
 Letters: N sequences, C classes or outputs. All arithmetic in fp32.
 """
 

@@ -1,5 +1,6 @@
 """The pairwise loss of a reward model.
 
+Apart from `training.objectives`, which calls it by name: a pure function of tensors.
 Letters: P pairs. All arithmetic in fp32.
 """
 

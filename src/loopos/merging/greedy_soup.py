@@ -1,7 +1,7 @@
 """Greedy soup: adds models to an average one after the other, by a metric on held-out rows.
 
 Wortsman et al. 2022, "Model soups", recipe 1: models in falling order of their metric, each accepted only if the
-average with it is no worse.
+average with it is no worse. Apart from `merge`: no other method measures models while it merges.
 """
 
 from __future__ import annotations

@@ -2,9 +2,7 @@
 
     tokens → hidden states → pool → head → loss → gradients → update
 
-Enters: a `FineTuningConfig`. Leaves: a run folder with checkpoints, events, a report and the trained model. After
-Devlin et al. 2019 (section 3.2) and Hu et al. 2021 (LoRA). Left out: the loop (`training.fit`), the reading of data
-(`data.labelled`), what is done with the model afterwards (`evaluation.predictor`).
+After Devlin et al. 2019 (section 3.2) and Hu et al. 2021 (LoRA). `evaluation.predictor` uses the trained model.
 """
 
 from __future__ import annotations
@@ -20,7 +18,7 @@ from loopos.config.fine_tuning import FineTuningConfig
 from loopos.data.batches import Batch, PackedRows, StepBatches
 from loopos.data.digest import rows_digest
 from loopos.data.formats import ROLES
-from loopos.data.labelled import LabeledData, check_for_task, load_labeled
+from loopos.data.labeled import LabeledData, check_for_task, load_labeled
 from loopos.data.reading import DataReport
 from loopos.data.targets import targets_of
 from loopos.data.tokens import Encoded, encode_labeled
@@ -46,7 +44,7 @@ class FineTuner(Trainer[FineTuningConfig]):
     """Adapts a pretrained language model to a task: `FineTuner(config).train()`."""
 
     def load_data(self) -> tuple[Pretrained, LabeledData]:
-        """Reads, splits and tokenises the rows; says what was decided."""
+        """Reads, splits and tokenizes the rows; says what was decided."""
         config, section = self.config, self.config.model
         self.data = load_labeled(config.data, section, seed=config.training.seed)
         check_for_task(config, self.data.space)

@@ -1,11 +1,9 @@
-"""Reinforcement learning of a policy: a language model learns to write what is scored high.
+"""Proximal policy optimization: a language model learns to write responses that are scored high.
 
-    prompts → responses → scores, reference, values → token rewards → advantages → shuffled minibatches → update
+    prompts → responses → scores, reference, values → token rewards → GAE → shuffled minibatches → update
 
-Enters: a `PpoConfig`. Leaves: a run folder with checkpoints, events, samples.jsonl, a report and the trained policy.
-After Schulman et al. 2017, Ziegler et al. 2019, Ouyang et al. 2022 and Huang et al. 2024; the
-algorithm, PPO unless the config names another, is in `rl.algorithms`. Left out: the loop (`training.fit`), the models
-(`rl.roles`), what they say of responses (`rl.collector`).
+After Schulman et al. 2017, Ziegler et al. 2019, Ouyang et al. 2022 and Huang et al. 2024. The four models are in
+`rl.roles`, the rollouts in `rl.collector`.
 """
 
 from __future__ import annotations
@@ -70,7 +68,7 @@ class PpoTrainer(Trainer[PpoConfig]):
         return closing(self.engine)
 
     def load_data(self) -> None:
-        """Reads the prompts, loads policy and reward model, and tokenises; says what was decided."""
+        """Reads the prompts, loads policy and reward model, and tokenizes; says what was decided."""
         config, data, settings = self.config, self.config.data, self.config.training
         self.data = load_prompts(data, data.source, seed=settings.seed)
         self.pretrained = self.load_pretrained(causal=True)

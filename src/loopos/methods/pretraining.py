@@ -1,9 +1,8 @@
 """Pretraining: a tokenizer and a new causal language model from plain text.
 
-    text → documents → byte-level BPE → pieces of tokens → next-token loss → update → weights that other configs name
+    text → documents → byte-level BPE → segments of tokens → next-token loss → update
 
-Enters: a `PretrainingConfig`. Leaves: a run folder, and at `data.output_weights` the weights with their config and
-tokenizer. Left out: the loop (`training.fit`), the reading of text (`data.corpus`).
+Writes a run folder, and the weights with their config and tokenizer to `data.output_weights`, which other configs name.
 """
 
 from __future__ import annotations

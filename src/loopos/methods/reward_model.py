@@ -1,10 +1,9 @@
-"""Reward modelling: from preferences between responses to a score that a policy can be trained on.
+"""Reward modeling: learns from comparisons a score that a policy can be trained on.
 
     comparisons → chat template → tokens → transformer → score at the last token → −log σ(r_chosen − r_rejected)
 
-Enters: a `RewardModelConfig`. Leaves: a run folder with checkpoints, events, a report and the trained reward model,
-whose scores are normalized over the training responses. After Christiano et al. 2017, Stiennon et al. 2020 and Ouyang
-et al. 2022. Left out: the loop (`training.fit`), the reading of data (`data.preference_data`).
+Scores of the exported model are normalized over the training responses. After Christiano et al. 2017, Stiennon et al.
+2020 and Ouyang et al. 2022.
 """
 
 from __future__ import annotations
@@ -41,7 +40,7 @@ class RewardModelTrainer(Trainer[RewardModelConfig]):
     """Learns what people prefer: `RewardModelTrainer(config).train()`."""
 
     def load_data(self) -> Pretrained:
-        """Reads the comparisons, loads the model, and tokenises by its template; says what was decided."""
+        """Reads the comparisons, loads the model, and tokenizes by its template; says what was decided."""
         config, data = self.config, self.config.data
         self.data = load_comparisons(data, data.source, seed=config.training.seed)
         self.pretrained = self.load_pretrained()
@@ -70,7 +69,7 @@ class RewardModelTrainer(Trainer[RewardModelConfig]):
         self.shares_prompts = self.device.type == "cpu" and backbone.supports_shared_prefixes
         self.print_attention(backbone)
         if not self.shares_prompts:
-            self.progress.say("prompts: computed once for each response, not once for all of a row")
+            self.progress.say("prompts are computed once per response: shared prefixes are not exact for this model")
         initially_frozen = set_trained(backbone.model, settings)
         if settings.gradient_checkpointing:
             backbone.model.activation_checkpointing_enable()
@@ -150,7 +149,7 @@ class RewardModelTrainer(Trainer[RewardModelConfig]):
         """Normalizes the scores over training responses, and scores the validation comparisons for the report."""
         self.normalization = Normalization.none(self.config.reward.heads)
         if self.config.reward.normalize:
-            every = [score for scores in self.scores(self._normalising_rows()) for score in scores]
+            every = [score for scores in self.scores(self._normalizing_rows()) for score in scores]
             self.normalization = found = Normalization.of(torch.tensor(every))
             spread = ", ".join(f"{m:.3f} ± {s:.3f}" for m, s in zip(found.mean, found.std, strict=True))
             self.progress.say(f"scores of {len(every)} training responses before normalizing: {spread}")
@@ -174,7 +173,7 @@ class RewardModelTrainer(Trainer[RewardModelConfig]):
     def export_summary(self) -> list[str]:
         return [*super().export_summary(), f"model: {how_it_opens(self.run_dir / 'model')}"]
 
-    def _normalising_rows(self) -> list[EncodedComparison]:
+    def _normalizing_rows(self) -> list[EncodedComparison]:
         """Training comparisons, at most `reward.normalize_over` of them, the same ones for the same seed."""
         most = self.config.reward.normalize_over
         if len(self.train_rows) <= most:

@@ -1,9 +1,9 @@
-"""Reinforcement learning from human feedback: what people prefer, learned, then written.
+"""Reinforcement learning from human feedback: a reward model, then PPO against it (Ouyang et al. 2022).
 
     phase 1: comparisons → reward model        phase 2: prompts → responses → scores → PPO
 
-Enters: an `RlhfConfig`. Leaves: the reward model's run in `reward_model/` under the output folder, and in the folder
-itself the policy's run. After Ouyang et al. 2022. Left out: both phases (`methods.reward_model`, `methods.ppo`).
+The reward model's run is in `reward_model/` under the output folder, the policy's run in the folder itself. Apart from
+both phases, because each method has a file of its own.
 """
 
 from __future__ import annotations

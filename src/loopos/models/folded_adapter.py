@@ -60,8 +60,8 @@ def fold_adapter(model: PreTrainedModel, adapter: AdapterFolder) -> PreTrainedMo
     scale, largest = float(expected.abs().max()), float((found - expected).abs().max())
     if not largest <= _TOLERANCE * scale:
         raise UserError(
-            f"{adapter.source}: {_described(adapter)}: merged into its base it answers otherwise than beside it: "
-            f"outputs differ by {largest:.3g} where they reach {scale:.3g}; it cannot be merged"
+            f"{adapter.source}: {_described(adapter)}: the merged model differs from base plus adapter: "
+            f"outputs differ by {largest:.3g} (largest output {scale:.3g}); it cannot be merged"
         )
     return merged.requires_grad_(True)
 

@@ -1,15 +1,11 @@
-"""What a GGUF file says of itself, read without its tensors.
+"""GGUF files: their metadata, and their conversion to an ordinary model folder in the user's cache.
 
-Enters: a GGUF file. Leaves: key → value. The package gguf reads the same in some ten seconds for a vocabulary of 50,000
-tokens, since it makes arrays of every string; transformers does so twice. Left out: tensors.
+The package gguf takes ten seconds to read the metadata of a vocabulary of 50,000 tokens, because it makes an array of
+every string, and transformers reads them twice: the metadata are read here, without the tensors. transformers also
+dequantizes in pure Python, twenty seconds even for a small model, for config, tokenizer and weights each. The converted
+folder (safetensors in fp32, the dequantized values exactly) opens in under a second. Its name is the file's SHA-256 and
+the version of the conversion.
 Format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
-
-GGUF files, converted once to an ordinary model folder in the user's cache.
-
-transformers dequantises a GGUF by a pure-Python reader that takes some twenty seconds even for a small model, three
-times over (config, tokenizer, weights). The folder (safetensors in fp32: the dequantised values exactly) then opens in
-under a second. It is named by the file's SHA-256 and the version of the conversion, so that a changed file is
-converted anew, and every file where the conversion itself has changed.
 """
 
 from __future__ import annotations

@@ -22,7 +22,7 @@ from loopos.config.pretraining import PretrainingConfig
 from loopos.config.reward_model import RewardModelConfig
 from loopos.config.sections import LoraSection
 from loopos.config.sft import SftConfig
-from loopos.data.labelled import LabeledData, load_labeled
+from loopos.data.labeled import LabeledData, load_labeled
 from loopos.data.preference_data import PreferenceData, load_comparisons, load_prompts, load_thumbs
 from loopos.data.preference_tokens import EncodedComparison, PreferenceEncoder
 from loopos.data.preferences import Comparison

@@ -253,7 +253,7 @@ async def _http_error_response(request: Request, error: Exception) -> Response:
     """Unknown paths and methods."""
     assert isinstance(error, HTTPException)
     path, method = request.url.path, request.method
-    message = f"{path}: there is no such path" if error.status_code == 404 else f"{method} {path}: not allowed"
+    message = f"{path}: no such path" if error.status_code == 404 else f"{method} {path}: not allowed"
     code = {404: "not_found", 405: "method_not_allowed"}.get(error.status_code)
     return error_response(ApiError(error.status_code, message, code=code, headers=error.headers))
 

@@ -14,7 +14,7 @@ import numpy as np
 
 from loopos.config.figures import figure
 from loopos.data.formats import Labeled
-from loopos.data.labelled import Target
+from loopos.data.labeled import Target
 from loopos.data.labels import LabelSpace
 from loopos.data.reading import DataReport
 from loopos.evaluation.blocks import Block, Grid, Heading, Paragraph
@@ -26,7 +26,7 @@ _CHARACTERS_IN_REPORT = 500
 
 
 @dataclass(frozen=True)
-class Judgement:
+class Judgment:
     """`meaning` (probabilities `[N, C]` or values `[N]`) and `targets`, both in the order of `examples`.
 
     `report` and `tokens`: what was dropped and cut. `threshold`: the probability from which a label is predicted.

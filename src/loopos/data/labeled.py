@@ -113,7 +113,7 @@ def encode_all(
     if diagnostics and (on_bad_row == "error" or not kept_rows):
         raise BadRows(diagnostics, len(diagnostics), "correct these labels", SKIP_ROWS)
     if diagnostics:
-        reason = "label that is no number" if space.task == "regression" else "label of no class"
+        reason = "label is not a number" if space.task == "regression" else "label is not a known class"
         dropped = {**report.dropped, reason: len(diagnostics)}
         report = replace(report, used=len(kept_rows), dropped=dropped, diagnostics=[*report.diagnostics, *diagnostics])
     return kept_rows, targets, report
