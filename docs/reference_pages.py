@@ -14,8 +14,8 @@ from typing import Any
 
 ROOT = Path(__file__).parents[1]
 PYTHON: Mapping[str, str] = {
-    "training": "train Run FitResult read_config Trainer FineTuner SftTrainer ChainOfThought RewardModelTrainer "
-    "PpoTrainer ReinforcementTrainer Pretrainer",
+    "training": "train Run FitResult read_config Trainer FineTuner SftTrainer ChainOfThought PreferenceTrainer "
+    "KtoTrainer RewardModelTrainer PpoTrainer ReinforcementTrainer Pretrainer",
     "plugins": "register_method register_loss register_algorithm register_reward register_format register_merge_method "
     "register_exporter register_tracker",
     "models": "load Predictor RewardPredictor Reasoner ensemble ensembling.ensemble.EnsembleResult",
@@ -23,8 +23,8 @@ PYTHON: Mapping[str, str] = {
     "compression_and_merging": "merge prune quantize merging.merge.MergeResult compression.pipeline.Changed "
     "compression.pipeline.ChangedModel",
     "export": "export exporting.export.Exported",
-    "configs": "FineTuningConfig SftConfig ChainOfThoughtConfig RewardModelConfig PpoConfig RlhfConfig "
-    "PretrainingConfig MergeConfig PruningRecipe QuantizationRecipe",
+    "configs": "FineTuningConfig SftConfig ChainOfThoughtConfig PreferenceConfig RewardModelConfig PpoConfig "
+    "RlhfConfig PretrainingConfig MergeConfig PruningRecipe QuantizationRecipe",
     "errors": "UserError ConfigError DataError",
 }
 """Page → its public names (each name of `loopos` stands on one page), and by their modules what functions return."""

@@ -21,7 +21,9 @@ CLASSES = {
     *(
         "ChainOfThought",
         "FineTuner",
+        "KtoTrainer",
         "PpoTrainer",
+        "PreferenceTrainer",
         "Pretrainer",
         "ReinforcementTrainer",
         "RewardModelTrainer",
@@ -32,6 +34,7 @@ CLASSES = {
         "ChainOfThoughtConfig",
         "FineTuningConfig",
         "PpoConfig",
+        "PreferenceConfig",
         "PretrainingConfig",
         "RewardModelConfig",
         "RlhfConfig",

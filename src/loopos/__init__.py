@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from loopos.config.merge import MergeConfig
     from loopos.config.methods import register_method
     from loopos.config.ppo import PpoConfig
+    from loopos.config.preference import PreferenceConfig
     from loopos.config.pretraining import PretrainingConfig
     from loopos.config.reward_model import RewardModelConfig
     from loopos.config.rlhf import RlhfConfig
@@ -39,7 +40,9 @@ if TYPE_CHECKING:
     from loopos.methods.base import Trainer
     from loopos.methods.chain_of_thought import ChainOfThought
     from loopos.methods.fine_tuning import FineTuner
+    from loopos.methods.kto import KtoTrainer
     from loopos.methods.ppo import PpoTrainer
+    from loopos.methods.preference import PreferenceTrainer
     from loopos.methods.pretraining import Pretrainer
     from loopos.methods.reward_model import RewardModelTrainer
     from loopos.methods.rlhf import ReinforcementTrainer
@@ -81,6 +84,8 @@ _MODULES = {
     "FineTuner": "loopos.methods.fine_tuning",
     "SftTrainer": "loopos.methods.sft",
     "ChainOfThought": "loopos.methods.chain_of_thought",
+    "PreferenceTrainer": "loopos.methods.preference",
+    "KtoTrainer": "loopos.methods.kto",
     "RewardModelTrainer": "loopos.methods.reward_model",
     "PpoTrainer": "loopos.methods.ppo",
     "ReinforcementTrainer": "loopos.methods.rlhf",
@@ -89,6 +94,7 @@ _MODULES = {
     "FineTuningConfig": "loopos.config.fine_tuning",
     "SftConfig": "loopos.config.sft",
     "ChainOfThoughtConfig": "loopos.config.chain_of_thought",
+    "PreferenceConfig": "loopos.config.preference",
     "RewardModelConfig": "loopos.config.reward_model",
     "PpoConfig": "loopos.config.ppo",
     "RlhfConfig": "loopos.config.rlhf",
@@ -116,10 +122,13 @@ __all__ = [
     "FineTuner",
     "FineTuningConfig",
     "FitResult",
+    "KtoTrainer",
     "MergeConfig",
     "PpoConfig",
     "PpoTrainer",
     "Predictor",
+    "PreferenceConfig",
+    "PreferenceTrainer",
     "Pretrainer",
     "PretrainingConfig",
     "PruningRecipe",

@@ -12,7 +12,11 @@ from tests.cli.conftest import Invoke, write_jsonl
 
 CHAT = [{"role": "user", "content": "Where is it?"}, {"role": "assistant", "content": "On its way."}]
 KINDS: dict[str, tuple[list[dict[str, Any]], str, str]] = {
-    "pairs": ([{"prompt": "a?", "chosen": "b", "rejected": "c"}], "pairs", "trains reward_model and rlhf"),
+    "pairs": (
+        [{"prompt": "a?", "chosen": "b", "rejected": "c"}],
+        "pairs",
+        "trains dpo and its relatives, kto, reward_model and rlhf",
+    ),
     "pairs with extra columns": (
         [{"prompt": "a?", "chosen": "b", "rejected": "c", "score": 3, "label": 1}],
         "pairs",
