@@ -94,7 +94,7 @@ def pico_configs(pico_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPa
     for act in (demo_fine_tuning, demo_preferences):
         monkeypatch.setattr(act, "packaged_config", small)
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(resolve, "embedded_model", lambda: None)
+    monkeypatch.setattr(resolve, "embedded_model", lambda: Path(__file__))
 
 
 @pytest.mark.usefixtures("pico_configs")
@@ -104,6 +104,7 @@ def test_the_first_act_with_the_pico_model(invoke: Invoke, monkeypatch: pytest.M
     monkeypatch.setattr(demo, "ACTS", acts)
     result = invoke("demo")
     assert result.exit_code == 0, result.stderr
+    assert "nothing is downloaded: the weights (" in result.stderr
     lines = result.stdout.splitlines()
     assert lines[0].startswith("act 1 of 3: fine-tuning")
     assert lines.pop().startswith("act 3 of 3: preferences")

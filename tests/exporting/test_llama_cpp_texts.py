@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-BENCH = Path(__file__).parents[3] / "bench" / "gguf_text.py"
+BENCH = Path(__file__).parents[2] / "bench" / "gguf_text.py"
 
 
 @pytest.mark.slow

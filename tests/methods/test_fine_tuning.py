@@ -93,8 +93,8 @@ def test_the_guides_config_trains_validates_saves_and_predicts(guide_runs: dict[
     assert (guide_runs["bin"].step, guide_runs["bin"].stopped_by) == (15, "epochs")
     assert len(events_of(run, "validation")) == 6
     steps = [event["metrics"] for event in events_of(run, "step")]
-    # Warm-up over the first of 15 steps, then linear to 0 behind the last.
-    expected = [1e-5, *(1e-5 * left / 14 for left in range(14, 0, -1))]
+    # Warmup over the first of 15 steps, then half a cosine to 0 after the last.
+    expected = [1e-5, *(1e-5 * (1 + math.cos(math.pi * done / 14)) / 2 for done in range(14))]
     assert [step["learning_rate"] for step in steps] == pytest.approx(expected)
     assert all(math.isfinite(step["loss"]) for step in steps)
     predictions = Predictor.open(run).predict(["word3 word7", "word1"])

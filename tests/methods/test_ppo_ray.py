@@ -22,7 +22,7 @@ pytestmark = [
 ]
 
 RUN = """
-import json, os, re, signal, sys, threading
+import json, os, re, signal, sys
 from loopos.config.ppo import PpoConfig
 from loopos.rl.workers import opening
 from loopos.rl.workers.ray_transport import RayTransport
@@ -33,22 +33,24 @@ config, killed_at = PpoConfig.model_validate(json.loads(sys.argv[1])), int(sys.a
 
 
 class Killing(RayTransport):
-    places, orders = {}, 0
+    processes, orders = {}, 0
 
     def events(self, seconds):
         found = super().events(seconds)
         for event in found:
             if hasattr(event, "where"):
-                self.places[event.worker] = int(re.match(r"process (\\d+)", event.where)[1])
+                self.processes[event.worker] = int(re.match(r"process (\\d+)", event.where)[1])
         return found
 
     def submit(self, worker, order):
-        # Stopped before it is asked, so that it dies with the order in its hands.
+        # Stopped before the order is sent, so that it dies with the order; killed right after, because the run may be
+        # over in less than a second: another worker takes an order that is late.
         self.orders += 1
         if self.orders == killed_at:
-            os.kill(self.places[worker], signal.SIGSTOP)
-            threading.Timer(1.0, os.kill, (self.places[worker], signal.SIGKILL)).start()
+            os.kill(self.processes[worker], signal.SIGSTOP)
         super().submit(worker, order)
+        if self.orders == killed_at:
+            os.kill(self.processes[worker], signal.SIGKILL)
 
 
 class Spoken(RunProgress):

@@ -27,7 +27,7 @@ from loopos.cli.options import Verbose
 from loopos.cli.outcome import note
 from loopos.cli.process import hush_libraries, restart_with_settings
 from loopos.cli.train import TrainOptions, exit_code, train
-from loopos.config.figures import as_time
+from loopos.config.figures import as_bytes, as_time
 from loopos.demo.symbolic import TASKS, SymbolicItem, Task, symbolic_items, write_items
 from loopos.storage.folder_lock import FolderBusy, only_writer
 
@@ -359,11 +359,15 @@ ACTS = (
 def run(verbose: Verbose = False) -> int:
     """Performs the acts in order; stops at the first that fails or is interrupted. Raises `UserError`."""
     from loopos.models.gguf import cache_folder
-    from loopos.models.resolve import embedded_model
+    from loopos.models.resolve import EMBEDDED_PACKAGE, embedded_model
 
     hush_libraries(verbose=verbose)
-    embedded_model()
+    weights = embedded_model()
     restart_with_settings()
+    note(
+        f"nothing is downloaded: the weights ({as_bytes(weights.stat().st_size)}) are in the installed package "
+        f"{EMBEDDED_PACKAGE}, the data in this one"
+    )
     if not any((cache_folder() / "gguf").glob("*/config.json")):
         note("converting the embedded model once: about half a minute")
     for number, act in enumerate(ACTS, start=1):
