@@ -68,7 +68,7 @@ def _row(mode: str, config: str, trainer: str, summary: str, *reads: Rows, model
 
 
 PREFERENCE_METHODS: Mapping[str, str] = {
-    "dpo": "DPO, or any loss of preference.loss",
+    "dpo": "DPO, and with preference.loss its relatives",
     "ipo": "IPO",
     "simpo": "SimPO (no reference)",
     "orpo": "ORPO (no reference)",
@@ -121,7 +121,7 @@ BUILTIN: Mapping[str, MethodRow] = {
             "posttraining",
             "preference:PreferenceConfig",
             "preference:PreferenceTrainer",
-            f"a policy from comparisons, without reinforcement learning: {summary}",
+            f"a policy from comparisons: {summary}",
             "comparisons",
             model="language",
         )
@@ -220,8 +220,18 @@ def config_classes() -> Mapping[MethodName, type[MethodConfig]]:
     return _ConfigClasses()
 
 
+def _eights(names: list[str]) -> list[list[str]]:
+    """Names in lines of eight."""
+    return [names[first : first + 8] for first in range(0, len(names), 8)]
+
+
 def methods_help() -> str:
-    """The built-in methods for `loopos train --help`, one a line; the mark in front keeps the lines apart."""
-    width = max(map(len, BUILTIN))
-    lines = [f"  {method:<{width}}  {row.summary}" for method, row in BUILTIN.items()]
-    return "\n".join(["\b", "Methods (computation.method):", *lines])
+    """The built-in methods for `loopos train --help`, one per line, presets of one method together; the mark in front
+    keeps the lines apart.
+    """
+    shown = {method: row for method, row in BUILTIN.items() if method not in PREFERENCE_METHODS or method == "dpo"}
+    width = max(map(len, shown))
+    lines = [f"  {method:<{width}}  {row.summary}" for method, row in shown.items()]
+    presets = [f"  {' ':<{width}}  {' '.join(names)}" for names in _eights([*PREFERENCE_METHODS][1:])]
+    after = 1 + [*shown].index("dpo")
+    return "\n".join(["\b", "Methods (computation.method):", *lines[:after], *presets, *lines[after:]])
