@@ -39,8 +39,8 @@ ARROWS: dict[str, set[str]] = {
     # The packaged demo is data alone.
     "demo": set(),
 }
-# rlhf runs reward_model and then ppo; chain_of_thought is sft with steps.
-METHODS_THAT_RUN_OTHERS = {"rlhf": {"reward_model", "ppo"}, "chain_of_thought": {"sft"}}
+# rlhf runs reward_model and then ppo; chain_of_thought is sft with steps, kto the method of preferences with other rows.
+METHODS_THAT_RUN_OTHERS = {"rlhf": {"reward_model", "ppo"}, "chain_of_thought": {"sft"}, "kto": {"preference"}}
 MOST_LINES_OF_A_FILE = 500
 MOST_LINES_OF_A_FUNCTION = 65
 # The package's own front doors: its names, the functions and the run behind them, and `python -m loopos`.
