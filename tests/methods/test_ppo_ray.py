@@ -33,13 +33,17 @@ config, killed_at = PpoConfig.model_validate(json.loads(sys.argv[1])), int(sys.a
 
 
 class Killing(RayTransport):
-    processes, orders = {}, 0
+    processes, orders, held = {}, 0, []
 
     def events(self, seconds):
-        found = super().events(seconds)
-        for event in found:
+        self.held += super().events(seconds)
+        for event in self.held:
             if hasattr(event, "where"):
                 self.processes[event.worker] = int(re.match(r"process (\\d+)", event.where)[1])
+        if killed_at and len(self.processes) < 2:
+            # Both workers are there before the first order: else the first one answers all of them.
+            return []
+        found, self.held = self.held, []
         return found
 
     def submit(self, worker, order):
