@@ -15,7 +15,7 @@ KINDS: dict[str, tuple[list[dict[str, Any]], str, str]] = {
     "pairs": (
         [{"prompt": "a?", "chosen": "b", "rejected": "c"}],
         "pairs",
-        "trains dpo and its relatives, kto, reward_model and rlhf",
+        "trains reward_model, dpo and its relatives",
     ),
     "pairs with extra columns": (
         [{"prompt": "a?", "chosen": "b", "rejected": "c", "score": 3, "label": 1}],

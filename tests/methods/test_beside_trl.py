@@ -23,7 +23,7 @@ from loopos.functional.preference_losses import PREFERENCE_LOSSES
 from loopos.methods.kto import KtoTrainer
 from loopos.methods.preference import PreferenceTrainer
 from loopos.training.distributed import World
-from loopos.training.preference_batches import ranked
+from loopos.training.preference_objective import ranked
 from loopos.training.progress import RunProgress
 
 pytest.importorskip("trl")

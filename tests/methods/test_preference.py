@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM
 from loopos.config.preference import PRESETS, PreferenceConfig
 from loopos.methods.preference import PreferenceTrainer
 from loopos.training.distributed import World
-from loopos.training.preference_batches import ranked
+from loopos.training.preference_objective import ranked
 from loopos.training.progress import RunProgress
 
 

@@ -192,7 +192,7 @@ _SERVES = {
     "texts": "no label column: loopos predict reads the texts; fine_tuning needs a label; sft and pretraining "
     "learn whole texts from a column text",
     "language": "trains sft and chain_of_thought; its prompts work in loopos generate --input and loopos winrate",
-    "comparisons": "trains dpo and its relatives, kto, reward_model and rlhf; its prompts work for ppo",
+    "comparisons": "trains reward_model, dpo and its relatives, kto and rlhf; its prompts work for ppo",
     "prompts": "only prompts: for ppo, loopos generate --input and loopos winrate",
     "lines": "one text per line: prompts for ppo, loopos generate --input and loopos winrate, texts for loopos "
     "predict, or running text for pretraining",

@@ -33,10 +33,10 @@ def with_mismatched(answers: Sequence[EncodedAnswer], *, seed: int) -> list[Enco
     """
     order = np.random.Generator(np.random.PCG64(seed)).permutation(len(answers)).tolist()
     found = list(answers)
-    for place, index in enumerate(order):
-        following = (order[(place + step) % len(order)] for step in range(1, len(order) + 1))
+    for position, index in enumerate(order):
+        following = (order[(position + step) % len(order)] for step in range(1, len(order) + 1))
         own = answers[index].prompt
-        other = next((each for each in following if answers[each].prompt != own), order[(place + 1) % len(order)])
+        other = next((each for each in following if answers[each].prompt != own), order[(position + 1) % len(order)])
         each = answers[index]
         found[index] = EncodedAnswer(each.prompt, each.response, each.desirable, each.index, answers[other].response)
     return found

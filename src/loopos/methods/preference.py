@@ -33,8 +33,7 @@ from loopos.rl.roles import without_dropout
 from loopos.training.fit import Fit
 from loopos.training.identity import of_comparisons
 from loopos.training.objectives import with_router_loss
-from loopos.training.preference_batches import PreferenceBatches, ranked
-from loopos.training.preference_objective import PreferenceObjective
+from loopos.training.preference_objective import PreferenceBatches, PreferenceObjective, ranked
 from loopos.training.reference import ReferenceCache, cached_logprobs
 from loopos.training.validation import Validation
 
