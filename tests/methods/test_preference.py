@@ -15,6 +15,8 @@ from preference_runs import preference_config as config
 from rich.console import Console
 from transformers import AutoModelForCausalLM
 
+import loopos
+from loopos.config.diagnostics import ConfigError
 from loopos.config.preference import PRESETS, PreferenceConfig
 from loopos.methods.preference import PreferenceTrainer
 from loopos.training.distributed import World
@@ -215,3 +217,31 @@ def test_the_reference_of_an_adapter_is_the_base_with_it(trainable: str, tmp_pat
     assert steps(tmp_path / "plain")[0]["logprob_chosen"] != pytest.approx(found["adapter"][0][2], abs=0.5)
     for one, other in zip(found["adapter"], found["model"], strict=True):
         assert one == pytest.approx(other, abs=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("method", "preference", "message"),
+    [
+        ("dpo", {"loss": "sigmod"}, 'preference.loss: got "sigmod"; expected "sigmoid", '),
+        ("dpo", {"loss": {"sigmoid": 1.0, "mse": 1.0}}, 'preference.loss: got "mse", a loss of fine_tuning'),
+        ("kto", {"loss": "sigmoid"}, "KTO is one loss"),
+        ("dpo", {"reference": "adapter"}, 'preference.reference: got "adapter" with trainable all'),
+        ("dpo", {"beta": 0}, "preference.beta: got 0"),
+    ],
+)
+def test_mistakes_name_their_key(method: str, preference: dict[str, Any], message: str, tmp_path: Path) -> None:
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text('{"prompt": "a", "chosen": "b", "rejected": "c"}\n', encoding="utf-8")
+    written = {
+        "computation": {"mode": "posttraining", "method": method},
+        "training": {"learning_rate": 1e-4},
+        "preference": preference,
+        "data": {
+            "pretrained_weights": "smollm2-135m",
+            "preference_data": str(rows),
+            "output_dir": str(tmp_path / "out"),
+        },
+    }
+    with pytest.raises(ConfigError) as problem:
+        loopos.read_config(written)
+    assert message in str(problem.value)

@@ -15,6 +15,7 @@ from loopos.config.diagnostics import Problem
 from loopos.config.keys import AS_IT_IS, MAY_BE_OWN, Location, Section, Text
 from loopos.config.learning_rates import rate_notes
 from loopos.config.preferences import check_text_files, text_effects, validation_notes
+from loopos.config.registry import choices, did_you_mean
 from loopos.config.reward_model import EXAMPLE_LINES, EXAMPLE_ROW, PreferenceDataSection
 from loopos.config.sections import (
     ComputationSection,
@@ -184,8 +185,12 @@ class PreferenceConfig(MethodConfig):
         yield from checks.check_reading(
             streaming=data.streaming, max_rows=data.max_rows, columns=data.columns.items(), encoding=data.encoding
         )
+        family = [name for name in LOSSES if PREFERENCE in LOSSES[name].methods]
         for name in self.losses:
-            yield from checks.check_loss("preference.loss", name, PREFERENCE)
+            if ":" in name or name in LOSSES:
+                yield from checks.check_loss("preference.loss", name, PREFERENCE)
+            else:
+                yield Problem(("preference.loss",), f'"{name}"', choices(family), did_you_mean(name, family))
         if self.computation.method == KTO and self.preference.loss is not None:
             fields = ("preference.loss", "computation.method")
             yield Problem(fields, f"{self.preference.loss!r} with the method kto", "no such key: KTO is one loss")
