@@ -17,9 +17,10 @@ from preference_runs import preference_config as config
 from test_preference import plain_logprobs
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from loopos.config.registry import loaded
+from loopos.config.variants import LOSSES
 from loopos.data.answer_batches import AnswerRows
 from loopos.data.response_batches import PreferenceBatch
-from loopos.functional.preference_losses import PREFERENCE_LOSSES
 from loopos.methods.kto import KtoTrainer
 from loopos.methods.preference import PreferenceTrainer
 from loopos.training.distributed import World
@@ -130,7 +131,7 @@ def test_losses_without_a_reference(name: str, tmp_path: Path, pico_folder: Path
     batch = method.rows(method.train_rows)(list(range(NUMBER)))
     with torch.no_grad():
         pairs = method.objective.score(batch)
-        own = PREFERENCE_LOSSES[name].function(pairs, method.objective.settings)
+        own = loaded(LOSSES[name].function)(pairs, method.objective.settings)
     trainer: Any = object.__new__(ORPOTrainer if name == "orpo" else CPOTrainer)
     trainer.accelerator = type("A", (), {"device": "cpu"})
     trainer.beta, trainer.label_smoothing, trainer.alpha = method.config.beta, 0.0, 0.0

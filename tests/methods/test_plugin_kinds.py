@@ -88,7 +88,7 @@ def test_every_kind_lists_what_the_package_adds() -> None:
         "plain_numbers": "One JSON file a tensor, as nested lists",
         "ordered_answers": "A question and its answers, best first",
         "focal": "Focal loss with γ = 2 (classification)",
-        "hinge": "Hinge loss of the gap of two scores, with margin 1 (reward_model)",
+        "pair_hinge": "Hinge loss of the gap of two scores, with margin 1 (reward_model)",
         "median": "The median of the models, element by element",
         "first_letter": "1 for a response that begins with one of the letters in the row's column `letters`",
         "lines": "One JSON line an event, in the file `numbers.jsonl` of the run",
@@ -268,7 +268,7 @@ def test_a_loss_of_pairs_and_a_format_of_the_package_train(tmp_path: Path, pico_
     for name, rows, loss in (
         ("plain", [{key: row[key] for key in ("prompt", "chosen", "rejected")} for row in plain], "bradley_terry"),
         ("ordered", ordered, "bradley_terry"),
-        ("hinge", ordered, "hinge"),
+        ("pair_hinge", ordered, "pair_hinge"),
     ):
         file = write_jsonl(tmp_path / f"{name}.jsonl", rows)
         data = {"preference_data": str(file), **({"format": "ordered_answers"} if rows is ordered else {})}
@@ -276,9 +276,9 @@ def test_a_loss_of_pairs_and_a_format_of_the_package_train(tmp_path: Path, pico_
         loopos.train(config, quiet=True)
         found[name] = events_of(tmp_path / name, "step")
     assert found["plain"] == found["ordered"]
-    assert found["hinge"][0]["loss"] == pytest.approx(1.0, abs=0.3)
+    assert found["pair_hinge"][0]["loss"] == pytest.approx(1.0, abs=0.3)
     assert found["plain"][0]["loss"] == pytest.approx(math.log(2), abs=0.2)
-    assert found["hinge"][-1]["loss"] < found["hinge"][0]["loss"]
+    assert found["pair_hinge"][-1]["loss"] < found["pair_hinge"][0]["loss"]
 
 
 def test_a_row_that_is_not_in_the_format_is_named(tmp_path: Path, pico_folder: Path) -> None:
@@ -381,7 +381,7 @@ MISTAKES = [
         "first_letter",
     ),
     ("fine_tuning", {"model": {"loss": "fokal"}}, "model.loss", '"fokal"', "focal"),
-    ("reward_model", {"reward": {"loss": "hing"}}, "reward.loss", '"hing"', "hinge"),
+    ("reward_model", {"reward": {"loss": "pair_hing"}}, "reward.loss", '"pair_hing"', "pair_hinge"),
     ("reward_model", {"data": {"format": "ordered_answer"}}, "data.format", '"ordered_answer"', "ordered_answers"),
     ("fine_tuning", {"training": {"trackers": ["line"]}}, "training.trackers.0", '"line"', "lines"),
 ]
@@ -469,9 +469,9 @@ def test_a_loss_that_returns_a_mean_is_refused(tmp_path: Path, pico_folder: Path
         (
             "fine_tuning",
             "model",
-            "own_variants.losses:hinge",
+            "own_variants.losses:pair_hinge",
             None,
-            '"own_variants.losses:hinge", a loss of reward_model',
+            '"own_variants.losses:pair_hinge", a loss of reward_model',
         ),
         (
             "fine_tuning",

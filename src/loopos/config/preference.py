@@ -14,7 +14,7 @@ from loopos.config import checks
 from loopos.config.diagnostics import Problem
 from loopos.config.keys import AS_IT_IS, MAY_BE_OWN, Location, Section, Text
 from loopos.config.learning_rates import rate_notes
-from loopos.config.preferences import check_text_files, text_effects, validation_notes
+from loopos.config.preferences import PreferenceRole, check_text_files, text_effects, validation_notes
 from loopos.config.registry import choices, did_you_mean
 from loopos.config.reward_model import EXAMPLE_LINES, EXAMPLE_ROW, PreferenceDataSection
 from loopos.config.sections import (
@@ -129,6 +129,15 @@ class PreferenceTrainingSection(LanguageTrainingSection):
     )
 
 
+class PolicyDataSection(PreferenceDataSection):
+    """Where the weights and the preferences come from, how they are read, and where the run goes."""
+
+    # The roles of comparisons, and those of answers with a thumb.
+    columns: dict[PreferenceRole | Literal["completion", "label", "messages"], Text | None] = Field(  # type: ignore[assignment]
+        default={}, description="column of each role; detected when absent, null for none"
+    )
+
+
 class PreferenceConfig(MethodConfig):
     """Config of a run of preference optimization."""
 
@@ -142,7 +151,7 @@ class PreferenceConfig(MethodConfig):
     distributed: DistributedSection = Field(
         default_factory=DistributedSection, description="how the run is distributed over processes"
     )
-    data: PreferenceDataSection = Field(description="weights, rows and output folder")
+    data: PolicyDataSection = Field(description="weights, rows and output folder")
 
     @property
     def preset(self) -> Preset:

@@ -29,9 +29,6 @@ CHAT_TEMPLATES = ("auto", "plain", "none")
 
 PreferenceRole: TypeAlias = Literal[
     "prompt",
-    "completion",
-    "label",
-    "messages",
     "chosen",
     "rejected",
     "responses",

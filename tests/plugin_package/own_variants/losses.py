@@ -10,8 +10,8 @@ def focal(logits, labels):
     return -(1 - logprobs.exp()).square() * logprobs
 
 
-@register_loss("hinge", methods=("reward_model",))
-def hinge(better, worse):
+@register_loss("pair_hinge", methods=("reward_model",))
+def pair_hinge(better, worse):
     """Hinge loss of the gap of two scores, with margin 1."""
     return (1 - (better - worse)).clamp(min=0)
 
