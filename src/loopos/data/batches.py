@@ -175,6 +175,37 @@ class StepBatches(Generic[BatchT]):
         )
 
 
+@dataclass(frozen=True)
+class DerivedBatches(Generic[BatchT]):
+    """The steps of `batches`; a subclass overrides `step` to add what a step needs before its losses."""
+
+    batches: StepBatches[BatchT]
+
+    @property
+    def num_rows(self) -> int:
+        return self.batches.num_rows
+
+    @property
+    def rows_a_step(self) -> int:
+        return self.batches.rows_a_step
+
+    @property
+    def steps_an_epoch(self) -> int:
+        return self.batches.steps_an_epoch
+
+    def step(self, cursor: Cursor) -> list[BatchT]:
+        """This rank's micro-batches of the step at `cursor`."""
+        return self.batches.step(cursor)
+
+    def idle(self) -> BatchT:
+        """A batch of the shortest row."""
+        return self.batches.idle()
+
+    def after(self, cursor: Cursor, losses: Mapping[str, float] | None = None) -> Cursor:
+        """The cursor of the next step."""
+        return self.batches.after(cursor, losses)
+
+
 @lru_cache(maxsize=2)
 def shuffled(number: int, seed: int, turn: int) -> np.ndarray:
     """The order of `number` rows in pass `turn` over them, from these numbers only; read-only. A permutation takes 40

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from loopos.data.answer_batches import AnswerBatch, AnswerRows
-from loopos.data.batches import Cursor, StepBatches
+from loopos.data.batches import Cursor, DerivedBatches
 from loopos.functional.preference_losses import kto_losses
 from loopos.training.distributed import World
 from loopos.training.preference_objective import Logprobs
@@ -92,27 +92,14 @@ class KtoObjective:
 
 
 @dataclass(frozen=True)
-class KtoBatches:
+class KtoBatches(DerivedBatches[AnswerBatch]):
     """The answers of each step with its baseline: max(0, the mean of log π/ρ over the mismatched pairs of the step),
     over all micro-batches and ranks. mismatched: the same rows with their mismatched answers.
     """
 
-    batches: StepBatches[AnswerBatch]
     mismatched: AnswerRows
     objective: KtoObjective
     world: World
-
-    @property
-    def num_rows(self) -> int:
-        return self.batches.num_rows
-
-    @property
-    def rows_a_step(self) -> int:
-        return self.batches.rows_a_step
-
-    @property
-    def steps_an_epoch(self) -> int:
-        return self.batches.steps_an_epoch
 
     def step(self, cursor: Cursor) -> list[AnswerBatch]:
         """This rank's micro-batches of the step at `cursor`."""
@@ -131,9 +118,3 @@ class KtoBatches:
         values = [value for _, value in sorted(pair for part in parts for pair in part)]  # type: ignore[attr-defined]
         baseline = max(0.0, sum(values) / len(values)) if values else 0.0
         return [replace(batch, baseline=baseline) for batch in found]
-
-    def idle(self) -> AnswerBatch:
-        return self.batches.idle()
-
-    def after(self, cursor: Cursor, losses: Mapping[str, float] | None = None) -> Cursor:
-        return self.batches.after(cursor, losses)

@@ -15,7 +15,7 @@ from torch import Tensor
 from loopos.config.diagnostics import UserError
 from loopos.config.registry import loaded
 from loopos.config.variants import LOSSES
-from loopos.data.batches import Cursor, StepBatches
+from loopos.data.batches import Cursor, DerivedBatches
 from loopos.data.response_batches import PreferenceBatch
 from loopos.functional.packing import PackedLayout
 from loopos.functional.preference_losses import LossSettings, Pairs
@@ -181,26 +181,13 @@ class PreferenceObjective:
 
 
 @dataclass(frozen=True)
-class PreferenceBatches:
+class PreferenceBatches(DerivedBatches[PreferenceBatch]):
     """The comparisons of each step. objective: computes what a step needs before its losses; world: over which ranks
     are taken.
     """
 
-    batches: StepBatches[PreferenceBatch]
     objective: PreferenceObjective
     world: World
-
-    @property
-    def num_rows(self) -> int:
-        return self.batches.num_rows
-
-    @property
-    def rows_a_step(self) -> int:
-        return self.batches.rows_a_step
-
-    @property
-    def steps_an_epoch(self) -> int:
-        return self.batches.steps_an_epoch
 
     def step(self, cursor: Cursor) -> list[PreferenceBatch]:
         """This rank's micro-batches of the step at `cursor`."""
@@ -208,12 +195,6 @@ class PreferenceBatches:
         if cursor == Cursor() and self.objective.needs_reference:
             found = [replace(batch, is_first=True) for batch in found]
         return ranked(found, self.objective, self.world) if self.objective.needs_ranks else found
-
-    def idle(self) -> PreferenceBatch:
-        return self.batches.idle()
-
-    def after(self, cursor: Cursor, losses: Mapping[str, float] | None = None) -> Cursor:
-        return self.batches.after(cursor, losses)
 
 
 @torch.no_grad()
