@@ -14,6 +14,7 @@ from test_preference import plain_logprobs
 from transformers import AutoModelForCausalLM
 
 from loopos.config.diagnostics import DataError
+from loopos.data.answer_batches import EncodedAnswer, with_mismatched
 from loopos.data.batches import Cursor
 from loopos.methods.kto import KtoTrainer
 from loopos.training.progress import RunProgress
@@ -49,7 +50,6 @@ def test_loss_and_baseline_equal_a_plain_computation(tmp_path: Path, pico_folder
     batches = method.fit.batches.step(Cursor(0, 1))
     rows = [method.train_answers[row] for batch in batches for row in batch.rows]
     assert len(rows) == 12
-    assert all(row.mismatched != row.response or row.prompt for row in rows)
     baseline = max(0.0, float(torch.stack([ratio(row.prompt, row.mismatched) for row in rows]).mean()))
     assert [batch.baseline for batch in batches] == pytest.approx([baseline] * len(batches), abs=1e-4)
     expected = 0.0
@@ -60,6 +60,18 @@ def test_loss_and_baseline_equal_a_plain_computation(tmp_path: Path, pico_folder
     with torch.no_grad():
         loss = sum(float(method.objective.loss(batch)["loss"]) for batch in batches)
     assert loss == pytest.approx(expected, rel=1e-5)
+
+
+def test_every_prompt_is_paired_with_the_answer_to_another_one() -> None:
+    """Prompts 0 to 3 have two answers each; an answer is its own number."""
+    answers = [EncodedAnswer([number // 2], [100 + number], bool(number % 2), number) for number in range(8)]
+    for seed in range(20):
+        paired = with_mismatched(answers, seed=seed)
+        assert [(each.prompt, each.response, each.index) for each in paired] == [
+            ([n // 2], [100 + n], n) for n in range(8)
+        ]
+        assert all((each.mismatched[0] - 100) // 2 != each.prompt[0] for each in paired)
+    assert with_mismatched(answers, seed=1) != with_mismatched(answers, seed=2)
 
 
 def test_micro_batches_and_comparisons_change_nothing(tmp_path: Path, pico_folder: Path) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from preference_runs import events_of
+from preference_runs import comparisons, events_of, write_rows
 from preference_runs import preference_config as config
 from rich.console import Console
 from transformers import AutoModelForCausalLM
@@ -203,8 +203,7 @@ def _lines(settings: PreferenceConfig) -> list[str]:
 @pytest.mark.parametrize("trainable", ["all", "lora"])
 def test_the_reference_of_an_adapter_is_the_base_with_it(trainable: str, tmp_path: Path, pico_folder: Path) -> None:
     """From a folder of adapters: rewards are 0 in the first step, and the run equals one from the merged weights."""
-    first = trained(config(tmp_path / "first", pico_folder, training={"trainable": "lora", "max_steps": 6}))
-    assert first.lora is not None
+    trained(config(tmp_path / "first", pico_folder, training={"trainable": "lora", "max_steps": 6}))
     found = {}
     for name in ("adapter", "model"):
         run = tmp_path / f"from_{name}"
@@ -212,8 +211,7 @@ def test_the_reference_of_an_adapter_is_the_base_with_it(trainable: str, tmp_pat
         trained(config(run, tmp_path / "first" / name, training=training))
         found[name] = [(step["loss"], step["reward_margin"], step["logprob_chosen"]) for step in steps(run)]
     assert found["adapter"][0][:2] == (pytest.approx(math.log(2), abs=1e-7), 0)
-    plain = trained(config(tmp_path / "plain", pico_folder, training={"max_steps": 1}))
-    assert plain is not None
+    trained(config(tmp_path / "plain", pico_folder, training={"max_steps": 1}))
     assert steps(tmp_path / "plain")[0]["logprob_chosen"] != pytest.approx(found["adapter"][0][2], abs=0.5)
     for one, other in zip(found["adapter"], found["model"], strict=True):
         assert one == pytest.approx(other, abs=1e-4)
@@ -245,3 +243,41 @@ def test_mistakes_name_their_key(method: str, preference: dict[str, Any], messag
     with pytest.raises(ConfigError) as problem:
         loopos.read_config(written)
     assert message in str(problem.value)
+
+
+def test_keys_that_the_loss_does_not_read_are_named(tmp_path: Path, pico_folder: Path) -> None:
+    def notes(method: str, **preference: Any) -> str:
+        return "\n".join(config(tmp_path / "run", pico_folder, method, preference=preference).notes())
+
+    assert "preference.divergence has no effect: nca does not read it" in notes("nca", divergence="forward_kl")
+    assert "preference.simpo_margin has no effect: sigmoid does not read it" in notes("dpo", simpo_margin=1.0)
+    assert "preference.label_smoothing has no effect: KTO" in notes("kto", label_smoothing=0.1)
+    assert "preference.reference has no effect: simpo has no reference" in notes("simpo", reference="cached")
+    assert "preference" not in notes("dpo", label_smoothing=0.1, divergence="alpha", divergence_alpha=0.3)
+
+
+def test_the_likelihood_counts_every_token_of_the_chosen_response(tmp_path: Path, pico_folder: Path) -> None:
+    """length_alpha weighs the tokens of pairs only."""
+    found = []
+    for alpha in (1.0, 0.2):
+        section = {"loss": {"sigmoid": 1.0, "sft": 1.0}, "length_alpha": alpha}
+        run = tmp_path / f"run{alpha}"
+        trained(config(run, pico_folder, "dpo", preference=section, training={"max_steps": 1}))
+        found.append(steps(run)[0]["sft"])
+    assert found[0] == found[1]
+
+
+@pytest.mark.parametrize("method", ["dpo", "kto"])
+def test_metrics_of_the_user_are_refused(method: str, tmp_path: Path, pico_folder: Path) -> None:
+    file = write_rows(tmp_path / "rows.jsonl", comparisons(8))
+    written = {
+        "computation": {"mode": "posttraining", "method": method},
+        "training": {"learning_rate": 1e-4},
+        "data": {
+            "pretrained_weights": str(pico_folder),
+            "preference_data": str(file),
+            "output_dir": str(tmp_path / "out"),
+        },
+    }
+    with pytest.raises(loopos.UserError, match=f"metrics: got functions; expected none with {method}"):
+        loopos.train(written, metrics={"gap": lambda predictions, targets: 0.0}, quiet=True)

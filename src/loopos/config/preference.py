@@ -62,6 +62,15 @@ PRESETS: Mapping[str, Preset] = {
 """Method name → preset. beta is that of the paper's or its authors' code where they give one."""
 
 KTO = "kto"
+_READ_BY: Mapping[str, tuple[str, ...]] = {
+    "label_smoothing": ("sigmoid", "robust", "exo", "aot", "simpo", "cpo", "orpo"),
+    "simpo_margin": ("simpo",),
+    "discopop_temperature": ("discopop",),
+    "divergence": ("sigmoid", "robust", "ipo", "hinge", "exo", "discopop"),
+    "margins": ("sigmoid", "robust", "hinge", "exo", "discopop", "simpo", "cpo"),
+    "soft_labels": ("sigmoid", "robust", "aot", "simpo", "cpo", "orpo"),
+}
+"""Key of `preference` → the built-in losses that read it."""
 
 
 class PreferenceSection(Section):
@@ -213,9 +222,32 @@ class PreferenceConfig(MethodConfig):
             self.data, {"preference_data": rows, "training_data": rows, "validation_data": rows}
         )
 
+    def _effects(self) -> dict[str, tuple[bool, str]]:
+        """Key of `preference` → whether it has an effect, and why not. A loss of the user may read every key."""
+        section, is_kto = self.preference, self.computation.method == KTO
+        names = "KTO" if is_kto else " and ".join(self.losses)
+        built_in = {name for read_by in _READ_BY.values() for name in read_by} | {"nca", "bco", "sppo", "apo_zero"}
+        built_in |= {"apo_down", "sft"}
+        own = not is_kto and any(name not in built_in for name in self.losses)
+        found = {
+            key: (own or (not is_kto and any(name in read_by for name in self.losses)), f"{names} does not read it")
+            for key, read_by in _READ_BY.items()
+        }
+        found |= dict.fromkeys(("desirable_weight", "undesirable_weight"), (is_kto, "only kto reads it"))
+        found["divergence_alpha"] = (
+            found["divergence"][0] and section.divergence == "alpha",
+            "divergence is not alpha",
+        )
+        found["length_alpha"] = (not is_kto, "KTO does not read it")
+        needed = (self.needs_reference, f"{names} has no reference")
+        caches = section.reference == "cached" or (section.reference == "auto" and self.training.trainable != "lora")
+        found["reference"] = needed
+        found["reference_cache"] = (needed[0] and caches, "the reference is not cached" if needed[0] else needed[1])
+        return {f"preference.{key}": effect for key, effect in found.items()}
+
     def notes(self) -> list[str]:
         data, training = self.data, self.training
-        effects = {**checks.effects(training), **text_effects(data)}
+        effects = {**checks.effects(training), **text_effects(data), **self._effects()}
         notes = checks.without_effect(self, effects) + rate_notes(self, "policy")
         source = data.preference_data or data.training_data
         return notes + validation_notes(training, data, source, validates=self.validates)

@@ -222,7 +222,7 @@ def load_plugins() -> tuple[str, ...]:
             raise UserError(
                 f'the plugin "{entry.name}" of the package {package} cannot be imported ({entry.value}): '
                 f"{_reason(problem)}; "
-                "mend or uninstall the package"
+                "fix or uninstall the package"
             ) from problem
         loaded_names.append(entry.name)
     return tuple(loaded_names)

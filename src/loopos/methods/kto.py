@@ -33,6 +33,7 @@ class KtoTrainer(PreferenceTrainer):
 
     def load_data(self) -> None:
         """Reads the answers, loads the model, and tokenizes by its template."""
+        self.refuse_own_metrics()
         config, data = self.config, self.config.data
         self.data = load_thumbs(data, data.source, seed=config.training.seed)
         self.pretrained = self.load_pretrained(causal=True)
@@ -127,4 +128,4 @@ class KtoTrainer(PreferenceTrainer):
         metrics = self.means((replace(batch, baseline=baseline), counts) for batch, counts in batches)
         self.model.train(was_training)
         metrics["reward_margin"] = metrics["rewards_desirable"] - metrics["rewards_undesirable"]
-        return self.with_own_metrics(metrics, [], [])
+        return metrics

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from loopos.config.diagnostics import UserError
 from loopos.config.preference import PreferenceConfig
 from loopos.data.batches import ComparisonRows, StepBatches, in_step
 from loopos.data.digest import comparisons_digest
@@ -26,10 +27,9 @@ from loopos.functional.preference_losses import LossSettings
 from loopos.methods.base import Direction, Trainer
 from loopos.models.adapters import AdapterView, set_trained_language_model
 from loopos.models.attention import prompt_runs_once
-from loopos.models.backbone import Backbone
 from loopos.models.folders import export_language_model
 from loopos.models.language_model import LanguageModel
-from loopos.rl.roles import without_dropout
+from loopos.rl.roles import Reference, without_dropout
 from loopos.training.fit import Fit
 from loopos.training.identity import of_comparisons
 from loopos.training.objectives import with_router_loss
@@ -51,13 +51,7 @@ class Policy(nn.Module):
 
     def forward(self, ids: Tensor, layout: PackedLayout, positions: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         """Log-probabilities of `targets` `[M]` after `positions` `[M]`, and entropies, nats. ids `[T]` → two `[M]`."""
-        return self.logprobs(self.model.backbone, ids, layout, positions, targets)
-
-    def logprobs(
-        self, backbone: Backbone | AdapterView, ids: Tensor, layout: PackedLayout, positions: Tensor, targets: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        """As `forward`, with another view of the backbone."""
-        return self.model.logprobs(backbone(ids, layout)[positions], targets)
+        return self.model.logprobs(self.model.backbone(ids, layout)[positions], targets)
 
 
 class PreferenceTrainer(Trainer[PreferenceConfig]):
@@ -67,6 +61,7 @@ class PreferenceTrainer(Trainer[PreferenceConfig]):
 
     def load_data(self) -> None:
         """Reads the comparisons, loads the model, and tokenizes by its template."""
+        self.refuse_own_metrics()
         config, data = self.config, self.config.data
         self.data = load_comparisons(data, data.source, seed=config.training.seed)
         self.pretrained = self.load_pretrained(causal=True)
@@ -84,6 +79,12 @@ class PreferenceTrainer(Trainer[PreferenceConfig]):
             self.validation_rows, self.validation_tokens = self.encoder.comparisons(self.data.validation)
             lines.append(f"validation tokens: {self.validation_tokens.summary()}")
         self.progress.say(*lines)
+
+    def refuse_own_metrics(self) -> None:
+        """Raises `UserError` for metrics of the user: there are no predictions that they could compare with targets."""
+        if self.metrics:
+            name = self.config.computation.method
+            raise UserError(f"metrics: got functions; expected none with {name}, whose validation has no predictions")
 
     def build_model(self) -> Policy:
         """The policy, what trains, the number format, and where the reference comes from."""
@@ -113,13 +114,8 @@ class PreferenceTrainer(Trainer[PreferenceConfig]):
         """Computes the reference's log-probabilities of a batch; None where they are cached or not needed."""
         if self.caches_reference or not self.config.needs_reference:
             return None
-        view = AdapterView(self.backbone, None)
-
-        @torch.no_grad()
-        def reference(batch: Any) -> Tensor:
-            return self.model.logprobs(view, batch.ids, batch.layout, batch.positions, batch.targets)[0]
-
-        return reference
+        reference = Reference(self.model.model, AdapterView(self.backbone, None), temperature=1.0)
+        return lambda batch: reference(batch.ids, batch.layout, batch.positions, batch.targets)
 
     def build_objective(self) -> Any:
         """The losses and what is reported beside them."""
@@ -215,7 +211,7 @@ class PreferenceTrainer(Trainer[PreferenceConfig]):
         self.model.train(was_training)
         if "loss" not in metrics:
             metrics["loss"] = sum(weight * metrics[name] for name, weight in self.objective.weights.items())
-        return self.with_own_metrics(metrics, [], [])
+        return metrics
 
     def means(self, batches: Iterable[tuple[Any, bool]]) -> dict[str, float]:
         """What the objective computes of batches, as means over all ranks. Batches marked False do not count."""

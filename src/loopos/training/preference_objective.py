@@ -145,6 +145,9 @@ class PreferenceObjective:
 
     def _sum(self, name: str, batch: PreferenceBatch, pairs: Pairs, logprobs: Tensor) -> Tensor:
         weights = batch.pairs.weights
+        if name == SFT and self.length_alpha != 1.0:
+            # A likelihood has no shorter response: every token of the chosen one counts.
+            pairs = replace(pairs, chosen=batch.per_response(logprobs)[batch.pairs.better])
         found = loaded(LOSSES[name].function)(pairs, self.settings)
         if not isinstance(found, Tensor) or found.shape != pairs.chosen.shape:
             shape = tuple(found.shape) if isinstance(found, Tensor) else type(found).__name__
