@@ -17,6 +17,7 @@ from loopos.cli import demo as demo_fine_tuning
 from loopos.cli import demo as demo_preferences
 from loopos.cli import demo as demo_reasoning
 from loopos.config.diagnostics import MissingRequirement
+from loopos.evaluation.run_folder import read_run
 from loopos.models import resolve
 from tests.cli.conftest import Invoke
 
@@ -27,6 +28,7 @@ CONFIGS = [path.name for path in files("loopos.demo").iterdir() if path.name.end
 def test_there_is_a_config() -> None:
     assert sorted(CONFIGS) == [
         "chain_of_thought.json",
+        "dpo.json",
         "fine_tuning.json",
         "ppo.json",
         "replies.json",
@@ -87,7 +89,9 @@ def pico_configs(pico_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPa
     def small(stack: ExitStack, name: str, changes: Mapping[str, object]) -> Any:
         pico = {"training.num_epochs": 1, "training.precision": "fp32", "data.pretrained_weights": pico_folder}
         if name == "ppo.json":
-            pico |= {"training.max_iterations": 2, "training.validate_every": 2, "generation.max_new_tokens": 6}
+            pico |= {"training.max_iterations": 2, "generation.max_new_tokens": 6}
+        if name == "dpo.json":
+            pico |= {"training.max_steps": 2}
         # What builds on an earlier run's weights does so here too.
         return packaged(stack, name, {**pico, **changes})
 
@@ -124,15 +128,21 @@ def test_the_third_act_with_the_pico_model(tmp_path: Path, capsys: pytest.Captur
     lines = capsys.readouterr().out.splitlines()
     for name in ("reward model", "judge"):
         assert any(line.startswith(f"{name}: pair accuracy ") and "on 60 comparisons" in line for line in lines), lines
-    head = next(number for number, line in enumerate(lines) if line.split()[:2] == ["iteration", "reward"])
+    head = next(number for number, line in enumerate(lines) if line.split()[:2] == ["PPO", "iteration"])
     assert [line.split()[0] for line in lines[head + 1 : head + 3]] == ["1", "2"]
-    assert sum(line.startswith("unseen prompts, by the ") for line in lines) == 2
-    assert [line.split()[0] for line in lines if line.startswith("  before")] == ["before"] * 3
+    head = next(number for number, line in enumerate(lines) if line.split()[:2] == ["trained", "tokens"])
+    assert lines[head - 1].startswith("60 unseen prompts, by the judge")
     folder = tmp_path / "outputs" / "demo" / "preferences"
-    prompts = {json.loads(line)["prompt"] for line in (folder / "ppo" / "samples.jsonl").read_text().splitlines()}
+    for name, line in zip(("ppo", "dpo"), lines[head + 1 : head + 3], strict=True):
+        shown, tokens, rate = line.split()[:3]
+        assert (shown, int(tokens.replace(",", ""))) == (name.upper(), demo.trained_tokens(read_run(folder / name)))
+        assert 0 <= int(rate.rstrip("%")) <= 100
+    for shown in ("before", "PPO", "DPO"):
+        assert sum(line.split()[:1] == [shown] for line in lines) >= 3
+    prompts = {row["prompt"] for row in packaged_rows("reply_prompts.jsonl")}
     trained = [row for name in ("replies_train", "replies_judge") for row in packaged_rows(f"{name}.jsonl")]
-    assert len(prompts) == 36
-    assert not any(row["prompt"] in prompt for row in trained for prompt in prompts)
+    assert len(prompts) == 60
+    assert not any(row["prompt"] in prompts for row in trained)
 
 
 def packaged_rows(name: str) -> list[dict[str, str]]:

@@ -3,8 +3,9 @@
 1. A classifier of customer messages.
 2. Chain of thought: one model trained twice on equally many tokens, with worked steps and with only answers. The tasks
    are those of Wei et al. 2022, drawn by `loopos.demo.symbolic`.
-3. Preferences: the model learns to reply, a reward model learns which replies are good, and PPO writes such replies. A
-   second reward model, trained on other comparisons, is the judge. The replies were written for the project.
+3. Preferences: the model learns to reply, a reward model learns which replies are good, and PPO writes such replies;
+   DPO learns from the same comparisons without a reward model, with about as many tokens. A second reward model,
+   trained on other comparisons, judges both. The replies were written for the project.
 
 Each act reads its config from the package (`loopos/demo/*.json`, the same as `configs/demo/*.json`).
 """
@@ -33,6 +34,7 @@ from loopos.storage.folder_lock import FolderBusy, only_writer
 
 if TYPE_CHECKING:
     from loopos.evaluation.run_folder import RunFolder
+    from loopos.evaluation.winrate import Reply
 
 _PACKAGE = "loopos.demo"
 
@@ -230,50 +232,70 @@ def show_answers(answered: Mapping[str, Sequence[Mapping[str, Any]]]) -> None:
             say(f"{answer['problem']}\n    " + answer["text"].strip().replace("\n", "\n    "))
 
 
-REPLIES_CONFIG, REWARD_CONFIG, PPO_CONFIG = "replies.json", "reward_model.json", "ppo.json"
-TRAINING, JUDGING = "replies_train.jsonl", "replies_judge.jsonl"
+REPLIES_CONFIG, REWARD_CONFIG = "replies.json", "reward_model.json"
+POLICY_CONFIGS = {"ppo": "ppo.json", "dpo": "dpo.json"}
+TRAINING, JUDGING, PROMPTS = "replies_train.jsonl", "replies_judge.jsonl", "reply_prompts.jsonl"
 # Each is tested on rows of the other; the judge has less data and uses smaller batches.
 TRAINED = (("reward_model", TRAINING, JUDGING, 8), ("judge", JUDGING, TRAINING, 4))
 _MOST_TESTED = 60
 _PREFERENCES_FOLDER = Path("outputs/demo/preferences")
 _SHOWN = ("reward", "kl", "response_length", "eos_rate")
 _REPLIES_SHOWN = 3
+_SAMPLING: Mapping[str, Any] = {"temperature": 0.7, "max_new_tokens": 32, "seed": 0}
 
 
 def preferences() -> int:
-    """Trains a model that replies, a reward model and a judge, each tested on the other's comparisons, and the policy;
-    shows the results.
+    """Trains a model that replies, a reward model and a judge, each tested on the other's comparisons, and two policies
+    from that model; shows how often their replies are better than its own.
     """
     began = time.monotonic()
     say("replies to customers, good and bad, written for LoopOS (none is collected from people)")
     with ExitStack() as stack:
         folder = stack.enter_context(fresh_folder(_PREFERENCES_FOLDER, run="reward_model"))
-        replies = folder / "replies.jsonl"
-        write_replies(replies, packaged_file(stack, TRAINING))
-        changes: dict[str, object] = {"data.reasoning_examples": replies, "data.output_dir": folder / "replies"}
-        code = _train(packaged_config(stack, REPLIES_CONFIG, changes))
+        code = _train_rewards(stack, folder)
         if code:
             return code
-        start = {"data.pretrained_weights": folder / "replies" / "model"}
-        for name, train_on, test_on, batch_size in TRAINED:
-            changes = {
-                "data.preference_data": packaged_file(stack, train_on),
+        for name, config in POLICY_CONFIGS.items():
+            changes: dict[str, object] = {
+                "data.pretrained_weights": folder / "replies" / "model",
                 "data.output_dir": folder / name,
-                "training.batch_size": batch_size,
             }
-            code = _train(packaged_config(stack, REWARD_CONFIG, {**start, **changes}))
+            if name == "ppo":
+                changes["data.reward_model"] = folder / "reward_model"
+            code = _train(packaged_config(stack, config, changes))
             if code:
                 return code
-            show_accuracy(folder / name, packaged_file(stack, test_on))
-        changes = {"data.reward_model": folder / "reward_model", "evaluation.judge": folder / "judge"}
-        code = _train(packaged_config(stack, PPO_CONFIG, {**start, **changes, "data.output_dir": folder / "ppo"}))
-        if code:
-            return code
     from loopos.evaluation.run_folder import read_run
 
-    show_policy(read_run(folder / "ppo"))
-    show_replies(folder / "ppo" / "samples.jsonl")
-    say(f"wall time {as_time(time.monotonic() - began)}; results in {folder}, summary in {folder}/ppo/report.md")
+    runs = {name: read_run(folder / name) for name in POLICY_CONFIGS}
+    show_iterations(runs["ppo"])
+    prompts = [json.loads(line)["prompt"] for line in packaged_lines(PROMPTS)]
+    replies = {name: replies_of(folder / name, prompts) for name in ("replies", *runs)}
+    show_win_rates(folder, replies, {name: trained_tokens(run) for name, run in runs.items()})
+    show_replies(prompts, replies)
+    say(f"wall time {as_time(time.monotonic() - began)}; results in {folder}, a summary in report.md of each run")
+    return 0
+
+
+def _train_rewards(stack: ExitStack, folder: Path) -> int:
+    """Trains the model that replies, and from it the reward model and the judge."""
+    replies = folder / "replies.jsonl"
+    write_replies(replies, packaged_file(stack, TRAINING))
+    changes: dict[str, object] = {"data.reasoning_examples": replies, "data.output_dir": folder / "replies"}
+    code = _train(packaged_config(stack, REPLIES_CONFIG, changes))
+    if code:
+        return code
+    for name, train_on, test_on, batch_size in TRAINED:
+        changes = {
+            "data.pretrained_weights": folder / "replies" / "model",
+            "data.preference_data": packaged_file(stack, train_on),
+            "data.output_dir": folder / name,
+            "training.batch_size": batch_size,
+        }
+        code = _train(packaged_config(stack, REWARD_CONFIG, changes))
+        if code:
+            return code
+        show_accuracy(folder / name, packaged_file(stack, test_on))
     return 0
 
 
@@ -314,31 +336,66 @@ def show_accuracy(run: Path, file: Path) -> None:
     )
 
 
-def show_policy(run: RunFolder) -> None:
-    """Reward and KL by iteration, and scores of answers to unseen prompts by reward model and judge."""
+def show_iterations(run: RunFolder) -> None:
+    """Reward and KL of PPO by iteration."""
     rollouts = [event["metrics"] for event in run.events if event["event"] == "rollout"]
     rows = [(each["iteration"] + 1, *(f"{each[name]:.2f}" for name in _SHOWN)) for each in rollouts]
-    say(table(rows, head=("iteration", *_SHOWN)))
-    first, last = run.first_metrics, run.last_metrics
-    for name, scores in (("reward", "reward_win_rate"), ("judge", "win_rate")):
-        say(
-            f"unseen prompts, by the {name}: mean {first[name]:.2f} before, {last[name]:.2f} after; the trained policy "
-            f"wins {last[scores]:.0%}"
-        )
+    say(table(rows, head=("PPO iteration", *_SHOWN)))
 
 
-def show_replies(path: Path) -> None:
-    """Answers to the first unseen prompts, before and after."""
-    samples = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-    steps = sorted({each["step"] for each in samples})
-    before, after = (_answers(samples, step) for step in (steps[0], steps[-1]))
-    for one, other in list(zip(before, after, strict=True))[:_REPLIES_SHOWN]:
-        say(" ".join(one["prompt"].split()))
-        say(table([(name, " ".join(each["response"].split())) for name, each in (("before", one), ("after", other))]))
+def trained_tokens(run: RunFolder) -> int:
+    """Tokens that went through the training passes of a run."""
+    tokens: int = [event["metrics"]["tokens"] for event in run.events if event["event"] == "step"][-1]
+    return tokens
 
 
-def _answers(samples: Sequence[dict[str, Any]], step: int) -> list[dict[str, Any]]:
-    return [each for each in samples if each["step"] == step]
+def replies_of(run: Path, prompts: Sequence[str]) -> list[Reply]:
+    """A reply of the run's model to every prompt, with the same seed for every model."""
+    from loopos.cli.opened_models import open_reasoner
+    from loopos.evaluation.winrate import Reply
+    from loopos.generation.settings import SamplingParams
+
+    reasoner = open_reasoner(str(run), device="auto", precision="auto")
+    settings = reasoner.sampling(SamplingParams(**_SAMPLING))
+    found: list[Reply] = []
+    for each in reasoner.engine.generate([reasoner.prompt(prompt) for prompt in prompts], settings, logprobs=False):
+        ended = each.finish_reason in ("stop", "stop string")
+        found.append(Reply(each.text, len(each.token_ids), ended))
+    return found
+
+
+def show_win_rates(folder: Path, replies: Mapping[str, Sequence[Reply]], tokens: Mapping[str, int]) -> None:
+    """How often the judge prefers a policy's reply to that of the model that it started from. tokens: of each policy's
+    training.
+    """
+    from loopos.evaluation.reward_predictor import RewardPredictor
+    from loopos.evaluation.winrate import Contest, Pair, by_reward, rate_of
+
+    judge = by_reward(RewardPredictor.open(str(folder / "judge")))
+    prompts = [json.loads(line)["prompt"] for line in packaged_lines(PROMPTS)]
+    rows: list[tuple[Any, ...]] = []
+    for name, trained in tokens.items():
+        answered = list(zip(prompts, replies[name], replies["replies"], strict=True))
+        rulings = judge([Contest(prompt, one.text, other.text) for prompt, one, other in answered])
+        pairs = [
+            Pair(number, 0, Contest(prompt, one.text, other.text), one, other, ruling)
+            for number, ((prompt, one, other), ruling) in enumerate(zip(answered, rulings, strict=True))
+            if ruling is not None
+        ]
+        rate = rate_of(pairs)
+        lengths = [reply.tokens for reply in replies[name]]
+        shown = f"{rate.rate:.0%} ({rate.low:.0%} to {rate.high:.0%})"
+        rows.append((name.upper(), f"{trained:,}", shown, f"{sum(lengths) / len(lengths):.1f}"))
+    say(f"{len(prompts)} unseen prompts, by the judge: how often a reply is better than before this training")
+    say(table(rows, head=("", "trained tokens", "win rate (95%)", "tokens a reply")))
+
+
+def show_replies(prompts: Sequence[str], replies: Mapping[str, Sequence[Reply]]) -> None:
+    """Replies to the first unseen prompts, before and after."""
+    names = {"before": "replies", **{name.upper(): name for name in POLICY_CONFIGS}}
+    for number, prompt in enumerate(prompts[:_REPLIES_SHOWN]):
+        say(prompt)
+        say(table([(shown, " ".join(replies[name][number].text.split())) for shown, name in names.items()]))
 
 
 @dataclass(frozen=True, slots=True)
@@ -352,7 +409,7 @@ class Act:
 ACTS = (
     Act("fine-tuning: ten intents of customer messages", fine_tuning),
     Act("chain of thought: last letters, coin flips, additions", chain_of_thought),
-    Act("preferences: a reward model, then PPO", preferences),
+    Act("preferences: a reward model and PPO, and DPO beside it", preferences),
 )
 
 
