@@ -45,6 +45,7 @@ PreferenceRole: TypeAlias = Literal[
     "input",
     "context",
     "choices",
+    "history",
 ]
 
 
