@@ -89,7 +89,7 @@ class DataReport:
     Of tokenizing: `lengths` of the used rows (of preferences, of each prompt with its longest response), None before;
     `indices` of the used rows among the read ones. `tokens` counts each prompt once. `trained_tokens`, and `responses`
     and `pairs`, are None where the data has none. `cut`: truncated rows or responses; `tokens_cut`: the tokens that
-    they lost, a lower bound if `shortened` texts were not tokenized to their end.
+    they lost, a lower bound if `shortened` texts were not tokenized to their end; `cut_unit`: what was truncated.
     """
 
     read: int = 0
@@ -107,6 +107,7 @@ class DataReport:
     trained_tokens: int | None = None
     cut: int = 0
     tokens_cut: int = 0
+    cut_unit: str = ""
     max_length: int | None = None
     shortened: int = 0
     lengths: list[int] | None = field(default=None, repr=False)
@@ -133,7 +134,7 @@ class DataReport:
             counts.append(f"{self.trained_tokens:,} trained{fraction}")
         counts.append(length_spread(self.lengths) or "no rows")
         at_least = "at least " if self.shortened else ""
-        lost = f"{self.cut} cut at {self.max_length} ({at_least}{self.tokens_cut} tokens lost)"
+        lost = f"{self.cut} {self.cut_unit}cut at {self.max_length} ({at_least}{self.tokens_cut} tokens lost)"
         return [", ".join(counts), *([lost] if self.cut else [])]
 
 
