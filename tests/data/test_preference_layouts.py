@@ -13,6 +13,7 @@ from loopos.cli.data_check import check
 from loopos.config.diagnostics import DataError
 from loopos.config.preference import PolicyDataSection
 from loopos.config.reward_model import PreferenceDataSection
+from loopos.config.variants import FORMATS
 from loopos.data.decoding import PLAIN_RULES
 from loopos.data.preference_data import load_comparisons, load_prompts, load_thumbs
 from loopos.data.preference_formats import detect
@@ -294,6 +295,28 @@ def test_the_groups_have_every_pair(tmp_path: Path) -> None:
 def test_each_layout_has_a_row() -> None:
     detected = {form.layout.name for row, _, _ in COMPARISONS.values() if (form := _form(row)) and form.layout}
     assert detected == {layout.name for layout in LAYOUTS}
+
+
+@pytest.mark.parametrize(("name", "number_of_columns"), [("Axolotl, nectar", 2), ("UltraFeedback", 2)])
+def test_a_layout_may_be_named(tmp_path: Path, name: str, number_of_columns: int) -> None:
+    """Axolotl needs only the prompt and the answers, which could also be right answers."""
+    row, plain, _ = COMPARISONS[name]
+    kept = {key: row[key] for key in ("prompt", "answers", "instruction", "completions") if key in row}
+    assert len(kept) == number_of_columns
+    data = policy(tmp_path, kept).model_copy(update={"format": name.rpartition(" ")[2].lower()})
+    (found,) = load_comparisons(data, data.source, seed=0).train
+    (tmp_path / "plain").mkdir()
+    assert meaning(found) == meaning(compared(tmp_path / "plain", plain))
+    with pytest.raises(DataError, match="no known format"):
+        load_comparisons(policy(tmp_path, kept), data.source, seed=0)
+
+
+def test_each_layout_is_listed_with_its_columns() -> None:
+    listed = " ".join(FORMATS[name].about.lower() for name in FORMATS)
+    for layout in LAYOUTS:
+        is_named = layout.name.partition("'")[0].lower() in ("nectar", "ultrafeedback")
+        assert is_named or all(column in listed for column in layout.needed), layout.name
+    assert {"nectar", "ultrafeedback"} <= set(FORMATS)
 
 
 def _form(row: dict[str, Any]) -> Any:

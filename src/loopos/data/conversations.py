@@ -172,6 +172,7 @@ def history_of(fields: RowFields) -> list[Message]:
             fields.field("history"),
             actual,
             'pairs such as [["question", "answer"], ...]',
+            'to leave it out: data.columns: {"history": null}',
         )
         return []
     for number, (question, reply) in enumerate(value):

@@ -102,9 +102,9 @@ def ultrafeedback(values: Values) -> Values:
     """UltraFeedback as published (Cui et al. 2023): completions with the judge's `overall_score`, else the mean of its
     ratings of the four aspects.
     """
-    completions = _objects(values["completions"])
+    completions = _objects(values.get("completions"))
     if completions is None:
-        return {"prompt": values["instruction"], "responses": values["completions"], "scores": None}
+        return {"prompt": values.get("instruction"), "responses": values.get("completions"), "scores": None}
     scores: list[object] = []
     for each in completions:
         rated = [_number(_object(aspect).get("Rating")) for aspect in _object(each.get("annotations")).values()]
@@ -112,7 +112,7 @@ def ultrafeedback(values: Values) -> Values:
         mean = sum(numbers) / len(numbers) if numbers else None
         scores.append(mean if each.get("overall_score") is None else each["overall_score"])
     responses = [each.get("response") for each in completions]
-    return {"prompt": values["instruction"], "responses": responses, "scores": scores}
+    return {"prompt": values.get("instruction"), "responses": responses, "scores": scores}
 
 
 def shp(values: Values) -> Values:
@@ -128,12 +128,12 @@ def shp(values: Values) -> Values:
 
 def nectar(values: Values) -> Values:
     """Nectar (Zhu et al. 2023), Axolotl's zephyr.nectar: answers with ranks, 1 the best, to a dialogue as text."""
-    answers = _objects(values["answers"])
-    prompt = values["prompt"]
+    answers = _objects(values.get("answers"))
+    prompt = values.get("prompt")
     ranks = [_number(each.get("rank")) for each in answers or ()]
     return {
         "prompt": _dialogue(prompt) if isinstance(prompt, str) else prompt,
-        "responses": values["answers"] if answers is None else [each.get("answer") for each in answers],
+        "responses": values.get("answers") if answers is None else [each.get("answer") for each in answers],
         "scores": [None if rank is None else -rank for rank in ranks] or None,
     }
 

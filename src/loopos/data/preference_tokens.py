@@ -214,8 +214,8 @@ def _tokenized(
         for (index, groups), uncut, short, segments in zip(found, flat, bounded, encoder.encode(bounded), strict=True):
             ids = iter(segments)
             tokens = [[next(ids) for _ in group] for group in groups]
-            joined = [[token for part in parts for token in part] for parts in tokens]
-            yield index, joined, _masks(groups[1:], tokens[1:]), short is not uncut
+            flat_ids = [[token for part in parts for token in part] for parts in tokens]
+            yield index, flat_ids, _masks(groups[1:], tokens[1:]), short is not uncut
 
 
 def _masks(groups: Sequence[Sequence[Segment]], tokens: Sequence[Sequence[Sequence[int]]]) -> list[list[bool]] | None:
