@@ -368,6 +368,21 @@ def test_columns_of_the_user_win_over_a_layout(tmp_path: Path) -> None:
     assert meaning(found) == ([("user", ASKED)], [([("assistant", BAD)], [("assistant", GOOD)], 1.0, 0.0)], ())
 
 
+@pytest.mark.parametrize(("columns", "expected"), [({"tools": None}, ()), ({"tools": "mine"}, (TOOL,)), ({}, (TOOL,))])
+def test_a_column_beside_a_layout_may_be_named(
+    tmp_path: Path, columns: dict[str, Any], expected: tuple[Any, ...]
+) -> None:
+    row = COMPARISONS["ms-swift, rejected_response"][0]
+    tools = (
+        {"mine": [TOOL], "tools": [{**TOOL, "function": {"name": "other"}}]}
+        if "mine" in columns.values()
+        else {"tools": [TOOL]}
+    )
+    assert compared(tmp_path, row | tools, columns).tools == expected
+    with pytest.raises(DataError, match="no known format"):
+        compared(tmp_path, row | {"note": "x"}, {"context": "note"})
+
+
 def test_the_summary_names_the_layout_and_what_is_not_read(tmp_path: Path) -> None:
     data = policy(tmp_path, COMPARISONS["OpenAI"][0] | {"note": "x"})
     found = load_comparisons(data, data.source, seed=0)

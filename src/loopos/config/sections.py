@@ -248,7 +248,7 @@ class ReadingSection(Section):
 
     format: Annotated[str, VariantName(FORMATS, only=lambda row: row.function is not None)] | None = Field(
         default=None,
-        description="format that the rows are in, as `loopos list formats` names it; found by their columns when absent",
+        description="format of the rows, by its name in `loopos list formats`; found by their columns when absent",
     )
     encoding: Text | None = Field(
         default=None,

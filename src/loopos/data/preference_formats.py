@@ -129,12 +129,19 @@ def detect(
     Raises:
         DataError: an override that fits no role or column, no format that fits, or several.
     """
-    chosen = {role: column for role, column in overrides.items() if column is not None}
-    layout = layout_of([plain_name(name) for name in columns], chosen)
-    if layout is not None:
+    layout = layout_of([plain_name(name) for name in columns])
+    if layout is not None and {role for role, column in overrides.items() if column is not None} <= set(
+        _beside(layout)
+    ):
         return _of_layout(layout, columns, overrides, source)
     fit = detected(_WITH_PROMPTS if prompts else _COMPARISONS, columns, overrides, source)
     return PreferenceFormat(fit.shape.kind, fit.columns, fit.summary)
+
+
+def _beside(layout: Layout) -> list[str]:
+    """The roles that columns beside a layout may have: those that it does not fill itself."""
+    roles = (*_BESIDE_LAYOUT, *(("margin",) if layout.kind in ("pairs", "implicit pairs") else ()))
+    return [role for role in roles if role not in layout.columns]
 
 
 def _of_layout(layout: Layout, columns: Sequence[str], overrides: Overrides, source: str) -> PreferenceFormat:
@@ -142,8 +149,7 @@ def _of_layout(layout: Layout, columns: Sequence[str], overrides: Overrides, sou
     check_overrides(columns, overrides.items(), list(NAMES), source)
     found = {role: path for role, path in layout.columns.items() if overrides.get(role, path) is not None}
     free = [name for name in columns if plain_name(name) not in layout.needed]
-    beside = (*_BESIDE_LAYOUT, *(("margin",) if layout.kind in ("pairs", "implicit pairs") else ()))
-    for role in [role for role in beside if role not in layout.columns]:
+    for role in _beside(layout):
         there = candidates(free, NAMES[role])
         column = overrides.get(role, there[0] if there else None)
         found |= {} if column is None else {role: column}

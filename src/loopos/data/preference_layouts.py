@@ -260,12 +260,8 @@ LAYOUTS: tuple[Layout, ...] = (
 )
 
 
-def layout_of(columns: Sequence[str], chosen: Mapping[str, str]) -> Layout | None:
-    """The layout of rows with these columns (in lower case); None where there is none, or where the user chose a column
-    for a role that it fills. chosen: role → column.
-    """
+def layout_of(columns: Sequence[str]) -> Layout | None:
+    """The layout of rows with these columns (in lower case); None where there is none."""
     names = set(columns)
-    for layout in LAYOUTS:
-        if layout.needed <= names and not layout.without & names and not set(chosen) & set(layout.columns):
-            return layout
-    return None
+    found = (layout for layout in LAYOUTS if layout.needed <= names and not layout.without & names)
+    return next(found, None)
