@@ -3,7 +3,7 @@
     python bench/limits.py [--tokens 445] [--rounds 5]
 
 Products: for every linear layer of the model (without its output layer, which a head replaces) the three of a step, forward, gradient of the input and of the
-weight, in bf16 over packed rows of so many tokens. Optimizer: torch's fused AdamW over fp32 masters of all parameters, and their rounding to bf16. Both take turns;
+weight, in bf16 over packed rows of so many tokens. Optimizer: torch's fused AdamW over fp32 master weights of all parameters, and their rounding to bf16. Both take turns;
 medians. One JSON line. The default is the median number of tokens of a step in bench/fine_tuning.py.
 """
 

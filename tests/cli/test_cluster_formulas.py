@@ -55,22 +55,27 @@ def sizes(transfers: list[Transfer]) -> dict[str, int]:
 
 def test_replicated_every_gpu_holds_all() -> None:
     assert persistent_of(NETWORK, load(), setting()) == {
-        "weights": 2000, "masters": 4000, "gradients": 4000, "optimizer": 8000
+        "weights": 2000, "master weights": 4000, "gradients": 4000, "optimizer": 8000
     }  # fmt: skip
 
 
 def test_sharded_the_master_weights_are_the_weights() -> None:
     assert persistent_of(NETWORK, load(), setting(4)) == {
-        "weights": 0, "masters": 1000, "gradients": 1000, "optimizer": 2000
+        "weights": 0, "master weights": 1000, "gradients": 1000, "optimizer": 2000
     }  # fmt: skip
-    assert persistent_of(FROZEN, load(), setting(4)) == {"weights": 500, "masters": 0, "gradients": 0, "optimizer": 0}
+    assert persistent_of(FROZEN, load(), setting(4)) == {
+        "weights": 500,
+        "master weights": 0,
+        "gradients": 0,
+        "optimizer": 0,
+    }
     assert persistent_of(NETWORK, load(precision="fp32"), setting(4))["weights"] == 1000
 
 
 def test_sharded_a_model_in_training_keeps_fp32_where_it_is_frozen_too() -> None:
     half_frozen = replace(NETWORK, parameters=replace(COUNTS, trained_matrices=400))
     assert persistent_of(half_frozen, load(), setting(4)) == {
-        "weights": 500, "masters": 500, "gradients": 500, "optimizer": 1000
+        "weights": 500, "master weights": 500, "gradients": 500, "optimizer": 1000
     }  # fmt: skip
 
 

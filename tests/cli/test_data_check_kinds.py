@@ -41,6 +41,18 @@ KINDS: dict[str, tuple[list[dict[str, Any]], str, str]] = {
         "trains sft and chain",
     ),
     "completions": ([{"prompt": "a", "completion": "b"}], "completions", "trains sft and chain_of_thought"),
+    "answers with a thumb": (
+        [{"prompt": "a", "completion": "b", "label": True}, {"prompt": "a", "completion": "c", "label": False}],
+        "answers with a thumb",
+        "trains kto",
+    ),
+    "chats with a thumb": ([{"messages": CHAT, "label": True}], "conversations with a thumb", "trains kto"),
+    "completions with a class": (
+        [{"prompt": "a", "completion": "b", "label": "billing"}],
+        "completions",
+        "trains sft and chain_of_thought",
+    ),
+    "chats with a class": ([{"messages": CHAT, "label": "billing"}], "conversations", "trains sft"),
     "worked problems": (
         [{"problem": "a", "reasoning": ["b"], "answer": "c"}],
         "demonstrations",
@@ -106,6 +118,19 @@ def test_pairs_are_counted(invoke: Invoke, tmp_path: Path) -> None:
     assert found["conflicts"] == [{"text": "a?", "preferences": ["bad", "good one"], "lines": [1, 2, 3]}]
     assert found["ranges"]["response characters"] == {"least": 1, "median": 3, "mean": 4.0, "most": 8}
     assert found["roles"] == {"prompt": "prompt", "chosen": "chosen", "rejected": "rejected"}
+
+
+def test_thumbs_are_counted(invoke: Invoke, tmp_path: Path) -> None:
+    """The answer "yes" to one prompt is up once and down once; a thumb that is none is a problem."""
+    said = [("a?", "yes", True), ("a?", "yes", False), ("a?", "no", False), ("b?", "yes", True)]
+    rows = [{"prompt": prompt, "completion": answer, "label": thumb} for prompt, answer, thumb in said]
+    found = json.loads(invoke("data", "check", write_jsonl(tmp_path / "a.jsonl", rows), "--json").stdout)
+    assert found["counts"] == {"different prompts": 2, "up": 2, "down": 2}
+    assert found["conflicts"] == [{"text": "a?", "thumbs": ["yes"], "lines": [1, 2, 3]}]
+    assert found["ranges"]["response characters"]["most"] == 3
+    rows[3]["label"] = "perhaps"
+    result = invoke("data", "check", write_jsonl(tmp_path / "b.jsonl", rows))
+    assert (result.exit_code, "b.jsonl:4: label: got 'perhaps' (text)" in result.stdout) == (2, True)
 
 
 def test_chats_and_problems_are_counted(invoke: Invoke, tmp_path: Path) -> None:

@@ -75,7 +75,7 @@ def test_memory_in_half_precision_has_master_weights_beside_the_weights() -> Non
     assert memory(half_precision=True) == {
         "process": 1000,
         "weights": 200,
-        "masters": 320,
+        "master weights": 320,
         "gradients": 320,
         "optimizer": 640,
         "buffers": int(50 * HEAP_GROWTH) + 6 * 10,
@@ -85,7 +85,7 @@ def test_memory_in_half_precision_has_master_weights_beside_the_weights() -> Non
 
 def test_memory_in_fp32_has_no_master_weights() -> None:
     parts = memory(half_precision=False)
-    assert (parts["weights"], parts["masters"], parts["buffers"]) == (400, 0, int(50 * HEAP_GROWTH) + 4 * 10)
+    assert (parts["weights"], parts["master weights"], parts["buffers"]) == (400, 0, int(50 * HEAP_GROWTH) + 4 * 10)
 
 
 def test_export_reads_the_best_back_and_widens_what_adapters_are_folded_into() -> None:

@@ -132,7 +132,7 @@ def test_the_estimated_peak_memory_is_within_a_tenth(
     need = need_of(load, Setting(1, 1, False, True, checkpointing), longest=64)
     assert load.tokens == rows * 64
     # The steps make gradients and the optimizer's state, and whatever a pass keeps meanwhile; weights were there.
-    measured = live.peak + need.persistent["weights"] + need.persistent["masters"]
+    measured = live.peak + need.persistent["weights"] + need.persistent["master weights"]
     assert measured == pytest.approx(need.peak, rel=0.1)
 
 

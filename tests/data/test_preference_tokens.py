@@ -78,6 +78,10 @@ def test_a_response_of_several_turns_ends_with_the_last() -> None:
     row = encoded(tokenizer, Comparison((Message("user", "how"),), (turns, summary("kind")), ONE, ROW))
     assert row.prompt == [4, 23, 6, 7, 5]
     assert row.responses == [[21, 6, 7, 4, 16, 6, 7, 5, 24, 6], [26, 6]]
+    # hi <|end|> and fine <|end|> count, \n <|user|> 4 <|end|> \n <|assistant|> between them do not.
+    assert row.masks == [[True] * 2 + [False] * 6 + [True] * 2, [True] * 2]
+    assert [list(row.counted(number)) for number in (0, 1)] == [[0, 1, 8, 9], [0, 1]]
+    assert encoded(tokenizer, messages("how", "fine", "kind")).masks is None
 
 
 @pytest.fixture(scope="module")
@@ -201,6 +205,57 @@ def test_what_cutting_makes_the_same_is_dropped() -> None:
     assert [row.index for row in rows] == [0, 1]
     assert report.dropped == {"two responses of the same tokens": 1}
     assert (report.cut, report.tokens_cut) == (1, 3)
+
+
+def test_prompts_are_cut_from_the_left() -> None:
+    """Prompts of 1 and 5 tokens, responses of at most 3: the last 2 tokens of the second one fit, the third has no room
+    for any.
+    """
+    examples = [
+        texts("hi", "hi", " hi"),
+        texts("how kind fine", "hi", " hi", line=4),
+        texts("hi", "hi", "hi hi hi", line=5),
+    ]
+    policy = RowPolicy("cut_prompt")
+    rows, report = encode_comparisons(word_tokenizer(), examples, template=None, max_length=5, policy=policy)
+    assert [(row.prompt, row.responses) for row in rows] == [
+        ([21], [[21, 3], [8, 21, 3]]),
+        ([8, 24], [[21, 3], [8, 21, 3]]),
+    ]
+    assert report.dropped == {"responses leave no room for the prompt": 1}
+    assert (report.read, report.used, report.cut, report.tokens_cut) == (3, 2, 1, 3)
+    assert report.summary().endswith("; 1 prompts cut at 5 (3 tokens lost)")
+
+
+def test_a_cut_prompt_keeps_the_system_s_message_and_the_begin_token(pico: PreTrainedTokenizerBase) -> None:
+    template = chosen(pico, "chatml")
+    system, question = Message("system", "ab a"), Message("user", "b a " * 60)
+    example = Comparison((system, question), (summary("a"), summary("b b")), ONE, ROW)
+    whole = encoded(pico, example, template)
+    head = pico("<|im_start|>system\nab a<|im_end|>\n", add_special_tokens=False)["input_ids"]
+    assert whole.prompt[: len(head)] == head
+    longest = max(map(len, whole.responses))
+    size = len(head) + 20 + longest
+    (row,), report = encode_comparisons(
+        pico, [example], template=template, max_length=size, policy=RowPolicy("cut_prompt")
+    )
+    assert row.prompt == [*head, *whole.prompt[-20:]]
+    assert row.responses == whole.responses
+    assert pico.decode(row.prompt).endswith("<|im_end|>\n<|im_start|>assistant\n")
+    assert (report.cut, report.tokens_cut) == (1, len(whole.prompt) - len(row.prompt))
+    text = Comparison("b a " * 60, ("a", "b b"), ONE, ROW)
+    (row,), _ = encode_comparisons(pico, [text], template=template, max_length=20, policy=RowPolicy("cut_prompt"))
+    uncut = encoded(pico, text, template)
+    room = 20 - max(map(len, uncut.responses))
+    assert row.prompt == [pico.bos_token_id, *uncut.prompt[1 - room :]]
+
+
+def test_a_text_far_over_the_length_is_cut_from_its_true_end(pico: PreTrainedTokenizerBase) -> None:
+    """Texts of more than 131,072 characters are shortened elsewhere, but here their end is what is kept."""
+    text = Comparison("a " * 70_000 + "b é1", ("a", "b"), ONE, ROW)
+    (row,), report = encode_comparisons(pico, [text], template=None, max_length=12, policy=RowPolicy("cut_prompt"))
+    assert pico.decode(row.prompt, skip_special_tokens=True).endswith("b é1")
+    assert (report.cut, report.shortened) == (1, 0)
 
 
 def test_a_prompt_that_leaves_no_room_is_dropped() -> None:

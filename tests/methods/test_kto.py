@@ -62,6 +62,30 @@ def test_loss_and_baseline_equal_a_plain_computation(tmp_path: Path, pico_folder
     assert loss == pytest.approx(expected, rel=1e-5)
 
 
+def test_only_the_assistants_tokens_count(tmp_path: Path, pico_folder: Path) -> None:
+    """In answers of several turns, and in the mismatched answers of other prompts."""
+    rows = []
+    for row in comparisons(12):
+        asked, thanks = {"role": "user", "content": row["prompt"]}, {"role": "user", "content": "thank you"}
+        good, bad = ({"role": "assistant", "content": row[side]} for side in ("chosen", "rejected"))
+        rows.append({"chosen": [asked, good, thanks, bad], "rejected": [asked, bad]})
+    method = trained(tmp_path / "run", pico_folder, rows, training={"max_steps": 2})
+    answers, mismatched = method.answers(method.train_answers)
+    for own, part in ((answers, "response"), (mismatched, "mismatched")):
+        batch = own(range(6))
+        expected = [
+            token
+            for each in method.train_answers[:6]
+            for token, counts in zip(
+                getattr(each, part), each.mask if part == "response" else each.mismatched_mask, strict=True
+            )
+            if counts
+        ]
+        assert batch.targets.tolist() == expected
+        assert batch.ids[batch.positions + 1].tolist() == expected
+    assert any(not all(each.mask) for each in method.train_answers)
+
+
 def test_every_prompt_is_paired_with_the_answer_to_another_one() -> None:
     """Prompts 0 to 3 have two answers each; an answer is its own number."""
     answers = [EncodedAnswer([number // 2], [100 + number], bool(number % 2), number) for number in range(8)]

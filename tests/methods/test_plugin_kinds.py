@@ -288,7 +288,10 @@ def test_a_row_that_is_not_in_the_format_is_named(tmp_path: Path, pico_folder: P
     data = {"preference_data": str(file), "format": "ordered_answers"}
     with pytest.raises(UserError, match=r"rows\.jsonl:2: row: got 1 answers; expected at least 2"):
         loopos.train(config_of(tmp_path / "run", pico_folder, "reward_model", data=data), quiet=True)
-    with pytest.raises(UserError, match=r'"pairs"; expected "ordered_answers", null or "module:name" of your own'):
+    with pytest.raises(
+        UserError,
+        match=r'"pairs"; expected "nectar", "ultrafeedback", "ordered_answers", null or "module:name" of your own',
+    ):
         loopos.train(
             config_of(tmp_path / "run", pico_folder, "reward_model", data={**data, "format": "pairs"}), quiet=True
         )

@@ -160,6 +160,40 @@ def test_aot_compares_ranks_over_the_whole_step(tmp_path: Path, pico_folder: Pat
     assert loss.item() == pytest.approx(expected.item(), abs=1e-5)
 
 
+def _of_turns(number: int) -> list[dict[str, Any]]:
+    """Comparisons whose responses go on after the answer: the user thanks, and the assistant speaks again."""
+    found = []
+    for row in comparisons(number):
+        asked, thanks = {"role": "user", "content": row["prompt"]}, {"role": "user", "content": "thank you"}
+        last = {"role": "assistant", "content": "we love to change it"}
+        sides = {side: {"role": "assistant", "content": row[side]} for side in ("chosen", "rejected")}
+        found.append({"chosen": [asked, sides["chosen"], thanks, last], "rejected": [asked, sides["rejected"]]})
+    return found
+
+
+@pytest.mark.parametrize("name", ["dpo", "ipo", "simpo"])
+def test_only_the_assistants_tokens_count_after_the_split(name: str, tmp_path: Path, pico_folder: Path) -> None:
+    training = {"max_steps": 2, "learning_rate": 1e-3}
+    method = trained(config(tmp_path / "run", pico_folder, name, rows=_of_turns(20), training=training))
+    rows = method.train_rows[:4]
+    batch = method.rows(method.train_rows)([0, 1, 2, 3])
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "model", dtype=torch.float32)
+    reference = AutoModelForCausalLM.from_pretrained(pico_folder, dtype=torch.float32)
+    losses = []
+    for row in rows:
+        assert row.masks is not None
+        assert [sum(mask) < len(mask) for mask in row.masks] == [True, False]
+        own, start = (
+            [plain_logprobs(each, row.prompt, response)[torch.tensor(mask)] for response, mask in zip(row.responses, row.masks, strict=True)]
+            for each in (model, reference)
+        )  # fmt: skip
+        sums = [x.double().sum() for x in (*own, *start)]
+        losses.append(PAPERS[name](*sums, *(len(x) for x in own), PRESETS[name].beta))
+    with torch.no_grad():
+        loss = method.objective.loss(batch)["loss"] / len(rows)
+    assert loss.item() == pytest.approx(torch.stack(losses).mean().item(), abs=2e-5, rel=1e-5)
+
+
 @pytest.mark.parametrize(("name", "trainable"), [("dpo", "all"), ("dpo", "lora"), ("mpo", "all"), ("simpo", "all")])
 def test_micro_batches_change_nothing(name: str, trainable: str, tmp_path: Path, pico_folder: Path) -> None:
     found = []

@@ -19,6 +19,7 @@ from loopos.cli.answers import say, say_json, shown, table
 from loopos.cli.options import parse_columns, text_rules
 from loopos.cli.outcome import COLUMNS, ENCODING, OptionWording
 from loopos.config.diagnostics import DataError, Diagnostic
+from loopos.data.annotation_exports import flat_rows
 from loopos.data.conversations import ASSISTANT, Conversation
 from loopos.data.decoding import TextRules, read_lines
 from loopos.data.demonstrations import Demonstration
@@ -33,6 +34,7 @@ from loopos.data.record import MAXIMUM_DIAGNOSTICS
 from loopos.data.repeats import AnyExample, key_of_prompt, key_of_row
 from loopos.data.rows import Row, RowReader, is_plain_text, read
 from loopos.data.supervised_rows import Completion, PlainText
+from loopos.data.thumbs import Thumbs
 
 Range = dict[str, float]
 
@@ -84,6 +86,8 @@ def ranges(examples: Sequence[Any]) -> dict[str, Range]:
             case Comparison(responses=responses):
                 found["responses"].append(len(responses))
                 found["response characters"] += [_size(response) for response in responses]
+            case Thumbs(comparison=comparison):
+                found["response characters"] += [_size(response) for response in comparison.responses]
             case Prompt(prompt=prompt) if not isinstance(prompt, str):
                 found["messages"].append(len(prompt))
             case _:
@@ -101,6 +105,9 @@ def counts(examples: Sequence[Any]) -> dict[str, float]:
         longer = sum(_size(each.responses[pair.better]) > _size(each.responses[pair.worse]) for each, pair in decided)
         fractions = {"the longer response is preferred": round(longer / len(decided), 3)} if decided else {}
         return {**prompts, "pairs": len(pairs), "ties": len(pairs) - len(decided), **fractions}
+    if isinstance(first, Thumbs):
+        up = [desirable for each in examples for desirable in each.desirable]
+        return {**prompts, "up": sum(up), "down": len(up) - sum(up)}
     if any(isinstance(each, Conversation) for each in examples):
         chats = [each for each in examples if isinstance(each, Conversation)]
         with_system = sum(each.messages[0].role in ("system", "developer") for each in chats)
@@ -128,8 +135,8 @@ def grouped(examples: Sequence[Any]) -> list[list[Any]]:
 
 
 def conflicts(examples: Sequence[Any]) -> list[dict[str, Any]]:
-    """Rows that contradict each other: one text with several labels, one problem with several answers, or one pair of
-    responses preferred both ways.
+    """Rows that contradict each other: one text with several labels, one problem with several answers, one pair of
+    responses preferred both ways, or one answer with both thumbs.
     """
     found = []
     for group in grouped(examples):
@@ -142,7 +149,9 @@ def conflicts(examples: Sequence[Any]) -> list[dict[str, Any]]:
         name = "labels" if isinstance(group[0], Labeled) else "answers"
         if isinstance(group[0], Comparison):
             name, values = "preferences", _turned(group)
-        if len(values) > 1:
+        if isinstance(group[0], Thumbs):
+            name, values = "thumbs", _both_ways(group)
+        if len(values) > (0 if name == "thumbs" else 1):
             lines = [line_of(example) for example in group]
             found.append({"text": text_of(group[0]), name: list(values.values()), "lines": lines})
     return found
@@ -176,6 +185,16 @@ def _turned(group: Sequence[Comparison]) -> dict[str, str]:
     return {each: each for each in both}
 
 
+def _both_ways(group: Sequence[Thumbs]) -> dict[str, str]:
+    """The answers that are up in one row and down in another with the same prompt."""
+    rated = {
+        (_plain(response), desirable)
+        for each in group
+        for response, desirable in zip(each.comparison.responses, each.desirable, strict=True)
+    }
+    return {answer: answer for answer, up in sorted(rated) if up and (answer, False) in rated}
+
+
 def _plain(content: PromptContent) -> str:
     return prompt_text(content).strip()
 
@@ -193,6 +212,7 @@ _SERVES = {
     "learn whole texts from a column text",
     "language": "trains sft and chain_of_thought; its prompts work in loopos generate --input and loopos winrate",
     "comparisons": "trains reward_model, dpo and its relatives, kto and rlhf; its prompts work for ppo",
+    "thumbs": "trains kto; its prompts work for ppo",
     "prompts": "only prompts: for ppo, loopos generate --input and loopos winrate",
     "lines": "one text per line: prompts for ppo, loopos generate --input and loopos winrate, texts for loopos "
     "predict, or running text for pretraining",
@@ -295,15 +315,16 @@ def _kind(reader: RowReader, columns: Mapping[str, str], found: CheckReport) -> 
     """The kind of the rows; None, with a diagnostic added, if unknown. A first pass, because columns may differ by
     row.
     """
-    names: dict[str, None] = {}
-    for row in reader.rows():
-        names.update(dict.fromkeys(row.values))
-    found.columns, found.rows = list(names), reader.report.rows_read
-    if not names:
+    rows = flat_rows(list(reader.rows()))
+    found.columns, found.rows = (
+        list(dict.fromkeys(name for row in rows for name in row.values)),
+        reader.report.rows_read,
+    )
+    if not found.columns:
         found.add_diagnostics(reader.report.diagnostics, reader.report.num_diagnostics)
         return None
     try:
-        return kind_of(found.columns, columns, found.source)
+        return kind_of(rows, columns, found.source)
     except DataError as error:
         found.add_diagnostics(
             [*error.diagnostics, *reader.report.diagnostics], len(error.diagnostics) + reader.report.num_diagnostics

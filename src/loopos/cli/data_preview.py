@@ -26,6 +26,7 @@ from loopos.config.pretraining import PretrainingConfig
 from loopos.config.reward_model import RewardModelConfig
 from loopos.config.sft import SftConfig
 from loopos.data.preference_tokens import (
+    NO_ROOM,
     PROMPT_OVER,
     SAME_TOKENS,
     EncodedComparison,
@@ -33,10 +34,11 @@ from loopos.data.preference_tokens import (
     encode_comparisons,
     encode_prompts,
 )
-from loopos.data.preferences import Pair
+from loopos.data.preferences import Comparison, Pair
 from loopos.data.rows import Row
 from loopos.data.supervised_rows import Example
 from loopos.data.supervised_tokens import Supervised, encode_supervised
+from loopos.data.template_checks import num_shared
 from loopos.data.tokens import encode_labeled
 from loopos.models.task_layout import default_pooling
 from loopos.planning.work import (
@@ -53,7 +55,7 @@ LEARNED, CONTEXT, CUT = "learned", "context", "cut"
 _STYLES = {POOLED: "green", UNPOOLED: "", LEARNED: "green", CONTEXT: "", CUT: "red strike"}
 _MARKS = {POOLED: ("[", "]"), UNPOOLED: ("", " "), LEARNED: ("[", "]"), CONTEXT: ("", ""), CUT: ("~", "~")}
 _LEGEND = "[learned] · bare: context, not learned · ~cut~ · | separates tokens"
-_COMPARISON_LEGEND = "[response] · bare: prompt, shared by all responses · ~cut~ · | separates tokens"
+_COMPARISON_LEGEND = "[response] · bare: prompt of all responses, turns of others · ~cut~ · | separates tokens"
 _PROMPT_LEGEND = "bare: prompt, which the policy answers · ~dropped~ · | separates tokens"
 _INDENT = " " * 10
 
@@ -232,7 +234,7 @@ def _comparisons(config: RewardModelConfig, console: Console, num_rows: int, *, 
             continue
         thumbs = None if inputs.thumbs is None else inputs.thumbs[number]
         names = preferences_of(whole.pairs, len(whole.responses)) if thumbs is None else _thumbs(thumbs)
-        _show(console, encoder, whole, config.data.over_length, names)
+        _show(console, encoder, whole, example, config.data.over_length, names)
     console.print(Text(_COMPARISON_LEGEND))
     for sentence in (*inputs.data.summary, encoder.template.summary):
         console.print(Text(printable(sentence)))
@@ -251,6 +253,7 @@ def _show(
     console: Console,
     encoder: PreferenceEncoder,
     whole: EncodedComparison,
+    example: Comparison,
     over_length: str,
     names: Sequence[tuple[str, str]],
 ) -> None:
@@ -258,16 +261,37 @@ def _show(
     tokenizer = encoder.tokenizer
     num_used, fate = response_fates(whole, encoder.max_length, over_length)
     # A dropped comparison drops its prompt too.
-    context = CONTEXT if any(num_used) else CUT
-    console.print(_line("prompt", marked_text(tokenizer, whole.prompt, [context] * len(whole.prompt))))
-    for (name, judged), response, length in zip(names, whole.responses, num_used, strict=True):
-        marks = [LEARNED] * length + [CUT] * (len(response) - length)
+    context = [CONTEXT if any(num_used) else CUT] * len(whole.prompt)
+    if over_length == "cut_prompt" and encoder.max_length is not None:
+        num_used, context, fate = _prompt_fates(encoder, whole, example)
+    console.print(_line("prompt", marked_text(tokenizer, whole.prompt, context)))
+    for number, ((name, judged), response, length) in enumerate(zip(names, whole.responses, num_used, strict=True)):
+        own = set(whole.counted(number))
+        marks = [CUT if at >= length else LEARNED if at in own else CONTEXT for at in range(len(response))]
         console.print(_line(name, marked_text(tokenizer, response, marks)))
         cut = f", {len(response) - length} cut" if 0 < length < len(response) else ""
         console.print(Text(f"{_INDENT}{len(response)} tokens{cut}{judged}"))
     if len(whole.pairs) > 1:
         console.print(_line("pairs", Text("; ".join(map(_pair, whole.pairs)))))
     console.print(Text(f"{_INDENT}{len(whole.prompt)} tokens of prompt, {whole.num_tokens} in all{fate}\n"))
+
+
+def _prompt_fates(
+    encoder: PreferenceEncoder, whole: EncodedComparison, example: Comparison
+) -> tuple[list[int], list[str], str]:
+    """Where a prompt may be cut from the left: the tokens used from each response, the fate of each token of the
+    prompt, and a note.
+    """
+    lengths, size = list(map(len, whole.responses)), len(whole.prompt)
+    try:
+        (used,), report = encoder.comparisons([example])
+    except DataError:
+        return [0] * len(lengths), [CUT] * size, f" · dropped: {NO_ROOM}, over max_length {encoder.max_length}"
+    if not report.cut:
+        return lengths, [CONTEXT] * size, ""
+    head = num_shared(whole.prompt, used.prompt)
+    marks = [CONTEXT] * head + [CUT] * report.tokens_cut + [CONTEXT] * (size - head - report.tokens_cut)
+    return lengths, marks[:size], f" · {report.tokens_cut} tokens of the prompt cut at {encoder.max_length}"
 
 
 def response_fates(whole: EncodedComparison, max_length: int | None, over_length: str) -> tuple[list[int], str]:

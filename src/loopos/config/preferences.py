@@ -45,6 +45,7 @@ PreferenceRole: TypeAlias = Literal[
     "input",
     "context",
     "choices",
+    "history",
 ]
 
 
@@ -65,8 +66,10 @@ class PreferenceTextSection(TextSourceSection):
         description='"auto" (the tokenizer\'s own, else plain), "plain", "none" (strings stay as they are), or a file '
         "with a Jinja template",
     )
-    over_length: Literal["drop", "cut", "error"] = Field(
-        default="drop", description="what happens to a row over max_length; cut removes its end, with the end token"
+    over_length: Literal["drop", "cut", "cut_prompt", "error"] = Field(
+        default="drop",
+        description="what happens to a row over max_length; cut removes the responses' end, with the end token, "
+        "cut_prompt the prompt's start, behind the begin token and the system's message",
     )
     max_dropped_share: Annotated[float, Field(ge=0, le=1)] = Field(
         default=0.01, description="largest fraction of rows that drop may remove"

@@ -247,7 +247,8 @@ class ReadingSection(Section):
     """All keys that name rows."""
 
     format: Annotated[str, VariantName(FORMATS, only=lambda row: row.function is not None)] | None = Field(
-        default=None, description="format of a package that the rows are in; found by their columns when absent"
+        default=None,
+        description="format of the rows, by its name in `loopos list formats`; found by their columns when absent",
     )
     encoding: Text | None = Field(
         default=None,

@@ -238,8 +238,20 @@ FORMATS: Registry[FormatRow] = Registry(
         pairs="prompt, chosen and rejected; implicit pairs lack the prompt",
         judged_pairs="prompt, response_1, response_2 and preference",
         groups="prompt, responses, and scores or ranking",
+        thumbs="prompt, completion and label, or messages and label",
         prompts="prompt",
-    ),
+        openai="input, preferred_output and non_preferred_output",
+        ms_swift="messages, and rejected_response or rejected_messages",
+        shp="history, human_ref_A, human_ref_B and labels",
+        helpsteer2="prompt, response_1, response_2 and preference_strength",
+        helpsteer3="context, response1, response2 and overall_preference",
+        safe_rlhf="prompt, response_0, response_1 and better_response_id",
+    )
+    | {
+        # Also found by columns, of which rows of these formats may lack one.
+        "nectar": FormatRow(Reference("loopos.data.preference_layouts:nectar")),
+        "ultrafeedback": FormatRow(Reference("loopos.data.preference_layouts:ultrafeedback")),
+    },
     decorator="register_format",
     adopt=FormatRow,
 )

@@ -1,30 +1,35 @@
 """Single answers with a thumb as packed batches, and the mismatched pairs that KTO estimates its baseline from.
 
-Letters: T tokens of a packed row, N answers, M tokens of answers.
+Letters: T tokens of a packed row, N answers, M tokens of answers that count.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from loopos.data.preference_tokens import counted
 from loopos.functional.packing import PackedLayout
 
 
 @dataclass(frozen=True, slots=True)
 class EncodedAnswer:
-    """A prompt and one answer as tokens. `desirable`: the thumb. `mismatched`: the answer to another prompt."""
+    """A prompt and one answer as tokens. `desirable`: the thumb. `mismatched`: the answer to another prompt. `mask`,
+    `mismatched_mask`: which of their tokens count, see `EncodedComparison`.
+    """
 
     prompt: list[int]
     response: list[int]
     desirable: bool
     index: int
     mismatched: list[int] = field(default_factory=list)
+    mask: list[bool] | None = None
+    mismatched_mask: list[bool] | None = None
 
 
 def with_mismatched(answers: Sequence[EncodedAnswer], *, seed: int) -> list[EncodedAnswer]:
@@ -37,8 +42,7 @@ def with_mismatched(answers: Sequence[EncodedAnswer], *, seed: int) -> list[Enco
         following = (order[(position + step) % len(order)] for step in range(1, len(order) + 1))
         own = answers[index].prompt
         other = next((each for each in following if answers[each].prompt != own), order[(position + 1) % len(order)])
-        each = answers[index]
-        found[index] = EncodedAnswer(each.prompt, each.response, each.desirable, each.index, answers[other].response)
+        found[index] = replace(answers[index], mismatched=answers[other].response, mismatched_mask=answers[other].mask)
     return found
 
 
@@ -89,6 +93,11 @@ class AnswerRows:
         each = self.answers[row]
         return each.mismatched if self.mismatched else each.response
 
+    def counted(self, row: int) -> Sequence[int]:
+        """The indices of those that count."""
+        each = self.answers[row]
+        return counted(self.response(row), each.mismatched_mask if self.mismatched else each.mask)
+
     @cached_property
     def lengths(self) -> list[int]:
         return [len(each.prompt) + len(self.response(row)) for row, each in enumerate(self.answers)]
@@ -98,9 +107,9 @@ class AnswerRows:
         positions: list[int] = []
         answer: list[int] = []
         for number, row in enumerate(rows):
-            prompt, response = self.answers[row].prompt, self.response(row)
-            positions += range(len(ids) + len(prompt) - 1, len(ids) + len(prompt) + len(response) - 1)
-            answer += [number] * len(response)
+            prompt, response, own = self.answers[row].prompt, self.response(row), self.counted(row)
+            positions += [len(ids) + len(prompt) - 1 + token for token in own]
+            answer += [number] * len(own)
             ids += [*prompt, *response]
         flat, before = torch.tensor(ids, device=self.device), torch.tensor(positions, device=self.device)
         reference = None if self.reference is None else torch.cat([self.reference[row] for row in rows])

@@ -251,7 +251,7 @@ class ComparisonBatch:
     `ids` `[T]`; `layout`: N sequences, or one per comparison with a continuation per response. `better`, `worse`
     `[P]`: indices of the N responses; `probabilities`, `margins`, `weights` `[P]` fp32. The weights of a comparison's
     pairs sum to 1, so that each prompt counts equally (Ouyang et al. 2022, section 3.5). `lengths` `[N]`: tokens of
-    each response.
+    each response that count.
     """
 
     ids: Tensor
@@ -305,7 +305,7 @@ class ComparisonRows:
             margins=self._tensor([pair.margin if self.margins else 0.0 for _, pair, _ in pairs]).float(),
             weights=self._tensor([weight for _, _, weight in pairs]).float(),
             rows=tuple(rows),
-            lengths=tuple(len(response) for example in chosen for response in example.responses),
+            lengths=tuple(len(each.counted(number)) for each in chosen for number in range(len(each.responses))),
         )
 
     def _tensor(self, values: Sequence[float]) -> Tensor:

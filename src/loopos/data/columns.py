@@ -22,6 +22,7 @@ COLUMN = "COLUMN"
 CHOOSE_ONE = "choose one"
 # A column called "text,label" is two columns that were not split.
 _DELIMITERS = frozenset(",;\t|")
+_IN_COLUMN = re.compile(r"[.\[]")
 _NAME_PARTS = re.compile(r"[^\W_]+")
 
 
@@ -47,9 +48,15 @@ def recalled(
     return {**from_training, **overrides}
 
 
+def roles_summary(kind: str, columns: Mapping[str, str]) -> str:
+    """A format and the column of each of its roles as text."""
+    served = ", ".join(f'{role} <- "{column}"' for role, column in columns.items())
+    return f"{kind} ({served})"
+
+
 def unread(columns: Sequence[str], read: Iterable[str | None]) -> tuple[str, ...]:
-    """The columns that no role reads."""
-    taken = set(read)
+    """The columns that no role reads; `input.messages` and `completions[].score` are read from columns too."""
+    taken = {part for name in read if name is not None for part in (name, _IN_COLUMN.split(name, maxsplit=1)[0])}
     return tuple(name for name in columns if name not in taken)
 
 
@@ -222,8 +229,7 @@ class Fit(Generic[Kind]):
     @property
     def summary(self) -> str:
         """Format and columns as text."""
-        served = ", ".join(f'{role} <- "{column}"' for role, column in self.columns.items())
-        return f"format: {self.shape.kind} ({served})"
+        return f"format: {roles_summary(self.shape.kind, self.columns)}"
 
 
 @dataclass(frozen=True, slots=True)

@@ -34,6 +34,9 @@ _ROLES: Mapping[str, str] = {
 }
 """The names of speakers in data sets → the role that a chat template knows."""
 
+HISTORY_NAMES = (frozenset({"history"}),)
+"""The names of a column with earlier turns, in tiers."""
+
 _NAMES = (("role", "content"), ("from", "value"))
 _MESSAGE_EXPECTED = 'a message such as {"role": "user", "content": "..."}'
 _WEIGHT = "weight"
@@ -88,7 +91,7 @@ def instruction(fields: RowFields) -> Conversation | None:
     question, output = with_context(fields, "instruction"), fields.text("output")
     messages = [
         *_optional_message("system", fields.optional_text("system")),
-        *_history(fields),
+        *history_of(fields),
         Message("user", question),
     ]
     return _whole(fields, [*messages, Message(ASSISTANT, output)], "output")
@@ -157,8 +160,8 @@ def _optional_message(role: str, content: str | None) -> list[Message]:
     return [] if content is None else [Message(role, content)]
 
 
-def _history(fields: RowFields) -> list[Message]:
-    """LLaMA-Factory's pairs of earlier instructions and answers, oldest first."""
+def history_of(fields: RowFields) -> list[Message]:
+    """The messages of LLaMA-Factory's pairs of earlier instructions and answers, oldest first."""
     value, messages = fields.structure("history"), list[Message]()
     if value is None or (isinstance(value, str) and not value.strip()):
         return []
@@ -169,6 +172,7 @@ def _history(fields: RowFields) -> list[Message]:
             fields.field("history"),
             actual,
             'pairs such as [["question", "answer"], ...]',
+            'to leave it out: data.columns: {"history": null}',
         )
         return []
     for number, (question, reply) in enumerate(value):

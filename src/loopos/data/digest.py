@@ -31,26 +31,30 @@ def rows_digest(rows: Iterable[Encoded], targets: Tensor | None = None) -> str:
 
 
 def comparisons_digest(comparisons: Iterable[EncodedComparison]) -> str:
-    """Prompts, responses and pairs (which is better, with margin and probability) in their order."""
+    """Prompts, responses, which tokens count, and pairs (better, worse, probability, margin) in their order."""
     digest = hashlib.sha256()
     for each in comparisons:
         texts = (each.prompt, *each.responses)
         digest.update(array("q", [len(texts), len(each.pairs), *map(len, texts)]).tobytes())
         for ids in texts:
             digest.update(array("i", ids).tobytes())
+        for mask in each.masks or ():
+            digest.update(array("b", mask).tobytes())
         for pair in each.pairs:
             digest.update(array("d", [pair.better, pair.worse, pair.probability, pair.margin]).tobytes())
     return digest.hexdigest()
 
 
 def answers_digest(answers: Iterable[EncodedAnswer]) -> str:
-    """Prompts, answers, thumbs and mismatched answers in their order."""
+    """Prompts, answers, thumbs, mismatched answers and which tokens count, in their order."""
     digest = hashlib.sha256()
     for each in answers:
         texts = (each.prompt, each.response, each.mismatched)
         digest.update(array("q", [each.desirable, *map(len, texts)]).tobytes())
         for ids in texts:
             digest.update(array("i", ids).tobytes())
+        for mask in (each.mask, each.mismatched_mask):
+            digest.update(array("b", mask or ()).tobytes())
     return digest.hexdigest()
 
 

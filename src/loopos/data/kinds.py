@@ -2,10 +2,12 @@
 
 Each kind is detected as its method detects it; if several fit, the more specific one wins:
 
-    comparisons > demonstrations, conversations, instructions, completions > labeled > prompts > texts
+    comparisons > answers with a thumb > demonstrations, conversations, instructions, completions > labeled > prompts
+    > texts
 
-But a question and an answer with a column "label" are a labeled pair of texts, and a text next to a prompt is a
-generated response. Apart from `data check`, its only user, because it knows the formats and prints nothing.
+But a question and an answer with a column "label" are a labeled pair of texts, a label is a thumb only where most of
+its values are thumbs, and a text next to a prompt is a generated response. Apart from `data check`, its only user,
+because it knows the formats and prints nothing.
 """
 
 from __future__ import annotations
@@ -15,22 +17,23 @@ from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias
 
 from loopos.config.diagnostics import DataError, Diagnostic
-from loopos.data import formats, preference_formats, supervised_rows
+from loopos.data import formats, preference_formats, supervised_rows, thumbs
 from loopos.data.columns import LABEL_TIERS, TEXT_TIERS, candidates, likely, listed, plain_name
 from loopos.data.formats import read_labeled
 from loopos.data.preferences import read_comparisons
 from loopos.data.prompts import read_prompts
 from loopos.data.reading import DataReport
-from loopos.data.rows import RowReader
+from loopos.data.rows import Row, RowReader
 from loopos.data.step_format import NAMED_FORMATS
 from loopos.data.supervised_rows import read_supervised
 
-Family: TypeAlias = Literal["labeled", "texts", "language", "comparisons", "prompts"]
+Family: TypeAlias = Literal["labeled", "texts", "language", "comparisons", "thumbs", "prompts"]
 
 _OF_COMPARISONS = frozenset({"chosen", "rejected", "responses", "response_j", "response_k"})
 _EXPECTED = (
     "text and label (fine_tuning); messages, prompt and completion, or instruction and output (sft); problem, "
-    "reasoning and answer (chain_of_thought); prompt, chosen and rejected (reward_model); or prompt (ppo)"
+    "reasoning and answer (chain_of_thought); prompt, chosen and rejected (reward_model, dpo); prompt, completion and "
+    "label (kto); or prompt (ppo)"
 )
 
 
@@ -43,8 +46,9 @@ class Kind:
     roles: Mapping[str, str]
 
 
-def kind_of(columns: Sequence[str], overrides: Mapping[str, str], source: str) -> Kind:
-    """What rows of these columns are. Raise `DataError` if they are none of what any method reads, or several."""
+def kind_of(rows: Sequence[Row], overrides: Mapping[str, str], source: str) -> Kind:
+    """What rows are. Raise `DataError` if they are none of what any method reads, or several."""
+    columns = list(dict.fromkeys(name for row in rows for name in row.values))
     refused: dict[str, DataError] = {}
 
     def attempt(name: str, detect: Callable[[], Any]) -> Any:
@@ -62,6 +66,9 @@ def kind_of(columns: Sequence[str], overrides: Mapping[str, str], source: str) -
         return Kind("comparisons", compared.kind, compared.columns)
     if any(plain_name(name) in _OF_COMPARISONS for name in columns) and not overrides:
         raise refused["comparisons"]
+    judged = attempt("thumbs", lambda: thumbs.detect(columns, overrides, source))
+    if judged is not None and _are_thumbs(rows, judged.columns):
+        return Kind("thumbs", judged.kind, judged.columns)
     has_label = labeled is not None and labeled.label is not None
     is_pair_with_label = has_label and language is not None and language.kind == "demonstrations"
     is_pair_with_label = is_pair_with_label and plain_name(labeled.label) in ("label", "labels")
@@ -80,6 +87,15 @@ def kind_of(columns: Sequence[str], overrides: Mapping[str, str], source: str) -
     raise _no_kind(columns, overrides, refused, source)
 
 
+def _are_thumbs(rows: Sequence[Row], roles: Mapping[str, str]) -> bool:
+    """Whether the label of an answer is a thumb, and not the class of a pair of texts."""
+    label, answer = roles["label"], roles.get("completion")
+    if answer is not None and plain_name(label) == "label" and plain_name(answer) != "completion":
+        return False
+    values = [row.values.get(label) for row in rows]
+    return 2 * sum(thumbs.is_thumb(value) for value in values) > len(values)
+
+
 def read_kind(reader: RowReader, kind: Kind, overrides: Mapping[str, str]) -> tuple[list[Any], DataReport]:
     """The examples, read as the method that trains on them reads them. Raises `DataError`."""
     match kind.family:
@@ -91,6 +107,9 @@ def read_kind(reader: RowReader, kind: Kind, overrides: Mapping[str, str]) -> tu
         case "comparisons":
             compared, report = read_comparisons(reader, overrides)
             return list(compared), report
+        case "thumbs":
+            answers, report = thumbs.read_thumbs(reader, overrides)
+            return list(answers), report
         case "prompts":
             prompts, report = read_prompts(reader, overrides)
             return list(prompts), report
@@ -104,6 +123,7 @@ def _no_kind(
         known = {
             "labeled": set(formats.ROLES),
             "comparisons": set(preference_formats.NAMES),
+            "thumbs": set(thumbs.NAMES),
             "language": set(supervised_rows.NAMES),
         }
         meant = max(known, key=lambda name: len(set(overrides) & known[name]))

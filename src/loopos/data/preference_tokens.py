@@ -4,7 +4,8 @@
     prompt ids = `prompt_tokens`, which generation starts from
 
 This holds for text without the marks of a step format, where supervised rows have one more border. Responses end with
-the end token; there are no pads. The report states read = used + dropped.
+the end token; there are no pads. In a response of several turns the assistant's tokens count, as in supervised rows.
+The report states read = used + dropped.
 """
 
 from __future__ import annotations
@@ -24,25 +25,43 @@ from loopos.data.preferences import Comparison, Pair
 from loopos.data.prompts import Prompt, PromptContent, prompt_text
 from loopos.data.reading import DataReport
 from loopos.data.supervised_tokens import CHUNK, DEFAULT_POLICY, OVER_LENGTH, RowPolicy, finish, over_length_diagnostic
+from loopos.data.template_checks import num_shared
 from loopos.data.templates import ChatTemplate, Segment, TemplateRefusal
 from loopos.data.tool_schemas import Tool
 
 PROMPT_OVER, SAME_TOKENS = "prompt over max_length", "two responses of the same tokens"
+NO_ROOM = "responses leave no room for the prompt"
 
 
 @dataclass(frozen=True, slots=True)
 class EncodedComparison:
-    """One comparison as tokens: the ids of the prompt and of each response with its end token, unless truncated."""
+    """One comparison as tokens: the ids of the prompt and of each response with its end token, unless truncated.
+    `masks`: which tokens of each response count, True for those of the assistant's turns; None for all.
+    """
 
     prompt: list[int]
     responses: list[list[int]]
     pairs: tuple[Pair, ...]
     index: int
+    masks: list[list[bool]] | None = None
+
+    def counted(self, number: int) -> Sequence[int]:
+        """The indices of a response's tokens that count."""
+        return counted(self.responses[number], self.mask(number))
+
+    def mask(self, number: int) -> list[bool] | None:
+        """Which tokens of a response count; None for all."""
+        return None if self.masks is None else self.masks[number]
 
     @property
     def num_tokens(self) -> int:
         """Tokens of the prompt, once, and of all responses."""
         return len(self.prompt) + sum(map(len, self.responses))
+
+
+def counted(response: Sequence[int], mask: Sequence[bool] | None) -> Sequence[int]:
+    """The indices of the tokens that count: those where the mask is True, all without a mask."""
+    return range(len(response)) if mask is None else [index for index, counts in enumerate(mask) if counts]
 
 
 def encode_comparisons(
@@ -59,7 +78,9 @@ def encode_comparisons(
         template: the tokenizer's own if None.
         max_length: tokens of a prompt with its longest response at most.
         policy: a comparison over `max_length` is dropped, has its responses cut at their end (so that the end token is
-            lost; dropped if the prompt leaves no room or the responses become equal), or is an error.
+            lost; dropped if the prompt leaves no room or the responses become equal), has its prompt cut from the left
+            ("cut_prompt": behind the begin token and the system's message; dropped if the responses leave no room), or
+            is an error.
     Raises:
         DataError: refused messages, rows over `max_length` with "error", too many of them with "drop", or no rows left;
             each diagnostic has file and line.
@@ -68,28 +89,59 @@ def encode_comparisons(
     rows: list[EncodedComparison] = []
     dropped: Counter[str] = Counter()
     over: list[Diagnostic] = []
-    for index, (prompt, *whole), is_short in _tokenized(tokenizer, examples, template, report):
-        responses, longest = whole, max(map(len, whole))
+    cuts_prompts = policy.over_length == "cut_prompt"
+    template = template or ChatTemplate(tokenizer)
+    for index, (prompt, *whole), masks, is_short in _tokenized(
+        tokenizer, examples, template, report, whole=cuts_prompts
+    ):
+        responses, longest, lost = whole, max(map(len, whole)), [0]
         if max_length is not None and len(prompt) + longest > max_length:
-            over.append(
-                over_length_diagnostic(examples[index].row, len(prompt) + longest, max_length, at_least=is_short)
-            )
-            if policy.over_length == "drop" or len(prompt) >= max_length:
+            row = examples[index].row
+            over.append(over_length_diagnostic(row, len(prompt) + longest, max_length, at_least=is_short))
+            if cuts_prompts:
+                head, room = _num_head(tokenizer, examples[index], prompt, template), max_length - longest
+                if room <= head:
+                    dropped[NO_ROOM] += 1
+                    continue
+                lost = [len(prompt) - room]
+                prompt = [*prompt[:head], *prompt[head - room :]]
+            elif policy.over_length == "drop" or len(prompt) >= max_length:
                 dropped[OVER_LENGTH if policy.over_length == "drop" else PROMPT_OVER] += 1
                 continue
-            responses = [response[: max_length - len(prompt)] for response in whole]
+            else:
+                responses = [response[: max_length - len(prompt)] for response in whole]
+                lost = [len(uncut) - len(response) for uncut, response in zip(whole, responses, strict=True)]
+                masks = None if masks is None else [m[: max_length - len(prompt)] for m in masks]
         if len(set(map(tuple, responses))) < len(responses):
             dropped[SAME_TOKENS] += 1
             continue
-        lost = [len(uncut) - len(response) for uncut, response in zip(whole, responses, strict=True)]
         report.cut, report.tokens_cut = report.cut + sum(map(bool, lost)), report.tokens_cut + sum(lost)
-        rows.append(EncodedComparison(prompt, responses, examples[index].pairs, index))
+        rows.append(EncodedComparison(prompt, responses, examples[index].pairs, index, masks))
     report.responses, report.pairs = sum(len(row.responses) for row in rows), sum(len(row.pairs) for row in rows)
     report.tokens = sum(row.num_tokens for row in rows)
     report.lengths = [len(row.prompt) + max(map(len, row.responses)) for row in rows]
     report.indices = [row.index for row in rows]
+    report.cut_unit = "prompts " if cuts_prompts else ""
     finish(report, dropped, over, policy, "at least one row that fits")
     return rows, report
+
+
+def _num_head(
+    tokenizer: PreTrainedTokenizerBase, example: Comparison, prompt: Sequence[int], template: ChatTemplate
+) -> int:
+    """The number of a prompt's first tokens that are kept when it is cut: those of the system's message and of the
+    tools, else the begin token.
+    """
+    encoder = SegmentTokenizer(tokenizer)
+    start = encoder.leading
+    if not isinstance(example.prompt, str):
+        system = [message for message in example.prompt[:1] if message.role in ("system", "developer")]
+        try:
+            segments = template.segments(system, example.tools) if system or example.tools else []
+        except TemplateRefusal:
+            segments = []
+        start = [token for segment in encoder.encode([segments])[0] for token in segment] or start
+    return num_shared(start, prompt)
 
 
 def encode_prompts(
@@ -113,7 +165,7 @@ def encode_prompts(
     rows: list[list[int]] = []
     dropped: Counter[str] = Counter()
     over: list[Diagnostic] = []
-    for index, (prompt,), is_short in _tokenized(tokenizer, prompts, template, report):
+    for index, (prompt,), _, is_short in _tokenized(tokenizer, prompts, template, report):
         if max_length is not None and len(prompt) > max_length:
             over.append(over_length_diagnostic(prompts[index].row, len(prompt), max_length, at_least=is_short))
             dropped[PROMPT_OVER] += 1
@@ -132,10 +184,14 @@ def _tokenized(
     examples: Sequence[Comparison] | Sequence[Prompt],
     template: ChatTemplate | None,
     report: DataReport,
-) -> Iterator[tuple[int, list[list[int]], bool]]:
-    """Yield the index of each rendered example, the ids of its prompt and responses, and whether a text was shortened.
+    *,
+    whole: bool = False,
+) -> Iterator[tuple[int, list[list[int]], list[list[bool]] | None, bool]]:
+    """Yield the index of each rendered example, the ids of its prompt and responses, the masks of the responses, and
+    whether a text was shortened.
 
-    Only texts far over the report's `max_length` are shortened. Refused examples become diagnostics of the report.
+    Only texts far over the report's `max_length` are shortened, none if `whole`. Refused examples become diagnostics of
+    the report.
     """
     template = template or ChatTemplate(tokenizer)
     encoder = SegmentTokenizer(tokenizer)
@@ -153,11 +209,23 @@ def _tokenized(
                     Diagnostic(row.source_label, row.line, None, "messages", str(problem), expected, problem.hint)
                 )
         # The ids of a segment depend only on whether it starts a text, so one prompt serves all responses.
-        whole = [[segment for group in groups for segment in group] for _, groups in found]
-        bounded = [encoder.bounded(row, report.max_length) for row in whole]
-        for (index, groups), uncut, short, segments in zip(found, whole, bounded, encoder.encode(bounded), strict=True):
+        flat = [[segment for group in groups for segment in group] for _, groups in found]
+        bounded = [encoder.bounded(row, None if whole else report.max_length) for row in flat]
+        for (index, groups), uncut, short, segments in zip(found, flat, bounded, encoder.encode(bounded), strict=True):
             ids = iter(segments)
-            yield index, [[token for _ in group for token in next(ids)] for group in groups], short is not uncut
+            tokens = [[next(ids) for _ in group] for group in groups]
+            flat_ids = [[token for part in parts for token in part] for parts in tokens]
+            yield index, flat_ids, _masks(groups[1:], tokens[1:]), short is not uncut
+
+
+def _masks(groups: Sequence[Sequence[Segment]], tokens: Sequence[Sequence[Sequence[int]]]) -> list[list[bool]] | None:
+    """Which tokens of each response are the assistant's; None where no other turn stands between them."""
+    if all(len(group) == 1 for group in groups):
+        return None
+    return [
+        [segment.message is not None for segment, part in zip(group, parts, strict=True) for _ in part]
+        for group, parts in zip(groups, tokens, strict=True)
+    ]
 
 
 def _groups(

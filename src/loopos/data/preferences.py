@@ -11,15 +11,20 @@ import itertools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
+from loopos.data.annotation_exports import submitted
 from loopos.data.columns import Overrides
 from loopos.data.conversations import ASSISTANT, Message, message_of
 from loopos.data.preference_formats import PreferenceFormat, detect
+from loopos.data.preference_layouts import Misfit
 from loopos.data.prompts import (
+    IMPLICIT,
     PromptContent,
     add_identical,
     check_response,
     implied,
+    is_answer,
     is_same,
     read_prompt,
     untemplated_note,
@@ -43,16 +48,21 @@ _EXPECTED = "1 or 2, response1 or response2, A or B, left or right, or tie; or a
 def preference_of_votes(fields: RowFields) -> float:
     """Preference for the first response (0 to 1): one vote, or the mean. Problems go to `fields.problems`."""
     value = fields.structure("preference")
-    answers = value if isinstance(value, list) else [value]
+    answers = submitted(value) if isinstance(value, list) else [value]
     if not answers:
-        fields.add("preference does not fit", fields.field("preference"), "an empty list", _EXPECTED)
+        actual = "an empty list" if value == [] else "a list of answers that nobody submitted"
+        fields.add("preference does not fit", fields.field("preference"), actual, _EXPECTED)
         return _TIE
     return sum(_vote(fields, answer) for answer in answers) / len(answers)
 
 
 def _vote(fields: RowFields, answer: object) -> float:
     """1 for the first response, 0 for the second, 0.5 for a tie."""
-    value = answer.get("value") if isinstance(answer, dict) else answer
+    value = _side_of(answer)
+    if isinstance(value, Misfit):
+        actual = f"{shown(value.value)} ({kind_name(value.value)})"
+        fields.add("preference does not fit", fields.field("preference"), actual, value.expected)
+        return _TIE
     if isinstance(value, float) and value.is_integer():
         value = int(value)
     spelling = str(value).strip().lower()
@@ -66,6 +76,25 @@ def _vote(fields: RowFields, answer: object) -> float:
     actual = f"{shown(answer)} ({kind_name(answer)})"
     fields.add("preference does not fit", fields.field("preference"), actual, _EXPECTED, hint)
     return _TIE
+
+
+def _side_of(answer: object) -> object:
+    """What an answer names first: Argilla's `value`, Label Studio's `selected`, or the best of a ranking: a list from
+    best to worst, or of values with ranks.
+    """
+    if isinstance(answer, dict):
+        named = next((key for key in ("value", "selected") if key in answer), None)
+        ranks, values = answer.get("rank"), answer.get("value")
+        if isinstance(ranks, list) and isinstance(values, list) and len(ranks) == len(values):
+            return _side_of([{"rank": rank, "value": value} for rank, value in zip(ranks, values, strict=True)])
+        return answer if named is None else _side_of(answer[named])
+    if not isinstance(answer, list) or not answer:
+        return answer
+    ranked: list[Any] = [each.get("rank") for each in answer if isinstance(each, dict)]
+    if len(ranked) < len(answer) or not all(is_number(rank) for rank in ranked):
+        return answer[0] if all(isinstance(each, str) for each in answer) else answer
+    best = [each for each, rank in zip(answer, ranked, strict=True) if rank == min(ranked)]
+    return "tie" if len(best) > 1 else _side_of(best[0])
 
 
 _TRUTHS: Mapping[object, bool] = {"true": True, "false": False}
@@ -110,7 +139,7 @@ def read_comparisons(
     """
 
     def from_row(row: Row, form: PreferenceFormat) -> Comparison | Unusable:
-        fields = RowFields(row, form.columns)
+        fields = form.fields(row)
         example = comparison_of(fields, form, as_text=as_text)
         return example if example is not None else Unusable(fields.problems[0][0], [f for _, f in fields.problems])
 
@@ -131,8 +160,8 @@ def comparison_of(fields: RowFields, form: PreferenceFormat, *, as_text: bool) -
         case "judged pairs":
             found = _pair(fields, as_text, ("response_1", "response_2"))
         case _:
-            split = implied(fields)
-            found = None if split is None else Comparison(split[0], split[1], (_chosen_pair(fields),), fields.row)
+            split, judged = implied(fields, IMPLICIT[form.kind]), _judged_pair(fields)
+            found = None if split is None else Comparison(split[0], split[1], (judged,), fields.row)
     fields.check_no_media()
     tools = tools_of(fields)
     if found is not None and isinstance(found.prompt, str):
@@ -151,8 +180,11 @@ def _pair(fields: RowFields, as_text: bool, roles: tuple[str, str] = ("chosen", 
         else _text_response(fields.text(role), as_text)
         for role, value in values.items()
     ]
-    judged = _voted_pair(fields) if fields.has("preference") else _chosen_pair(fields)
-    return _comparison(fields, prompt, responses, list(map(fields.field, values)), [judged])
+    return _comparison(fields, prompt, responses, list(map(fields.field, values)), [_judged_pair(fields)])
+
+
+def _judged_pair(fields: RowFields) -> Pair:
+    return _voted_pair(fields) if fields.has("preference") else _chosen_pair(fields)
 
 
 def _group(fields: RowFields, as_text: bool) -> Comparison | None:
@@ -205,7 +237,7 @@ def _comparison(
             actual = f"messages of {', '.join(message.role for message in prompt)}"
             expected = "a message to answer at the end"
             fields.add("prompt is already answered", fields.field("prompt"), actual, expected, hint)
-        responses = [_without_prompt(prompt, response) for response in responses]
+        prompt, responses = _split_at_difference(prompt, [_without_prompt(prompt, each) for each in responses])
         for location, response in zip(locations, responses, strict=True):
             assert not isinstance(response, str), "a prompt of messages has responses of messages"
             check_response(fields, response, location)
@@ -217,8 +249,34 @@ def _comparison(
 
 
 def _without_prompt(prompt: tuple[Message, ...], response: PromptContent) -> PromptContent:
-    """The response without the prompt's messages, if it repeats them (UltraFeedback's binarized pairs)."""
-    return response[len(prompt) :] if is_same(prompt, response[: len(prompt)]) else response
+    """The response without the prompt's messages, if it repeats them (UltraFeedback's binarized pairs); without those
+    after the system's, if these are in a column of their own.
+    """
+    spoken = tuple(message for message in prompt if message.role not in ("system", "developer"))
+    repeated = next((each for each in (prompt, spoken) if each and is_same(each, response[: len(each)])), ())
+    return response[len(repeated) :]
+
+
+def _split_at_difference(
+    prompt: tuple[Message, ...], responses: Sequence[PromptContent]
+) -> tuple[tuple[Message, ...], list[PromptContent]]:
+    """Prompt and responses with the turns that all responses begin with in the prompt, as long as the assistant speaks
+    first in each of what is left.
+    """
+    first, shortest = responses[0], min(map(len, responses))
+    border = next(
+        (
+            turn
+            for turn in range(shortest)
+            if not all(is_same(first[turn : turn + 1], r[turn : turn + 1]) for r in responses)
+        ),
+        shortest,
+    )
+    while border and not all(is_answer(response[border:]) for response in responses):
+        border -= 1
+    shared = first[:border]
+    assert not isinstance(shared, str), "messages go with messages"
+    return (*prompt, *shared), [response[border:] for response in responses]
 
 
 def _chosen_pair(fields: RowFields) -> Pair:

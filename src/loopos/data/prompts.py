@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TypeAlias
 
 from loopos.data.columns import COLUMN, Overrides, column_remedy
 from loopos.data.context import CONTEXT_ROLES, with_context
-from loopos.data.conversations import ASSISTANT, Message, message_of, messages_of, with_system
+from loopos.data.conversations import ASSISTANT, Message, history_of, message_of, messages_of, with_system
 from loopos.data.preference_formats import PreferenceFormat, detect
 from loopos.data.reading import DataReport, Unusable, read_examples
 from loopos.data.record import kind_name, shown
@@ -71,7 +71,7 @@ def read_prompts(reader: RowReader, overrides: Overrides, *, as_text: bool = Fal
 
 def prompt_of(row: Row, form: PreferenceFormat, *, as_text: bool) -> Prompt | Unusable:
     """The prompt of one row, or the reason why it has none; `as_text` as in `read_prompts`."""
-    fields = RowFields(row, form.columns)
+    fields = form.fields(row)
     content, tools = _content_of(fields, form, as_text), tools_of(fields)
     fields.check_no_media()
     if isinstance(content, str):
@@ -95,41 +95,54 @@ def read_prompt(fields: RowFields, *, as_text: bool) -> PromptContent:
         message = message_of(fields, fields.field("prompt"), value)
         return with_system(fields, [message] if message is not None else [], shown(fields.field("prompt")))
     if isinstance(value, list):
-        for role in CONTEXT_ROLES:
+        for role in (*CONTEXT_ROLES, "history"):
             actual = fields.value(role)
             if actual is not None and not (isinstance(actual, str) and not actual.strip()):
                 hint = f'write it into the messages, or leave it out: data.columns: {{"{role}": null}}'
                 expected = "the whole prompt in the messages"
                 fields.add(f"{role} beside messages", fields.field(role), shown(actual), expected, hint)
         return with_system(fields, messages_of(fields, "prompt"), shown(fields.field("prompt")))
-    text = with_context(fields, "prompt")
+    text, history = with_context(fields, "prompt"), history_of(fields)
     if not as_text:
-        return with_system(fields, [Message("user", text)], shown(fields.field("prompt")))
+        return with_system(fields, [*history, Message("user", text)], shown(fields.field("prompt")))
     _check_no_system(fields)
+    if history:
+        hint = "put it into the prompt itself, or use messages"
+        actual = f"{len(history) // 2} earlier turns"
+        fields.add("history beside text", fields.field("history"), actual, "none with text without a template", hint)
     return text
 
 
-def implied(fields: RowFields) -> tuple[PromptContent, tuple[PromptContent, PromptContent]] | None:
+IMPLICIT: Mapping[str, tuple[str, str]] = {
+    "implicit pairs": ("chosen", "rejected"),
+    "implicit judged pairs": ("response_1", "response_2"),
+}
+"""Formats without a prompt → the roles of the responses that start with it."""
+
+
+def implied(
+    fields: RowFields, roles: tuple[str, str] = ("chosen", "rejected")
+) -> tuple[PromptContent, tuple[PromptContent, PromptContent]] | None:
     """Prompt and responses of a row whose responses both start with the prompt; None, with problems filled, else."""
-    values = {role: fields.content(role) for role in ("chosen", "rejected")}
+    values = {role: fields.content(role) for role in roles}
     if all(isinstance(value, list) for value in values.values()):
-        return _implied_messages(fields)
+        return _implied_messages(fields, roles)
     texts = [fields.text(role) for role, value in values.items() if not isinstance(value, list)]
     check_no_tools(fields, tools_of(fields))
     if fields.problems:
         return None
     if len(texts) < 2:
-        actual = f"{kind_name(values['chosen'])} as chosen and {kind_name(values['rejected'])} as rejected"
+        actual = " and ".join(f"{kind_name(value)} as {role}" for role, value in values.items())
         expected = "two texts, or two lists of messages"
-        fields.add("chosen and rejected of two kinds", fields.field("rejected"), actual, expected)
+        fields.add(f"{roles[0]} and {roles[1]} of two kinds", fields.field(roles[1]), actual, expected)
         return None
     _check_no_system(fields)
     one, other = texts
     prompt = shared_text(one, other)
     if is_same(one, other):
-        add_identical(fields, fields.field("rejected"), one)
+        add_identical(fields, fields.field(roles[1]), one)
     elif not prompt.strip():
-        _add_unshared(fields, f"texts that begin {shown(one, 30)} and {shown(other, 30)}")
+        _add_unshared(fields, roles[1], f"texts that begin {shown(one, 30)} and {shown(other, 30)}")
     return None if fields.problems else (prompt, (one[len(prompt) :], other[len(prompt) :]))
 
 
@@ -156,6 +169,11 @@ def check_response(fields: RowFields, messages: Sequence[Message], source: str) 
         fields.add("response is not the assistant's", source, f"messages of {roles}", expected, hint)
 
 
+def is_answer(response: PromptContent) -> bool:
+    """Whether a response is messages that the assistant begins."""
+    return bool(response) and not isinstance(response, str) and response[0].role == ASSISTANT
+
+
 def is_same(one: PromptContent, other: PromptContent) -> bool:
     """Whether two contents are equal apart from outer white space and weights."""
     if isinstance(one, str) or isinstance(other, str):
@@ -166,32 +184,34 @@ def is_same(one: PromptContent, other: PromptContent) -> bool:
 def add_identical(fields: RowFields, source: str, content: PromptContent) -> None:
     """Add the problem of two identical responses."""
     text = content if isinstance(content, str) else content[-1].content
-    which = "two responses" if fields.has("responses") else "chosen and rejected"
+    which = "chosen and rejected" if fields.has("chosen") else "two responses"
     fields.add(SAME_RESPONSES, source, f"{which} are identical ({shown(text)})", "")
 
 
-def _implied_messages(fields: RowFields) -> tuple[PromptContent, tuple[PromptContent, PromptContent]] | None:
-    chosen, rejected = messages_of(fields, "chosen"), messages_of(fields, "rejected")
+def _implied_messages(
+    fields: RowFields, roles: tuple[str, str]
+) -> tuple[PromptContent, tuple[PromptContent, PromptContent]] | None:
+    chosen, rejected = (messages_of(fields, role) for role in roles)
     if fields.problems:
         return None
     pairs = enumerate(zip(chosen, rejected, strict=False))
     shorter = min(len(chosen), len(rejected))
     border = next((index for index, both in pairs if not _is_same_message(*both)), shorter)
     if is_same(tuple(chosen), tuple(rejected)):
-        add_identical(fields, fields.field("rejected"), tuple(rejected))
+        add_identical(fields, fields.field(roles[1]), tuple(rejected))
     elif not border:
         begun = " and ".join(shown(messages[0].content, 30) for messages in (chosen, rejected))
-        _add_unshared(fields, f"messages that begin with {begun}")
+        _add_unshared(fields, roles[1], f"messages that begin with {begun}")
     else:
-        check_response(fields, chosen[border:], fields.field("chosen"))
-        check_response(fields, rejected[border:], fields.field("rejected"))
-    prompt = with_system(fields, chosen[:border], shown(fields.field("chosen")))
+        check_response(fields, chosen[border:], fields.field(roles[0]))
+        check_response(fields, rejected[border:], fields.field(roles[1]))
+    prompt = with_system(fields, chosen[:border], shown(fields.field(roles[0])))
     return None if fields.problems else (prompt, (tuple(chosen[border:]), tuple(rejected[border:])))
 
 
 def _content_of(fields: RowFields, form: PreferenceFormat, as_text: bool) -> PromptContent | None:
-    if form.kind == "implicit pairs":
-        found = implied(fields)
+    if form.kind in IMPLICIT:
+        found = implied(fields, IMPLICIT[form.kind])
         return None if found is None else found[0]
     content = read_prompt(fields, as_text=as_text)
     if isinstance(content, str) or fields.problems:
@@ -218,10 +238,10 @@ def _check_no_system(fields: RowFields) -> None:
         fields.add("system beside text", fields.field("system"), shown(system), expected, hint)
 
 
-def _add_unshared(fields: RowFields, actual: str) -> None:
+def _add_unshared(fields: RowFields, role: str, actual: str) -> None:
     remedy = column_remedy("name the column of the prompt", ("prompt", COLUMN))
     expected = "responses that start with the same prompt, because there is no prompt column"
-    fields.add("no shared prompt", fields.field("rejected"), actual, expected, remedy=remedy)
+    fields.add("no shared prompt", fields.field(role), actual, expected, remedy=remedy)
 
 
 def prompt_text(prompt: PromptContent) -> str:

@@ -1,81 +1,23 @@
-"""Read a source into examples: how it is opened, and the counts of every row (read = used + dropped).
-
-Label Studio's JSON export is flattened: a row then has the fields of `data` and, under the name of each control, the
-annotators' choices (pairwise, choices, rating, number); other controls are ignored.
-"""
+"""Read a source into examples: how it is opened, and the counts of every row (read = used + dropped)."""
 
 from __future__ import annotations
 
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from typing import Any, ClassVar, Literal, Protocol, TypeVar
+from dataclasses import dataclass, field
+from typing import ClassVar, Literal, Protocol, TypeVar
 
 from loopos.config.diagnostics import DataError, Diagnostic, UserError
 from loopos.config.own_function import OwnFunction
 from loopos.config.registry import loaded
 from loopos.config.variants import FORMATS
 from loopos.data import rows
+from loopos.data.annotation_exports import flat_rows
 from loopos.data.columns import named, unread
 from loopos.data.decoding import TextRules
 from loopos.data.preference_formats import NAMES
 from loopos.data.record import shown
 from loopos.data.rows import Convert, Lines, Row, RowReader
-
-PAIRWISE = "preference"
-"""The column of a pairwise comparison, for any name of its control."""
-
-
-def flat_rows(rows: Sequence[Row]) -> list[Row]:
-    """Flatten the rows of an export; other rows are returned unchanged."""
-    if not rows or not all(_is_task(row) for row in rows):
-        return list(rows)
-    return [replace(row, values={**_fields(row), **_answers(row)}) for row in rows]
-
-
-def _is_task(row: Row) -> bool:
-    data, annotations = row.values.get("data"), row.values.get("annotations")
-    return isinstance(data, dict) and isinstance(annotations, list)
-
-
-def _fields(row: Row) -> dict[str, object]:
-    data = row.values["data"]
-    assert isinstance(data, dict)
-    return dict(data)
-
-
-def _answers(row: Row) -> dict[str, object]:
-    """The annotators' answers by control, without cancelled annotations."""
-    found: dict[str, list[object]] = defaultdict(list)
-    annotations = row.values["annotations"]
-    assert isinstance(annotations, list)
-    for annotation in annotations:
-        if not isinstance(annotation, dict) or annotation.get("was_cancelled"):
-            continue
-        for result in annotation.get("result") or []:
-            if isinstance(result, dict) and isinstance(result.get("value"), dict):
-                name, answer = _answer(result)
-                if answer is not None:
-                    found[name].append(answer)
-    return {name: answers[0] if len(answers) == 1 else answers for name, answers in found.items()}
-
-
-def _answer(result: dict[str, Any]) -> tuple[str, object]:
-    """The column and the value of one result; None for a control that gives no label."""
-    value, name = result["value"], str(result.get("from_name", "label"))
-    match result.get("type"):
-        case "pairwise":
-            return PAIRWISE, value.get("selected")
-        case "choices":
-            choices = value.get("choices")
-            return name, choices[0] if isinstance(choices, list) and len(choices) == 1 else choices
-        case "rating":
-            return name, value.get("rating")
-        case "number":
-            return name, value.get("number")
-        case _:
-            return name, None
-
 
 UNREADABLE = "unreadable row"
 _KNOWN_NAMES = frozenset().union(*(names for tiers in NAMES.values() for names in tiers))
@@ -147,7 +89,7 @@ class DataReport:
     Of tokenizing: `lengths` of the used rows (of preferences, of each prompt with its longest response), None before;
     `indices` of the used rows among the read ones. `tokens` counts each prompt once. `trained_tokens`, and `responses`
     and `pairs`, are None where the data has none. `cut`: truncated rows or responses; `tokens_cut`: the tokens that
-    they lost, a lower bound if `shortened` texts were not tokenized to their end.
+    they lost, a lower bound if `shortened` texts were not tokenized to their end; `cut_unit`: what was truncated.
     """
 
     read: int = 0
@@ -165,6 +107,7 @@ class DataReport:
     trained_tokens: int | None = None
     cut: int = 0
     tokens_cut: int = 0
+    cut_unit: str = ""
     max_length: int | None = None
     shortened: int = 0
     lengths: list[int] | None = field(default=None, repr=False)
@@ -191,7 +134,7 @@ class DataReport:
             counts.append(f"{self.trained_tokens:,} trained{fraction}")
         counts.append(length_spread(self.lengths) or "no rows")
         at_least = "at least " if self.shortened else ""
-        lost = f"{self.cut} cut at {self.max_length} ({at_least}{self.tokens_cut} tokens lost)"
+        lost = f"{self.cut} {self.cut_unit}cut at {self.max_length} ({at_least}{self.tokens_cut} tokens lost)"
         return [", ".join(counts), *([lost] if self.cut else [])]
 
 

@@ -1,6 +1,6 @@
 """Comparisons as packed batches whose response tokens have log-probabilities.
 
-Letters: T tokens of a packed row, N responses, M tokens of responses, P pairs.
+Letters: T tokens of a packed row, N responses, M tokens of responses that count, P pairs.
 """
 
 from __future__ import annotations
@@ -92,7 +92,7 @@ class PreferenceRows:
         )
 
     def _tokens(self, chosen: Sequence[EncodedComparison]) -> tuple[list[int], list[int], list[int]]:
-        """Positions before the tokens of the responses, the tokens, and the number of each token's response."""
+        """Positions before the tokens that count, the tokens, and the number of each token's response."""
         positions: list[int] = []
         targets: list[int] = []
         response: list[int] = []
@@ -100,13 +100,15 @@ class PreferenceRows:
         for example in chosen:
             prompt, shared = len(example.prompt), self.comparisons.share_prompts
             first = start + prompt
-            for ids in example.responses:
+            for index, ids in enumerate(example.responses):
                 if not shared:
                     first = start + prompt
                 # The first token of a response is predicted by the last token of the prompt.
-                positions += [(start + prompt if shared else first) - 1, *range(first, first + len(ids) - 1)]
-                targets += ids
-                response += [number] * len(ids)
+                before = [(start + prompt if shared else first) - 1, *range(first, first + len(ids) - 1)]
+                own = example.counted(index)
+                positions += [before[token] for token in own]
+                targets += [ids[token] for token in own]
+                response += [number] * len(own)
                 number += 1
                 first += len(ids)
                 if not shared:

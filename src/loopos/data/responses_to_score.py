@@ -76,7 +76,7 @@ def read_responses(
     """
 
     def from_row(row: Row, form: PreferenceFormat | ResponseFormat) -> Comparison | Unusable:
-        fields = RowFields(row, form.columns)
+        fields = form.fields(row) if isinstance(form, PreferenceFormat) else RowFields(row, form.columns)
         if isinstance(form, PreferenceFormat):
             found = comparison_of(fields, form, as_text=as_text)
         else:

@@ -22,6 +22,7 @@ from loopos.config.methods import method_row
 from loopos.config.paths import MODEL_DESCRIPTION
 from loopos.config.sections import MethodConfig
 from loopos.data import formats, preference_formats, supervised_rows
+from loopos.data.annotation_exports import flat_rows
 from loopos.data.decoding import PLAIN_RULES, TextRules
 from loopos.data.read_ahead import read_for_reuse
 from loopos.data.reading import SourceKeys, opened, validation_source
@@ -174,7 +175,7 @@ def _problem(rows: Sequence[Row], detect: Detect) -> DataError | None:
     if not rows:
         return None
     try:
-        detect(list(dict.fromkeys(name for row in rows for name in row.values)), rows[0].source)
+        detect(list(dict.fromkeys(name for row in flat_rows(rows) for name in row.values)), rows[0].source)
     except DataError as problem:
         return problem
     return None

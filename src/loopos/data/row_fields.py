@@ -30,9 +30,10 @@ _MESSAGES_HINT = "write the list as JSON: json.dumps(row[column]), or use JSON L
 class RowFields:
     """Reads the fields of one row; invalid values are noted in `problems` and replaced by an empty value."""
 
-    def __init__(self, row: Row, columns: Mapping[str, str]) -> None:
-        """columns: role → column."""
+    def __init__(self, row: Row, columns: Mapping[str, str], values: Mapping[str, object] | None = None) -> None:
+        """columns: role → column. values: by column, where they are not those of the row."""
         self.row, self.columns = row, columns
+        self.values = row.values if values is None else values
         self.problems: list[RowProblem] = []
 
     def has(self, role: str) -> bool:
@@ -45,7 +46,7 @@ class RowFields:
 
     def value(self, role: str) -> object:
         """The value of a role, without nulls inside objects; None if it is null or missing."""
-        return without_nulls(self.row.values.get(self.columns[role])) if role in self.columns else None
+        return without_nulls(self.values.get(self.columns[role])) if role in self.columns else None
 
     def structure(self, role: str) -> object:
         """The value of a role that holds a list or an object; its text form is parsed."""
@@ -130,7 +131,7 @@ class RowFields:
         )
 
     def _is_missing(self, role: str) -> bool:
-        if self.field(role) in self.row.values:
+        if self.field(role) in self.values:
             return False
         actual = f"no such field (fields: {listed(list(self.row.values))})"
         self.add(f"{role} is missing", self.field(role), actual, _TEXT_EXPECTED)

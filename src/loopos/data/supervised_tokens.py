@@ -87,7 +87,7 @@ def parts_of(example: Example, template: ChatTemplate, step_format: StepFormat, 
     return parts
 
 
-OverLength: TypeAlias = Literal["drop", "cut", "error"]
+OverLength: TypeAlias = Literal["drop", "cut", "cut_prompt", "error"]
 OVER_LENGTH, UNTRAINED, REFUSED = "over max_length", "no trained token", "refused by the chat template"
 Problem: TypeAlias = str | Sequence[Message] | Question | Example
 """An input to generate an answer for."""

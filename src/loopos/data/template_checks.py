@@ -93,8 +93,8 @@ def end_of_text(content: str, whole: str, start: int, limit: int) -> int:
     return found.end() if found is not None else -1
 
 
-def num_shared(one: str, other: str) -> int:
-    """How many characters both texts begin with."""
+def num_shared(one: Sequence[object], other: Sequence[object]) -> int:
+    """How many characters (or tokens) both begin with."""
     pairs = enumerate(zip(one, other, strict=False))
     return next((position for position, (left, right) in pairs if left != right), min(len(one), len(other)))
 

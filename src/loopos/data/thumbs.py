@@ -12,8 +12,10 @@ from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
 from loopos.config.diagnostics import DataError
+from loopos.data.annotation_exports import submitted
 from loopos.data.columns import COLUMN, Family, Fit, Overrides, Shape, detected
-from loopos.data.conversations import ASSISTANT, Message, message_of, messages_of, with_system
+from loopos.data.context import CONTEXT_NAMES, CONTEXT_ROLES
+from loopos.data.conversations import ASSISTANT, HISTORY_NAMES, Message, message_of, messages_of, with_system
 from loopos.data.preference_formats import NAMES as PREFERENCE_NAMES
 from loopos.data.preference_formats import PreferenceFormat
 from loopos.data.preference_formats import detect as detect_comparisons
@@ -34,16 +36,25 @@ NAMES: Mapping[str, tuple[frozenset[str], ...]] = {
     "label": (
         frozenset({"label"}),
         frozenset({"kto_tag"}),
+        frozenset({"label.responses"}),
+        frozenset({"label.suggestion"}),
         frozenset({"thumb", "thumbs", "thumbs_up", "desirable", "is_desirable", "feedback"}),
     ),
-    "input": (frozenset({"input"}),),
+    **CONTEXT_NAMES,
+    "history": HISTORY_NAMES,
     "system": (frozenset({"system"}), frozenset({"system_prompt"})),
     "tools": TOOL_NAMES,
 }
 """The names of each role's column in tiers, a better tier winning over a later one."""
 
 SHAPES: tuple[tuple[Shape[Kind], ...], ...] = (
-    (Shape("answers with a thumb", ("prompt", "completion", "label"), ("input", "system", "tools")),),
+    (
+        Shape(
+            "answers with a thumb",
+            ("prompt", "completion", "label"),
+            (*CONTEXT_ROLES, "history", "system", "tools"),
+        ),
+    ),
     (Shape("conversations with a thumb", ("messages", "label"), ("system", "tools")),),
 )
 _EXAMPLES = (
@@ -95,7 +106,7 @@ def read_thumbs(reader: RowReader, overrides: Overrides, *, as_text: bool = Fals
     """
 
     def from_row(row: Row, form: PreferenceFormat | ThumbFormat) -> Thumbs | Unusable:
-        fields = RowFields(row, form.columns)
+        fields = form.fields(row) if isinstance(form, PreferenceFormat) else RowFields(row, form.columns)
         if isinstance(form, PreferenceFormat):
             comparison = comparison_of(fields, form, as_text=as_text)
             found = None if comparison is None else Thumbs(comparison, thumbs_of(comparison))
@@ -159,16 +170,32 @@ def _response(fields: RowFields, value: object, *, as_text: bool) -> PromptConte
     return text if as_text else (Message(ASSISTANT, text),)
 
 
+def is_thumb(value: object) -> bool:
+    """Whether a value is a thumb, or what several people said."""
+    votes = submitted(value) if isinstance(value, list) else [value]
+    return bool(votes) and all(_is_up(vote) is not None for vote in votes)
+
+
 def _thumb(fields: RowFields) -> bool:
-    """Whether the answer is desirable."""
-    value = fields.value("label")
+    """Whether the answer is desirable: one thumb, or what most of several people say."""
+    value = fields.structure("label")
+    votes = [_is_up(vote) for vote in submitted(value)] if isinstance(value, list) else [_is_up(value)]
+    actual = f"{shown(value)} ({kind_name(value)})"
+    ups, downs = votes.count(True), votes.count(False)
+    if not votes or None in votes:
+        fields.add("label does not fit", fields.field("label"), actual, _EXPECTED)
+    elif ups == downs:
+        fields.add("as many up as down", fields.field("label"), actual, "more of one than of the other")
+    return ups > downs
+
+
+def _is_up(vote: object) -> bool | None:
+    """One thumb, by itself or as Argilla's `value`; None for anything else."""
+    value = vote.get("value") if isinstance(vote, dict) else vote
     if isinstance(value, bool):
         return value
     spelling = f"{value:g}" if is_number(value) and not isinstance(value, str) else str(value).strip().lower()
-    if spelling in _UP or spelling in _DOWN:
-        return spelling in _UP
-    fields.add("label does not fit", fields.field("label"), f"{shown(value)} ({kind_name(value)})", _EXPECTED)
-    return False
+    return spelling in _UP if spelling in _UP or spelling in _DOWN else None
 
 
 def _rivals(fits: Sequence[Fit[Kind]]) -> tuple[str, tuple[str, str]]:

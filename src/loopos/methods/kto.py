@@ -58,9 +58,11 @@ class KtoTrainer(PreferenceTrainer):
         """Every answer of the rows as tokens, with a mismatched one."""
         rows, report = self.encoder.comparisons([each.comparison for each in examples])
         answers = [
-            EncodedAnswer(row.prompt, response, desirable, row.index)
+            EncodedAnswer(row.prompt, response, desirable, row.index, mask=row.mask(number))
             for row in rows
-            for response, desirable in zip(row.responses, examples[row.index].desirable, strict=True)
+            for number, (response, desirable) in enumerate(
+                zip(row.responses, examples[row.index].desirable, strict=True)
+            )
         ]
         return with_mismatched(answers, seed=self.config.training.seed), report
 
@@ -80,7 +82,7 @@ class KtoTrainer(PreferenceTrainer):
         for mismatched in (False, True):
             rows = AnswerRows(answers, self.device, mismatched)
             if self.caches_reference:
-                sizes = [len(rows.response(row)) for row in range(len(answers))]
+                sizes = [len(rows.counted(row)) for row in range(len(answers))]
                 cached = self.cached_reference(rows, sizes, f"{digest} {mismatched}")
                 rows = AnswerRows(answers, self.device, mismatched, cached)
             found.append(rows)

@@ -150,7 +150,7 @@ class PreferenceTrainer(Trainer[PreferenceConfig]):
         rows = PreferenceRows(comparisons)
         if not self.caches_reference:
             return rows
-        sizes = [sum(map(len, each.responses)) for each in examples]
+        sizes = [sum(len(each.counted(number)) for number in range(len(each.responses))) for each in examples]
         return PreferenceRows(comparisons, self.cached_reference(rows, sizes, comparisons_digest(examples)))
 
     def cached_reference(self, rows: Any, sizes: Sequence[int], digest: str) -> list[Tensor]:

@@ -100,13 +100,13 @@ def cache_bytes(shape: Architecture, *, layers: int, rows: int, columns: int, nu
 
 
 def persistent_bytes(parameters: Parameters, *, half_precision: bool, optimizer_state: int) -> dict[str, int]:
-    """Memory that training occupies all the time, by part: weights f·P, masters 4·R beside weights of 2 bytes,
+    """Memory that training occupies all the time, by part: weights f·P, master weights 4·R beside weights of 2 bytes,
     gradients 4·R, and the optimizer's state as in `optimizer_bytes`.
     """
     trained = _FP32 * parameters.trained
     return {
         "weights": (2 if half_precision else _FP32) * parameters.total,
-        "masters": trained if half_precision else 0,
+        "master weights": trained if half_precision else 0,
         "gradients": trained,
         "optimizer": optimizer_state,
     }

@@ -1,9 +1,9 @@
 """Memory of one GPU under a setting, by part and role; and the traffic of each GPU, with its time at given bandwidths.
 
 Replicated, each GPU holds everything (`estimate.persistent_bytes`). Sharded by FSDP2 over S GPUs, it holds 1/S: a model
-in training in fp32, so that weights are their own masters, a frozen role in the run's format; a layer is gathered in
-the run's format while it runs, with the next one, and weights outside of layers for the whole pass. Tensor parallelism
-divides the weights of the model's plan, and most activations. Not included: memory of NCCL and the allocator
+in training in fp32, which needs no master weights, a frozen role in the run's format; a layer is gathered in the run's
+format while it runs, with the next one, and weights outside of layers for the whole pass. Tensor parallelism divides
+the weights of the model's plan, and most activations. Not included: memory of NCCL and the allocator
 (`FREE_FRACTION`), data, checkpoints. On a ring of S GPUs each GPU sends (S − 1)/S of the bytes of a collective in an
 all-gather or reduce-scatter, twice that in an all-reduce (Patarasu & Yuan 2009). Not included: latency, overlap with
 computation, counts and metrics. Letters: f bytes of a number in the run's format.
@@ -73,7 +73,7 @@ def need_of(load: Load, setting: Setting, *, longest: int = 0) -> Need:
 
 
 def persistent_of(network: Network, load: Load, setting: Setting) -> dict[str, int]:
-    """Weights, masters, gradients and optimizer's state of a role on one GPU."""
+    """Weights, master weights, gradients and optimizer's state of a role on one GPU."""
     half, training = number_bytes(load) == 2, load.training
     parameters = divided(network, setting.tensor_parallel)
     state = estimate.optimizer_bytes(training.optimizer, training.momentum, parameters)
