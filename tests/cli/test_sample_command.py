@@ -314,6 +314,7 @@ def test_people_read_a_table(language_run: Path, prompts: Path, tmp_path: Path, 
         (("--judge", "MODEL"), "a language model, which scores no responses"),
         (("--judge-model", "nowhere"), "nowhere"),
         (("--keep", "best"), "--keep best: needs scores"),
+        (("--keep", "all", "--threshold", 1), "--threshold: needs scores"),
         (("--judge", "exact", "--judge-model", "x"), "use only one of the two"),
         (("--judge", "exact", "--grades", "a,b"), "--grades without --judge-model"),
         (("--judge-model", "MODEL", "--grades", "yes"), "grades: got yes; expected"),
@@ -417,9 +418,25 @@ def test_killed_twenty_times(language_run: Path, reward_run: Path, tmp_path: Pat
 def test_every_torn_end_is_made_again(
     file: str, cut: str, language_run: Path, prompts: Path, judges: str, tmp_path: Path, invoke: Invoke
 ) -> None:
-    """The progress is cut at a chosen byte: within the header, within a chunk, and between two chunks."""
+    """The progress is cut at a chosen byte: within the header, within a chunk, and between two chunks. In bf16 a response
+    depends on the rows beside it, which a resumed chunk has too.
+    """
     out = tmp_path / "rows.jsonl"
-    words = ("-n", 3, "--keep", "all", "--judge", f"{judges}:longest", "--chunk", 2, "-o", out, *WORDS)
+    words = (
+        "--precision",
+        "bf16",
+        "-n",
+        3,
+        "--keep",
+        "all",
+        "--judge",
+        f"{judges}:longest",
+        "--chunk",
+        2,
+        "-o",
+        out,
+        *WORDS,
+    )
     progress = tmp_path / "rows.jsonl.progress"
     # The rows are complete but not yet in their position when the process ends.
     with patch("loopos.rl.rejection_sampling.write_whole", side_effect=KeyboardInterrupt):

@@ -218,8 +218,12 @@ def _diagnostics(options: SampleOptions) -> Iterator[str]:
     for name, actual, known in (("keep", selected.keep, KEEP), ("pairs", selected.pairs, PAIRS)):
         if actual not in known:
             yield f"{option(name)}: got {actual}; expected one of {', '.join(known)}"
-    if judged.judge is None and judged.judge_model is None and selected.keep != "all":
-        yield f"--keep {selected.keep}: needs scores; use --judge or --judge-model, or --keep all"
+    if judged.judge is None and judged.judge_model is None:
+        if selected.keep != "all":
+            yield f"--keep {selected.keep}: needs scores; use --judge or --judge-model, or --keep all"
+        for name in ("threshold", "allow_cut"):
+            if name in changed_fields(selected):
+                yield f"{option(name)}: needs scores; use --judge or --judge-model"
     yield from _idle_options(options)
 
 
