@@ -34,7 +34,7 @@ ARROWS: dict[str, set[str]] = {
     # A plan opens the data and counts the shapes that a run would have, and starts nothing.
     "planning": GROUND | {"methods", "rl", "training", "models", "data"},
     "cli": GROUND
-    | {"planning", "methods", "training", "evaluation", "generation", "models", "data", "demo"}
+    | {"planning", "methods", "rl", "training", "evaluation", "generation", "models", "data", "demo"}
     | {"merging", "ensembling", "exporting", "compression", "serving"},
     # The packaged demo is data alone.
     "demo": set(),

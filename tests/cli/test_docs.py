@@ -57,7 +57,7 @@ def test_the_commands_are_these() -> None:
             "merge",
             "prune",
         ),
-        *("export", "ensemble", "winrate", "quantize", "plan"),
+        *("export", "ensemble", "winrate", "sample", "quantize", "plan"),
     }
 
 

@@ -111,3 +111,33 @@ def test_methods_without_prompts_refuse_plain_lines(tmp_path: Path) -> None:
     section = PreferenceDataSection.model_validate({"pretrained_weights": "new", "output_dir": "run"})
     with pytest.raises(DataError, match="plain text"):
         load_comparisons(section, str(tmp_path / "a.txt"), seed=1)
+
+
+@pytest.mark.parametrize(
+    ("row", "expected", "beside"),
+    [
+        (
+            {"problem": "2 + 2", "reasoning": ["2 and 2"], "answer": 4, "level": 1},
+            "4",
+            {"reasoning", "answer", "level"},
+        ),
+        # GSM8K: the answer ends the solution.
+        ({"question": "2 + 2", "answer": "2 and 2\n#### 4"}, "4", {"answer"}),
+        # The index of a choice is its letter, as the prompt shows it.
+        ({"question": "2 + 2", "choices": ["3", "4"], "answer": 1}, "B", {"answer"}),
+        # verl and TRL: messages with an answer to check.
+        ({"prompt": [{"role": "user", "content": "2 + 2"}], "answer": "4"}, "4", {"answer"}),
+        ({"messages": [{"role": "user", "content": "2 + 2"}], "Answer": 4}, "4", {"Answer"}),
+        ({"prompt": "2 + 2", "chosen": "4", "rejected": "5"}, None, {"chosen", "rejected"}),
+        ({"prompt": "2 + 2"}, None, set()),
+    ],
+)
+def test_a_prompt_has_its_row_and_the_answer_that_it_expects(
+    row: dict[str, Any], expected: str | None, beside: set[str], tmp_path: Path
+) -> None:
+    (found,) = read_prompts(str(write_jsonl(tmp_path / "a.jsonl", [row])), {}, raw=False)
+    assert found.text.startswith("2 + 2")
+    assert found.expected == expected
+    assert found.row is not None
+    assert found.row.values == row
+    assert set(row) - set(found.columns) == beside

@@ -78,6 +78,9 @@ LOOPOS = Group(
             "evaluate",
         ),
         "winrate": Command("Compare the answers of two language models to the same prompts with a judge.", "winrate"),
+        "sample": Command(
+            "Sample answers to prompts, judge them, and write the best ones or pairs as training data.", "sample"
+        ),
         "generate": Command("Generate text from prompts, or solve problems in steps.", "generate"),
         "chat": Command("Chat with a language model; type /help for its commands.", "chat"),
         "serve": Command(

@@ -15,7 +15,7 @@ from loopos.data import preference_formats, rows
 from loopos.data.context import with_context
 from loopos.data.conversations import ASSISTANT, Conversation, Message, Question
 from loopos.data.decoding import PLAIN_RULES, TextRules
-from loopos.data.demonstrations import Demonstration
+from loopos.data.demonstrations import Demonstration, expected_answer
 from loopos.data.preference_formats import PreferenceFormat
 from loopos.data.prompts import Prompt, PromptContent, prompt_key, prompt_of
 from loopos.data.reading import DataReport, Unusable, left_out, read_examples
@@ -24,16 +24,30 @@ from loopos.data.rows import Row, RowReader
 from loopos.data.step_format import NAMED_FORMATS
 from loopos.data.supervised_rows import Completion, SupervisedFormat, detect, example_of
 from loopos.data.supervised_tokens import prompt_messages
+from loopos.data.tool_schemas import Tool
 
 _SYSTEM = ("system", "developer")
+# Roles of columns that say something about the answer: they stay with the row.
+_BESIDE_PROMPTS = ("answer", "reasoning", "output", "completion", "chosen", "rejected", "margin", "tie", "p_human")
 
 
 @dataclass(frozen=True, slots=True)
 class PromptInput:
-    """One prompt. `text`: for people. `problem`: messages for the chat template, or a text to continue as it is."""
+    """One prompt. `text`: for people. `problem`: messages for the chat template, or a text to continue as it is. `row`:
+    the row of data that it comes from, None without one; `columns`: those of them that hold the prompt. `expected`: the
+    answer that the row expects.
+    """
 
     text: str
     problem: tuple[Message, ...] | Question | Completion
+    row: Row | None = None
+    columns: tuple[str, ...] = ()
+    expected: str | None = None
+
+    @property
+    def tools(self) -> tuple[Tool, ...]:
+        """The tools that the model may call."""
+        return self.problem.tools if isinstance(self.problem, Question) else ()
 
     @property
     def content(self) -> PromptContent:
@@ -94,16 +108,11 @@ def read_prompts(
         return [of_text(text, index, raw=raw) for index, text in enumerate(texts)]
 
     def from_row(row: Row, form: SupervisedFormat | PreferenceFormat) -> PromptInput | Unusable:
-        if isinstance(form, PreferenceFormat):
-            found = prompt_of(row, form, as_text=raw)
-            return found if isinstance(found, Unusable) else of_prompt(found)
-        fields = RowFields(row, form.columns)
-        prompt = _row_prompt(fields, form, raw=raw)
-        return (
-            prompt
-            if prompt is not None
-            else Unusable(fields.problems[0][0], [diagnostic for _, diagnostic in fields.problems])
-        )
+        found = _of_row(row, form, raw=raw)
+        if isinstance(found, Unusable):
+            return found
+        columns = tuple(column for role, column in form.columns.items() if role not in _BESIDE_PROMPTS)
+        return replace(found, row=row, columns=columns, expected=_expected(row, form))
 
     found: tuple[list[PromptInput], SupervisedFormat | PreferenceFormat, DataReport]
     reader = rows.read(source, rules=rules)
@@ -119,6 +128,28 @@ def read_prompts(
     if len(distinct) < len(prompts):
         note(f"{source}: {len(prompts)} rows with {len(distinct)} different prompts")
     return list(distinct.values())
+
+
+def _of_row(row: Row, form: SupervisedFormat | PreferenceFormat, *, raw: bool) -> PromptInput | Unusable:
+    fields = RowFields(row, form.columns)
+    if form.kind == "demonstrations" and isinstance(fields.content("problem"), list):
+        # A problem in messages, with an answer to check: rows of verl and TRL.
+        form = PreferenceFormat("prompts", {"prompt": form.columns["problem"]}, form.summary)
+    if isinstance(form, PreferenceFormat):
+        found = prompt_of(row, form, as_text=raw)
+        return found if isinstance(found, Unusable) else of_prompt(found)
+    prompt = _row_prompt(fields, form, raw=raw)
+    if prompt is None:
+        return Unusable(fields.problems[0][0], [diagnostic for _, diagnostic in fields.problems])
+    return prompt
+
+
+def _expected(row: Row, form: SupervisedFormat | PreferenceFormat) -> str | None:
+    """The answer that checkers compare with: of a problem, or a column `answer`."""
+    if form.kind == "demonstrations":
+        return expected_answer(RowFields(row, form.columns))
+    answer = next((value for name, value in row.values.items() if name.lower() == "answer"), None)
+    return None if answer is None else str(answer)
 
 
 def of_prompt(prompt: Prompt) -> PromptInput:

@@ -49,6 +49,12 @@ def demonstration(fields: RowFields, step_format: StepFormat) -> Demonstration |
     return Demonstration(problem.strip(), steps, answer, fields.row, system)
 
 
+def expected_answer(fields: RowFields) -> str | None:
+    """The answer of a problem, whatever its steps; None, perhaps with `fields.problems` filled, if there is none."""
+    answer = chosen_letter(fields, _chain(fields, "\n")[1])
+    return None if fields.problems or not answer else answer
+
+
 def _chain(fields: RowFields, delimiter: str) -> tuple[tuple[str, ...], str]:
     """Steps and answer, as far as they can be read."""
     if not fields.has("answer"):

@@ -270,6 +270,10 @@ def _truncated(row: Supervised, length: int) -> Supervised:
     return Supervised(row.ids[:length], row.mask[:length], weights, row.index)
 
 
+class NothingLeft(DataError):
+    """Every row was dropped."""
+
+
 def finish(
     report: DataReport, dropped: Counter[str], over: Sequence[Diagnostic], policy: RowPolicy, expected: str
 ) -> None:
@@ -286,7 +290,7 @@ def finish(
         raise BadRows(refused, len(refused), "correct the rows", SKIP_ROWS)
     check_over(over, report.read, report.max_length, policy)
     if not report.used:
-        raise DataError([Diagnostic("data", None, None, "rows", report.summary(), expected)])
+        raise NothingLeft([Diagnostic("data", None, None, "rows", report.summary(), expected)])
 
 
 def over_length_diagnostic(row: Row, length: int, max_length: int, *, at_least: bool) -> Diagnostic:

@@ -6,9 +6,7 @@ results.
 
 from __future__ import annotations
 
-import json
-import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -21,6 +19,7 @@ from loopos.evaluation.answer_check import AnswerCheck
 from loopos.evaluation.checkers import Verdict, judge
 from loopos.evaluation.reasoning import Answered
 from loopos.generation.settings import SamplingParams
+from loopos.storage.chunked_lines import ChunkedLines
 
 # Problems sampled together; a killed run restarts with the first incomplete chunk.
 _CHUNK = 64
@@ -82,23 +81,16 @@ def find_chains(
     own = [examples[i : i + _CHUNK] for i in range(rank * _CHUNK, len(examples), world_size * _CHUNK)]
     settings = replace(check.sampling, temperature=section.temperature, seed=check.seed + number)
     sampler = _Sampler(check, section, settings)
-    file = folder / f"chains-{rank}-of-{world_size}.jsonl"
-    lines = _whole_chunks(file, [len(chunk) for chunk in own])
-    num_done, position, total = len(lines), 0, sum(map(len, own))
-    with file.open("r+b" if file.exists() else "wb") as out:
-        out.truncate(sum(len(line) for line in lines))
-        out.seek(0, os.SEEK_END)
-        for chunk in own:
+    position, total = 0, sum(map(len, own))
+    records: list[dict[str, Any]] = []
+    with ChunkedLines(folder / f"chains-{rank}-of-{world_size}.jsonl", [len(chunk) for chunk in own]) as file:
+        for index, chunk in enumerate(own):
             position += len(chunk)
-            if position <= num_done:
-                continue
-            new = [json.dumps(line).encode() + b"\n" for line in sampler.sample(chunk)]
-            out.write(b"".join(new))
-            out.flush()
-            os.fsync(out.fileno())
-            lines += new
-            say(f"round {number}: {position} of {total} problems sampled")
-    found = _read(lines, [example for chunk in own for example in chunk], section.samples_per_problem)
+            if index == file.num_chunks:
+                file.append(sampler.sample(chunk))
+                say(f"round {number}: {position} of {total} problems sampled")
+            records += file.chunk(index)
+    found = _read(records, [example for chunk in own for example in chunk], section.samples_per_problem)
     combined = RationaleReport.combined([part for part in gather(found) if isinstance(part, RationaleReport)])
     if not combined.chains:
         raise UserError(
@@ -106,19 +98,6 @@ def find_chains(
             "self_improvement.samples_per_problem, or set self_improvement.rationalize to true"
         )
     return combined
-
-
-def _whole_chunks(file: Path, sizes: Sequence[int]) -> list[bytes]:
-    """The lines of complete chunks."""
-    if not file.exists():
-        return []
-    lines = [line for line in file.read_bytes().splitlines(keepends=True) if line.endswith(b"\n")]
-    whole = 0
-    for size in sizes:
-        if whole + size > len(lines):
-            break
-        whole += size
-    return lines[:whole]
 
 
 class _Sampler:
@@ -176,9 +155,8 @@ def _teaches(verdict: Verdict, example: Demonstration, step_format: StepFormat) 
     return whole and bool(steps) and step_format.problem(steps, example.answer) is None
 
 
-def _read(lines: Sequence[bytes], examples: Sequence[Demonstration], samples: int) -> RationaleReport:
-    assert len(lines) == len(examples), (len(lines), len(examples))
-    records = [json.loads(line) for line in lines]
+def _read(records: Sequence[Mapping[str, Any]], examples: Sequence[Demonstration], samples: int) -> RationaleReport:
+    assert len(records) == len(examples), (len(records), len(examples))
     chains = [
         replace(example, steps=tuple(steps))
         for example, line in zip(examples, records, strict=True)

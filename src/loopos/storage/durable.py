@@ -128,15 +128,17 @@ def write_hashed(path: Path, chunks: Iterable[bytes | memoryview]) -> FileRecord
     return FileRecord(size=size, sha256=digest.hexdigest())
 
 
-def write_whole(path: Path, content: bytes) -> None:
+def write_whole(path: Path, content: bytes | Iterable[bytes], *, partial: Path | None = None) -> None:
     """Write or replace a file atomically and durably: a crash leaves the old file or the new one.
 
-    The mode follows the umask. Raises `OSError`; the old file is then intact.
+    partial: a file on the same file system that is written first; by default one beside `path` that has the process's
+    number. The mode follows the umask. Raises `OSError`; the old file is then intact.
     """
-    partial = path.with_name(f".{path.name}.partial-{os.getpid()}")
+    partial = partial or path.with_name(f".{path.name}.partial-{os.getpid()}")
     try:
         with names_file(path), partial.open("wb") as file:
-            file.write(content)
+            for chunk in (content,) if isinstance(content, bytes) else content:
+                file.write(chunk)
             file.flush()
             os.fsync(file.fileno())
         os.replace(partial, path)
