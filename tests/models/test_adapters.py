@@ -15,7 +15,8 @@ from transformers import AutoModel, BertConfig, GPT2Config, LlamaConfig, PreTrai
 
 from loopos.config.diagnostics import UserError
 from loopos.config.sections import LoraSection
-from loopos.models.adapters import active_adapter, add_lora, freeze_lower, layer_list, merge_lora, save_lora
+from loopos.models.active_adapters import active_adapter
+from loopos.models.adapters import add_lora, freeze_lower, layer_list, merge_lora, save_lora
 
 # peft reads a property that transformers has renamed; nothing of ours does.
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")

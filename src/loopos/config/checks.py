@@ -6,7 +6,9 @@ Each check yields `Problem`s; `effects` and `without_effect` find keys that have
 from __future__ import annotations
 
 import codecs
+import json
 import os
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Protocol
 
@@ -14,7 +16,7 @@ from pydantic import BaseModel
 
 from loopos.config.diagnostics import Problem
 from loopos.config.paths import NEW_WEIGHTS, is_bare_weights
-from loopos.config.sections import TrainingSection
+from loopos.config.sections import LoraSection, TrainingSection
 from loopos.config.variants import LOSSES
 
 _NOT_TEXT_ENCODINGS = ("idna", "punycode", "unicode_escape", "raw_unicode_escape", "undefined", "mbcs", "oem")
@@ -101,6 +103,48 @@ def check_trainable(training: TrainingSection, num_layers: int | None) -> Iterat
     if unfreeze is not None and training.max_steps is not None and unfreeze >= training.max_steps:
         fields = ("training.unfreeze_step", "training.max_steps")
         yield Problem(fields, str(unfreeze), f"a step before max_steps ({training.max_steps})")
+    if training.lora is not None:
+        yield from _check_lora(training.lora)
+
+
+_STARTS = 'true, "gaussian", "pissa", "pissa_niter_N" or "olora"'
+# Starts that peft has too → why they are refused.
+_OTHER_STARTS = {
+    "loftq": "it repairs the error of quantized weights, and quantized weights cannot be trained here",
+    "eva": "it needs activations of training rows before the run",
+    "corda": "it needs activations of training rows before the run",
+    "lora_ga": "it needs gradients of training rows before the run",
+    "orthogonal": "B·A is zero only to rounding, so the adapters would change the model before they train",
+    "mica": "it freezes B",
+}
+
+
+def _check_lora(lora: LoraSection) -> Iterator[Problem]:
+    """Check expressions and the start of the adapters."""
+    for key in ("target_modules", "exclude_modules"):
+        if isinstance(text := getattr(lora, key), str) and text != "all-linear":
+            yield from _check_pattern(f"training.lora.{key}", text, is_whole=True)
+    for key in ("rank_pattern", "alpha_pattern"):
+        for text in getattr(lora, key):
+            yield from _check_pattern(f"training.lora.{key}", text, is_whole=False)
+    start = lora.init_lora_weights
+    if isinstance(start, str) and re.fullmatch(r"gaussian|olora|pissa(_niter_[1-9]\d*)?", start) is None:
+        hint = _OTHER_STARTS.get(start.lower(), "")
+        yield Problem(("training.lora.init_lora_weights",), f'"{start}"', _STARTS, hint)
+
+
+def _check_pattern(field: str, text: str, *, is_whole: bool) -> Iterator[Problem]:
+    """Check a regular expression. is_whole: it matches whole names, so that a bare name would match no layer."""
+    if is_whole and re.fullmatch(r"[\w, ]+", text):
+        names = json.dumps([name.strip() for name in text.split(",")])
+        default = '"all-linear", ' if field.endswith("target_modules") else ""
+        yield Problem((field,), f'"{text}"', f'{default}a list of names, or a regular expression such as ".*q_proj"',
+                      f"write a list: {names}")  # fmt: skip
+        return
+    try:
+        re.compile(text)
+    except (re.error, OverflowError, RecursionError) as problem:
+        yield Problem((field,), f'"{text}"', f"a regular expression ({problem})")
 
 
 def check_loss(field: str, name: str, method: str) -> Iterator[Problem]:

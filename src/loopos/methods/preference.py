@@ -25,7 +25,8 @@ from loopos.data.response_batches import PreferenceBatch, PreferenceRows
 from loopos.functional.packing import PackedLayout
 from loopos.functional.preference_losses import LossSettings
 from loopos.methods.base import Direction, Trainer
-from loopos.models.adapters import AdapterView, set_trained_language_model
+from loopos.models.active_adapters import AdapterView
+from loopos.models.adapters import set_trained_language_model
 from loopos.models.attention import prompt_runs_once
 from loopos.models.folders import export_language_model
 from loopos.models.language_model import LanguageModel

@@ -21,7 +21,9 @@ from torch import Tensor, nn
 from loopos.config.diagnostics import UserError
 from loopos.config.sections import LoraSection, TrainingSection
 from loopos.functional.packing import PackedLayout
-from loopos.models.adapters import ADAPTER, AdapterView, add_lora, load_adapter, set_trained, set_trained_language_model
+from loopos.models.active_adapters import ADAPTER, AdapterView, activate
+from loopos.models.adapter_folder import open_adapter_folder
+from loopos.models.adapters import add_lora, load_adapter, moves_base, set_trained, set_trained_language_model
 from loopos.models.backbone import Backbone
 from loopos.models.folders import OpenedReward, RewardEnsemble
 from loopos.models.heads import PooledModel
@@ -230,12 +232,12 @@ def _one_backbone(
         if plan.value_model == "reward" and first is not None:
             load_adapter(backbone.model, first, _VALUE)
         else:
-            add_lora(backbone.model, lora, seed=seed + 1, name=_VALUE)
+            add_lora(backbone.model, _over_the_base(lora), seed=seed + 1, name=_VALUE)
         trained.append(_VALUE)
         critic = _value_head(AdapterView(backbone, _VALUE))
         if plan.value_model == "reward":
             _start_as_reward(critic, rewards[0])
-    _activate(backbone.model, trained)
+    activate(backbone.model, trained)
     has_own_critic = critic is not None and isinstance(critic.backbone, Backbone)
     reference = Reference(policy, AdapterView(backbone, None), temperature=plan.temperature) if plan.reference else None
     return Roles(
@@ -287,21 +289,19 @@ def _own_backbone(model: PooledModel) -> Backbone:
 
 
 def _own_adapter(reward: OpenedReward, base: str) -> Path | None:
-    """The reward model's adapter, if it was trained over the policy's weights."""
-    return reward.adapter if reward.description.get("base") == base else None
+    """The reward model's adapter, if it was trained over the policy's weights and is plain LoRA: any other one has
+    weights of its own.
+    """
+    if reward.adapter is None or reward.description.get("base") != base:
+        return None
+    return None if open_adapter_folder(reward.adapter).beyond_lora else reward.adapter
 
 
-def _activate(model: nn.Module, trained: list[str]) -> None:
-    """Activates the policy's adapter and makes the adapters in `trained` trainable."""
-    from peft.tuners.tuners_utils import BaseTunerLayer
-
-    for module in model.modules():
-        if isinstance(module, BaseTunerLayer):
-            module.enable_adapters(True)
-            module.set_adapter([ADAPTER])
-    for name, parameter in model.named_parameters():
-        if ".lora_" in name:
-            parameter.requires_grad_(any(f".{adapter}." in name for adapter in trained))
+def _over_the_base(lora: LoraSection) -> LoraSection:
+    """The adapters of a value model, beside a policy whose start may be taken out of the base: plain ones, since only
+    one adapter can take its start out of a weight or scale its rows.
+    """
+    return lora.model_copy(update={"init_lora_weights": True, "use_dora": False}) if moves_base(lora) else lora
 
 
 def _value_head(backbone: Backbone | AdapterView) -> PooledModel:

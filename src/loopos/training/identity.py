@@ -20,7 +20,7 @@ from loopos.config.ppo import PpoConfig
 from loopos.config.preference import PreferenceConfig
 from loopos.config.pretraining import PretrainingConfig
 from loopos.config.reward_model import RewardModelConfig
-from loopos.config.sections import TrainingSection
+from loopos.config.sections import LoraSection, TrainingSection
 from loopos.config.sft import SftConfig
 from loopos.data.digest import (
     comparisons_digest,
@@ -122,8 +122,19 @@ def of_training(settings: TrainingSection, batches: RowCounts, update: Update) -
         **setting("training.trainable", settings.trainable),
         **setting("training.freeze_layers", settings.freeze_layers),
         **setting("training.router_aux_loss", settings.router_aux_loss),
-        **(setting("training.lora.alpha", lora.alpha) if lora is not None else {}),
+        **(_of_adapters(lora) if lora is not None else {}),
     }
+
+
+def _of_adapters(lora: LoraSection) -> dict[str, Trait]:
+    """What the shapes of the adapters do not tell: their scales, and a start that was taken out of the base."""
+    newer: dict[str, JSON] = {"use_rslora": lora.use_rslora, "init_lora_weights": lora.init_lora_weights}
+    newer |= {"rank_pattern": lora.rank_pattern, "alpha_pattern": lora.alpha_pattern}
+    found = setting("training.lora.alpha", lora.alpha)
+    for key, value in newer.items():
+        # What an older version did has no value where a setting was left out.
+        found |= setting(f"training.lora.{key}", value, if_absent=LoraSection.model_fields[key].default)
+    return found
 
 
 @dataclass(frozen=True)

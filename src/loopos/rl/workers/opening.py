@@ -129,6 +129,7 @@ def recipe_of(config: PpoConfig, pretrained: Pretrained, *, trust_remote_code: b
         trust_remote_code=trust_remote_code,
         fingerprint=pretrained.fingerprint,
         lora=(training.lora or LoraSection()) if training.trainable == "lora" else None,
+        seed=training.seed,
         number_format="bf16" if is_half else "fp32",
         on_gpu=config.rollout.gpus > 0,
         max_length=training.max_length,

@@ -22,7 +22,8 @@ from loopos.config.sections import LoraSection
 from loopos.generation.completions import Completion, FinishReason
 from loopos.generation.engine import Engine
 from loopos.generation.settings import SamplingParams
-from loopos.models.adapters import ADAPTER, add_lora
+from loopos.models.active_adapters import ADAPTER
+from loopos.models.adapters import add_lora
 from loopos.models.backbone import headless
 from loopos.models.load import NUMBER_FORMATS, Sizes, cast_parameters, load_pretrained
 from loopos.rl.workers.protocol import Order, Request
@@ -32,9 +33,9 @@ from loopos.storage.tensor_files import safetensors_chunks
 @dataclass(frozen=True, kw_only=True)
 class WorkerRecipe:
     """What a worker needs to build the policy's model. `writer`: the generation engine. `lora`: the adapter, if the
-    policy trains as one; its base must have this `fingerprint`, because only the adapter is sent. `max_length`: maximum
-    tokens of prompt and response, None for the model's own limit. `logprobs_mode`: vLLM's name of the returned
-    log-probabilities.
+    policy trains as one; its base must have this `fingerprint`, because only the adapter is sent. `seed`: of the run,
+    which decides a start that is taken out of the base. `max_length`: maximum tokens of prompt and response, None for
+    the model's own limit. `logprobs_mode`: vLLM's name of the returned log-probabilities.
     """
 
     writer: Literal["ray", "vllm"]
@@ -44,6 +45,7 @@ class WorkerRecipe:
     trust_remote_code: bool
     fingerprint: str
     lora: LoraSection | None
+    seed: int
     number_format: Literal["bf16", "fp32"]
     on_gpu: bool
     max_length: int | None = None
@@ -115,7 +117,7 @@ class EngineWriter:
                     "the same ones on every host"
                 )
             causal.requires_grad_(False)
-            add_lora(headless(causal), recipe.lora, seed=0)
+            add_lora(headless(causal), recipe.lora, seed=recipe.seed)
         cast_parameters(causal, NUMBER_FORMATS[recipe.number_format])
         if recipe.on_gpu:
             causal.to("cuda")  # type: ignore[arg-type]  # transformers' stub wants the model itself
