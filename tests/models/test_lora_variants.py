@@ -18,8 +18,9 @@ from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, PreTrain
 from loopos.config.diagnostics import UserError
 from loopos.config.sections import LoraSection
 from loopos.models.active_adapters import RESIDUAL, active_adapter
-from loopos.models.adapters import add_lora, merge_lora, save_lora
+from loopos.models.adapters import add_lora
 from loopos.models.backbone import headless
+from loopos.models.saved_adapters import merge_lora, save_lora
 
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
 

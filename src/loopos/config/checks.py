@@ -80,8 +80,8 @@ def check_weights_and_sizes(model: ModelSizes, weights: str, tokenizer: str | No
         yield Problem(("data.tokenizer", "data.pretrained_weights"), 'nothing with "new" weights', "a tokenizer", hint)
 
 
-def check_trainable(training: TrainingSection, num_layers: int | None) -> Iterator[Problem]:
-    """Check frozen layers and adapters."""
+def check_trainable(training: TrainingSection, num_layers: int | None, adapter: str | None = None) -> Iterator[Problem]:
+    """Check frozen layers and adapters. adapter: the one that trains on."""
     frozen, trainable, unfreeze = training.freeze_layers, training.trainable, training.unfreeze_step
     if trainable in ("head", "lora") and frozen > 0:
         fields = ("training.freeze_layers", "training.trainable")
@@ -105,8 +105,22 @@ def check_trainable(training: TrainingSection, num_layers: int | None) -> Iterat
         yield Problem(fields, str(unfreeze), f"a step before max_steps ({training.max_steps})")
     if training.lora is not None:
         yield from _check_lora(training.lora)
+    if adapter is not None and trainable != "lora":
+        hint = "to train on top of it, name it in data.pretrained_weights"
+        fields = ("data.adapter", "training.trainable")
+        yield Problem(fields, f"an adapter with trainable {trainable}", 'trainable "lora"', hint)
+    if adapter is not None and training.lora is not None:
+        for key in _OF_THE_FOLDER:
+            if (value := getattr(training.lora, key)) != LoraSection.model_fields[key].default:
+                fields = (f"training.lora.{key}", "data.adapter")
+                yield Problem(fields, f"{json.dumps(value)} with data.adapter", "no such key: the adapter has its own")
 
 
+# What an adapter's folder decides; dropout and the rate of B are the run's.
+_OF_THE_FOLDER = (
+    "rank", "alpha", "target_modules", "exclude_modules", "rank_pattern", "alpha_pattern", "use_rslora", "use_dora",
+    "init_lora_weights",
+)  # fmt: skip
 _STARTS = 'true, "gaussian", "pissa", "pissa_niter_N" or "olora"'
 # Starts that peft has too → why they are refused.
 _OTHER_STARTS = {

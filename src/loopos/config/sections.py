@@ -291,6 +291,9 @@ class DataSection(ReadingSection):
     pretrained_weights: Location = Field(
         description='"smollm2-135m", "new", a folder, a .gguf, .safetensors or .bin file, or a hub id "org/name"'
     )
+    adapter: Location | None = Field(
+        default=None, description="PEFT adapter over the weights, or a run with one, that trains on (trainable: lora)"
+    )
     tokenizer: Location | None = Field(
         default=None, description="folder, file or hub id of the tokenizer; the weights' own when absent"
     )

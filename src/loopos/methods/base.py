@@ -122,7 +122,9 @@ class Trainer(ABC, Generic[ConfigT]):
         return self.fit.run()
 
     def load_pretrained(self, *, causal: bool = False) -> Pretrained:
-        """The pretrained weights and their tokenizer, as `data.pretrained_weights` and `model` name them."""
+        """The pretrained weights and their tokenizer, as `data.pretrained_weights`, `data.adapter` and
+        `model` name them.
+        """
         config = self.config
         return load_pretrained(
             config.data.pretrained_weights,
@@ -130,6 +132,7 @@ class Trainer(ABC, Generic[ConfigT]):
             sizes=Sizes.of(config.model, max_length=config.training.max_length),
             tokenizer=config.data.tokenizer,
             trust_remote_code=self.trust_remote_code,
+            adapter=getattr(config.data, "adapter", None),
         )
 
     def longest_of(self, pretrained: Pretrained) -> int | None:

@@ -95,7 +95,9 @@ class PreferenceTrainer(Trainer[PreferenceConfig]):
         self.backbone = backbone = language_model.backbone
         self.shares_prompts = self.device.type == "cpu" and backbone.supports_shared_prefixes
         self.print_attention(backbone)
-        initially_frozen = set_trained_language_model(language_model.causal, backbone.model, settings)
+        initially_frozen = set_trained_language_model(
+            language_model.causal, backbone.model, settings, self.config.data.adapter
+        )
         if settings.gradient_checkpointing:
             language_model.causal.activation_checkpointing_enable()
         without_dropout(language_model)

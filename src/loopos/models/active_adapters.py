@@ -21,6 +21,7 @@ from loopos.functional.packing import PackedLayout
 from loopos.models.backbone import Backbone
 
 if TYPE_CHECKING:
+    from peft import LoraConfig
     from peft.tuners.tuners_utils import BaseTunerLayer
 
 ADAPTER = "default"
@@ -31,10 +32,11 @@ START = "start"
 """The name of a frozen copy of the trained adapter's start, where that is an adapter that another run trained."""
 
 
-def adapter_names(model: nn.Module) -> set[str]:
-    """The names of all adapters of a model."""
+def peft_config_of(model: nn.Module) -> LoraConfig:
+    """The config of the trained adapter as peft resolved it: it may replace layer names by names of fused tensors."""
     known = (getattr(module, "peft_config", None) for module in model.modules())
-    return {name for configs in known if isinstance(configs, dict) for name in configs}
+    found: LoraConfig = next(configs[ADAPTER] for configs in known if isinstance(configs, dict))
+    return found
 
 
 def _running(layer: BaseTunerLayer, name: str | None) -> list[str]:

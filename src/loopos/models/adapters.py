@@ -1,5 +1,5 @@
-"""Sets what trains: only the head, all weights, the layers above N, or LoRA adapters (peft). Also loads, merges and
-saves adapters.
+"""Sets what trains: only the head, all weights, the layers above N, or LoRA adapters (peft). Also loads
+adapters, to run or to continue them.
 
 peft is imported lazily: it takes seconds, and only runs with adapters need it. `lora_layers` has the products of a
 layer, `active_adapters` which adapters run.
@@ -9,7 +9,6 @@ Letters: K inputs, N outputs, r rank, s = alpha / r.
 from __future__ import annotations
 
 import dataclasses
-import math
 import re
 import warnings
 from collections.abc import Mapping, Sequence
@@ -17,27 +16,28 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from loopos.config.diagnostics import UserError
+from loopos.config.paths import expanded
 from loopos.config.sections import LoraSection, TrainingSection
-from loopos.models.active_adapters import ADAPTER, RESIDUAL, activate
-from loopos.models.adapter_folder import ADAPTER_WEIGHTS, PREFIX, open_adapter_folder
+from loopos.models.active_adapters import ADAPTER, RESIDUAL, START, activate, peft_config_of
+from loopos.models.adapter_folder import PREFIX, AdapterFolder, is_adapter, open_adapter_folder
 from loopos.models.lora_layers import make_lean
-from loopos.storage.tensor_files import save_tensors
-from loopos.storage.whole_folder import whole_folder
 
 # Imported lazily at run time: see the module docstring.
 if TYPE_CHECKING:
     from peft import LoraConfig
 
 
-def set_trained(model: PreTrainedModel, settings: TrainingSection) -> list[nn.Parameter]:
-    """Sets `requires_grad` on a headless model, in place; returns the parameters that `freeze_layers` freezes."""
+def set_trained(model: PreTrainedModel, settings: TrainingSection, adapter: str | None = None) -> list[nn.Parameter]:
+    """Sets `requires_grad` on a headless model, in place; returns the parameters that `freeze_layers` freezes. adapter:
+    the folder of an adapter to continue.
+    """
     if settings.trainable == "lora":
-        add_lora(model, settings.lora or LoraSection(), seed=settings.seed)
+        train_adapters(model, settings, adapter)
     elif settings.trainable == "head":
         model.requires_grad_(False)
     elif settings.freeze_layers:
@@ -45,13 +45,22 @@ def set_trained(model: PreTrainedModel, settings: TrainingSection) -> list[nn.Pa
     return []
 
 
+def train_adapters(model: PreTrainedModel, settings: TrainingSection, adapter: str | None) -> None:
+    """Adds the adapters of a run to a headless model: new ones, or those of the folder `adapter`."""
+    lora = settings.lora or LoraSection()
+    if adapter is None:
+        add_lora(model, lora, seed=settings.seed)
+    else:
+        continue_adapter(model, continued_folder(adapter), dropout=lora.dropout)
+
+
 def set_trained_language_model(
-    causal: PreTrainedModel, base: PreTrainedModel, settings: TrainingSection
+    causal: PreTrainedModel, base: PreTrainedModel, settings: TrainingSection, adapter: str | None = None
 ) -> list[nn.Parameter]:
     """`set_trained` for a causal language model and its headless base. With adapters the output embedding is frozen."""
     if settings.trainable == "lora":
         causal.requires_grad_(False)
-    return set_trained(base, settings)
+    return set_trained(base, settings, adapter)
 
 
 def layer_list(model: PreTrainedModel) -> nn.ModuleList:
@@ -117,7 +126,7 @@ def add_lora(model: PreTrainedModel, lora: LoraSection, *, seed: int, name: str 
             _inject(config, model, name)
             if moves_base(lora):
                 _check_ranks(model, lora)
-                _keep_start(model, RESIDUAL)
+                copy_adapter(model, RESIDUAL)
     except ValueError as problem:
         reason = str(problem).splitlines()[0]
         key = "training.lora.target_modules" if "arget module" in reason else "training.lora"
@@ -143,9 +152,11 @@ def _check_ranks(model: PreTrainedModel, lora: LoraSection) -> None:
 
 
 @torch.no_grad()
-def _keep_start(model: PreTrainedModel, name: str) -> None:
-    """Adds a frozen copy of the trained adapter as it is now, in place. As `RESIDUAL` it is only B·A."""
-    own = _peft_config(model)
+def copy_adapter(model: PreTrainedModel, name: str) -> None:
+    """Adds a frozen copy of the trained adapter as it is now under another name, in place. As `RESIDUAL` it is only
+    B·A.
+    """
+    own = peft_config_of(model)
     dora = own.use_dora and name != RESIDUAL
     _inject(dataclasses.replace(own, init_lora_weights=True, lora_dropout=0.0, use_dora=dora), model, name)
     parameters = dict(model.named_parameters())
@@ -153,13 +164,6 @@ def _keep_start(model: PreTrainedModel, name: str) -> None:
         if f".{name}." in key:
             parameter.copy_(parameters[key.replace(f".{name}.", f".{ADAPTER}.")])
     activate(model, [ADAPTER])
-
-
-def _peft_config(model: nn.Module) -> LoraConfig:
-    """The config of the trained adapter as peft resolved it: it may replace layer names by names of fused tensors."""
-    known = (getattr(module, "peft_config", None) for module in model.modules())
-    found: LoraConfig = next(configs[ADAPTER] for configs in known if isinstance(configs, dict))
-    return found
 
 
 def _linear_layers(model: nn.Module) -> str:
@@ -332,65 +336,92 @@ def load_adapter(model: PreTrainedModel, folder: Path, name: str) -> None:
             parameter.requires_grad_(False)
 
 
-def merge_lora(model: PreTrainedModel) -> None:
-    """Merges every adapter into its layer, W ← W + (alpha/rank)·B·A, and removes the wrappers, in place.
+# A tensor of LoRA or DoRA: its module and its part.
+_TENSOR = re.compile(rf"{re.escape(PREFIX)}(.+)\.(lora_A|lora_B|lora_magnitude_vector)(?:\.weight)?")
 
-    The model is cast to fp32 first: a low-rank change is small relative to the weights, and bf16 would round much of it
-    away.
+
+def continued_folder(source: str) -> AdapterFolder:
+    """The adapter that `data.adapter` names: a PEFT folder, or a run with one. Raises `UserError` for what is not LoRA
+    or DoRA over an unchanged base.
     """
-    from peft.tuners.tuners_utils import BaseTunerLayer
-
-    for parameter in model.parameters():
-        parameter.data = parameter.data.float()
-    wrappers = {name: module for name, module in model.named_modules() if isinstance(module, BaseTunerLayer)}
-    # Wrappers over the tensors of one module are nested: each merges its own, and the outermost is removed.
-    for module in reversed(wrappers.values()):
-        module.merge(safe_merge=True)
-    for name, module in wrappers.items():
-        parent_name, _, child = name.rpartition(".")
-        if parent_name not in wrappers:
-            setattr(model.get_submodule(parent_name), child, module.get_base_layer())
+    path = Path(expanded(source))
+    adapter = open_adapter_folder(path / "adapter" if is_adapter(path / "adapter") else path)
+    beyond = [each for each in adapter.beyond_lora if not each.startswith(("use_dora", "the tensor"))]
+    beyond += [f"the tensor {key}" for key in adapter.tensors if _TENSOR.fullmatch(key) is None]
+    if beyond:
+        raise UserError(
+            f"data.adapter: {source}: an adapter with {', '.join(beyond[:3])}, which cannot be continued; expected "
+            "LoRA or DoRA. To train new adapters on top of it, name it in data.pretrained_weights"
+        )
+    return adapter
 
 
-def save_lora(model: PreTrainedModel, folder: Path, *, base: str, task: str = "FEATURE_EXTRACTION") -> None:
-    """Writes a PEFT adapter folder (`adapter_config.json`, `adapter_model.safetensors`) for the base model; replaces
-    the folder atomically. task: peft's task type ("CAUSAL_LM" for a language model). Raises `OSError` when the disk is
-    full.
-
-    An adapter whose start was taken out of the base is written as one over the base itself, of twice the rank:
-    B·A − B₀·A₀ = [B | −B₀]·[A; A₀] (as peft converts it).
+@torch.no_grad()
+def continue_adapter(model: PreTrainedModel, adapter: AdapterFolder, *, dropout: float) -> None:
+    """Adds an adapter of another run to a headless model as the one that trains, and a frozen copy as its start
+    (`START`), in place. Raises `UserError` for an adapter of other layers.
     """
-    config = dataclasses.replace(_peft_config(model), base_model_name_or_path=base, task_type=task)
-    tensors = adapter_tensors(model, ADAPTER)
-    assert tensors, "no adapter in the model"
-    if start := adapter_tensors(model, RESIDUAL):
-        config = _of_twice_the_rank(config)
-        for name, other in start.items():
-            down = ".lora_A." in name
-            tensors[name] = torch.cat([tensors[name], other if down else -other], dim=0 if down else 1)
-    with whole_folder(folder) as partial:
-        save_tensors(partial / ADAPTER_WEIGHTS, tensors)
-        config.save_pretrained(str(partial))
+    model.requires_grad_(False)
+    own = _names_in(model, adapter)
+    _inject(_continued_config(model, adapter, own, dropout), model, ADAPTER)
+    parameters = dict(model.named_parameters())
+    expected = {name for name in parameters if f".{ADAPTER}." in name}
+    for key, stored in adapter.tensors.items():
+        name, part = _parts(key)
+        parameter, value = parameters[f"{own[name]}.{part}.{ADAPTER}.weight"], stored.read()
+        if parameter.shape != value.shape:
+            raise UserError(
+                f"data.adapter: {adapter.source}: {key}: got {list(value.shape)}; expected {list(parameter.shape)} for "
+                f"this {type(model).__name__}"
+            )
+        parameter.copy_(value)
+        expected.discard(f"{own[name]}.{part}.{ADAPTER}.weight")
+    if expected:
+        raise UserError(f"data.adapter: {adapter.source}: its weights lack {min(expected)}; expected a whole adapter")
+    copy_adapter(model, START)
 
 
-def adapter_tensors(model: nn.Module, name: str) -> dict[str, Tensor]:
-    """The tensors of an adapter under the names of its PEFT folder."""
-    # A DoRA length is a module of peft's whose file has only its name.
-    return {
-        PREFIX + key.replace(f".{name}", "").replace("_magnitude_vector.weight", "_magnitude_vector"): value.detach()
-        for key, value in model.named_parameters()
-        if ".lora_" in key and f".{name}." in key
-    }
+def _parts(key: str) -> tuple[str, str]:
+    match = _TENSOR.fullmatch(key)
+    assert match is not None, key
+    return match[1], match[2]
 
 
-def _of_twice_the_rank(config: LoraConfig) -> LoraConfig:
-    """The config of the same scale at twice the rank, and without a start of its own."""
-    factor = math.sqrt(2.0) if config.use_rslora else 2.0
-    return dataclasses.replace(
-        config,
-        r=2 * config.r,
-        lora_alpha=factor * config.lora_alpha,  # type: ignore[arg-type]  # as in `_lora_config`
-        rank_pattern={name: 2 * rank for name, rank in (config.rank_pattern or {}).items()},
-        alpha_pattern={name: factor * alpha for name, alpha in (config.alpha_pattern or {}).items()},
-        init_lora_weights=True,
+def _names_in(model: PreTrainedModel, adapter: AdapterFolder) -> dict[str, str]:
+    """Module of an adapter, which may be one of a language model → its name in the headless model. Raises `UserError`
+    for a module that the model lacks.
+    """
+    modules, head, found = dict(model.named_modules()), f"{model.base_model_prefix}.", {}
+    for name in dict.fromkeys(_parts(key)[0] for key in adapter.tensors):
+        own = name if name in modules else name.removeprefix(head)
+        if not isinstance(modules.get(own), (nn.Linear, Conv1D)):
+            raise UserError(
+                f"data.adapter: {adapter.source}: changes {name}, which is no linear layer of {type(model).__name__}; "
+                f"expected an adapter of its layers. {_linear_layers(model)}"
+            )
+        found[name] = own
+    return found
+
+
+def _continued_config(
+    model: PreTrainedModel, adapter: AdapterFolder, own: Mapping[str, str], dropout: float
+) -> LoraConfig:
+    """An adapter's config with every expression resolved to names. own: as `_names_in` returns them."""
+    from peft import LoraConfig
+
+    config, names = adapter.config, list(own)
+
+    def by_name(key: str, usual: Any) -> dict[str, Any]:
+        return {own[name]: value for name, value in adapter.by_pattern(key, usual, names).items() if value != usual}
+
+    return LoraConfig(
+        r=config["r"],
+        lora_alpha=config["lora_alpha"],
+        lora_dropout=dropout,
+        target_modules=list(own.values()),
+        use_rslora=bool(config.get("use_rslora")),
+        use_dora=bool(config.get("use_dora")),
+        fan_in_fan_out=any(_is_transposed(model.get_submodule(name)) for name in own.values()),
+        rank_pattern=by_name("rank_pattern", config["r"]),
+        alpha_pattern=by_name("alpha_pattern", config["lora_alpha"]),
     )

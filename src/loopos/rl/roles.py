@@ -23,7 +23,15 @@ from loopos.config.sections import LoraSection, TrainingSection
 from loopos.functional.packing import PackedLayout
 from loopos.models.active_adapters import ADAPTER, AdapterView, activate
 from loopos.models.adapter_folder import open_adapter_folder
-from loopos.models.adapters import add_lora, load_adapter, moves_base, set_trained, set_trained_language_model
+from loopos.models.adapters import (
+    add_lora,
+    copy_adapter,
+    load_adapter,
+    moves_base,
+    set_trained,
+    set_trained_language_model,
+    train_adapters,
+)
 from loopos.models.backbone import Backbone
 from loopos.models.folders import OpenedReward, RewardEnsemble
 from loopos.models.heads import PooledModel
@@ -125,11 +133,12 @@ def build_roles(
     plan: RolePlan,
     *,
     attention: str = "auto",
+    adapter: str | None = None,
 ) -> Roles:
-    """The models of a run. Raises `UserError`."""
+    """The models of a run. adapter: the folder of one that trains on as the policy. Raises `UserError`."""
     if settings.trainable == "lora":
         policy = LanguageModel(pretrained.model, attention=attention)
-        roles = _one_backbone(policy, fingerprint(policy.backbone.model), rewards, settings, plan)
+        roles = _one_backbone(policy, fingerprint(policy.backbone.model), rewards, settings, plan, adapter)
     else:
         roles = _whole_models(pretrained, rewards, settings, plan, attention)
     _checkpoint_activations(roles, settings)
@@ -209,11 +218,12 @@ def _one_backbone(
     rewards: Sequence[OpenedReward],
     settings: TrainingSection,
     plan: RolePlan,
+    continued: str | None,
 ) -> Roles:
-    """Every role that can be is an adapter over the policy's weights."""
+    """Every role that can be is an adapter over the policy's weights. continued: the folder of the policy's adapter."""
     backbone, lora, seed = policy.backbone, settings.lora or LoraSection(), settings.seed
     policy.causal.requires_grad_(False)
-    add_lora(backbone.model, lora, seed=seed)
+    train_adapters(backbone.model, settings, continued)
     trained = [ADAPTER]
     adapters = [_own_adapter(reward, base) for reward in rewards]
     members = [
@@ -231,6 +241,8 @@ def _one_backbone(
     else:
         if plan.value_model == "reward" and first is not None:
             load_adapter(backbone.model, first, _VALUE)
+        elif continued is not None:
+            copy_adapter(backbone.model, _VALUE)
         else:
             add_lora(backbone.model, _over_the_base(lora), seed=seed + 1, name=_VALUE)
         trained.append(_VALUE)

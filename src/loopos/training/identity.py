@@ -39,7 +39,14 @@ from loopos.training.update import Update
 
 _MOST_CHARACTERS = 200
 # Keys of the data that decide neither the training rows nor what they mean.
-_NOT_OF_THE_ROWS = ("output_dir", "output_weights", "validation_data", "validation_split", "pretrained_weights")
+_NOT_OF_THE_ROWS = (
+    "output_dir",
+    "output_weights",
+    "validation_data",
+    "validation_split",
+    "pretrained_weights",
+    "adapter",
+)
 _DIGITS = 12
 _BEFORE_SFT = "chain_of_thought"
 
@@ -341,7 +348,7 @@ def _learned_from(
     return {
         # Before sft was a method, its name meant chain_of_thought.
         "computation.method": Trait(method, ("computation.method",), same_as=_BEFORE_SFT if method == "sft" else None),
-        "base": Trait(base, ("data.pretrained_weights", "data.reward_model"), "the weights"),
+        "base": Trait(base, ("data.pretrained_weights", "data.adapter", "data.reward_model"), "the weights"),
         "training rows": Trait(rows, decides, "the encoded rows"),
         "data.tokenizer": Trait(tokenizer_digest(tokenizer), ("data.tokenizer",), "the tokenizer's tokens"),
         **setting("training.max_length", max_length),
