@@ -180,6 +180,7 @@ STARTS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
 }
 
 
+@torch.no_grad()
 def logprobs(model: Any, row: Any, response: list[int]) -> float:
     ids = torch.tensor([[*row.prompt, *response]])
     logits = model(input_ids=ids).logits[0, len(row.prompt) - 1 : -1].float()
