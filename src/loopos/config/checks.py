@@ -116,6 +116,16 @@ def check_trainable(training: TrainingSection, num_layers: int | None, adapter: 
                 yield Problem(fields, f"{json.dumps(value)} with data.adapter", "no such key: the adapter has its own")
 
 
+def check_new_tokens(plain: list[str], special: list[str]) -> Iterator[Problem]:
+    """Check that a token is named once."""
+    seen: set[str] = set()
+    for key, tokens in (("new_tokens", plain), ("new_special_tokens", special)):
+        for token in tokens:
+            if token in seen:
+                yield Problem((f"data.{key}",), f"{json.dumps(token, ensure_ascii=False)} twice", "each token once")
+            seen.add(token)
+
+
 # What an adapter's folder decides; dropout and the rate of B are the run's.
 _OF_THE_FOLDER = (
     "rank", "alpha", "target_modules", "exclude_modules", "rank_pattern", "alpha_pattern", "use_rslora", "use_dora",

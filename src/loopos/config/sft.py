@@ -64,6 +64,12 @@ class SftDataSection(TextSourceSection):
     tokenizer: Location | None = Field(
         default=None, description="folder, file or hub id of the tokenizer; the weights' own when absent"
     )
+    new_tokens: list[Text] = Field(
+        default=[], description="tokens that are added to the tokenizer; their rows start as the mean of their pieces'"
+    )
+    new_special_tokens: list[Text] = Field(
+        default=[], description="the same for special tokens, which decoding leaves out"
+    )
     training_data: Location = Field(description='file, folder, glob or hub id "org/name" of the rows to train on')
     columns: dict[TextRole, Text | None] = Field(
         default={}, description="column of each role; detected when absent, null for none"
@@ -153,6 +159,7 @@ class SftConfig(MethodConfig):
         model, training, data = self.model, self.training, self.data
         yield from checks.check_weights_and_sizes(model, data.pretrained_weights, data.tokenizer)
         yield from checks.check_trainable(training, model.num_layers, data.adapter)
+        yield from checks.check_new_tokens(data.new_tokens, data.new_special_tokens)
         yield from checks.check_steps(training)
         yield from checks.check_optimizer(training)
         yield from check_distributed(self.distributed, training.optimizer)

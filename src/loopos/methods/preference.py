@@ -102,7 +102,7 @@ class PreferenceTrainer(Trainer[PreferenceConfig]):
             language_model.causal.activation_checkpointing_enable()
         without_dropout(language_model)
         self.model = Policy(language_model)
-        self.train_weights(self.model, initially_frozen=initially_frozen)
+        self.train_weights(self.model, initially_frozen=initially_frozen, rows=self.rows_that_train(self.pretrained))
         self.progress.say(self.trained.summary())
         self.objective = self.build_objective()
         return self.model
@@ -111,7 +111,9 @@ class PreferenceTrainer(Trainer[PreferenceConfig]):
     def caches_reference(self) -> bool:
         """Whether the reference's log-probabilities are computed once and kept."""
         chosen = self.config.preference.reference
-        return self.config.needs_reference and (chosen == "cached" or (chosen == "auto" and self.lora is None))
+        return self.config.needs_reference and (
+            chosen == "cached" or (chosen == "auto" and (self.lora is None or self.config.trains_rows))
+        )
 
     def without_adapters(self) -> Callable[[Any], Tensor] | None:
         """Computes the reference's log-probabilities of a batch; None where they are cached or not needed."""

@@ -83,7 +83,7 @@ class SftTrainer(Trainer[SftConfigT]):
         )
         if settings.gradient_checkpointing:
             self.model.causal.activation_checkpointing_enable()
-        self.train_weights(self.model, initially_frozen=initially_frozen)
+        self.train_weights(self.model, initially_frozen=initially_frozen, rows=self.rows_that_train(self.pretrained))
         self.progress.say(self.trained.summary())
         self.answers: SampleAnswers | None = None
         if self.generates():

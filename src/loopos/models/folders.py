@@ -183,7 +183,7 @@ def export_language_model(
     weights. Raises `OSError` when the disk is full.
     """
     if lora is not None:
-        save_lora(causal, run_dir / "adapter", base=base, task="CAUSAL_LM")
+        save_lora(causal, run_dir / "adapter", base=base, task="CAUSAL_LM", tokenizer=tokenizer)
         merge_lora(causal)
     save_language_model(run_dir / "model", causal, tokenizer, description)
 

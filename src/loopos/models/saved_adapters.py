@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from loopos.models.active_adapters import ADAPTER, RESIDUAL, peft_config_of
 from loopos.models.adapter_folder import ADAPTER_WEIGHTS, PREFIX, AdapterFolder, is_adapter, open_adapter_folder
@@ -45,14 +45,22 @@ def merge_lora(model: PreTrainedModel) -> None:
             setattr(model.get_submodule(parent_name), child, module.get_base_layer())
 
 
-def save_lora(model: PreTrainedModel, folder: Path, *, base: str, task: str = "FEATURE_EXTRACTION") -> None:
+def save_lora(
+    model: PreTrainedModel,
+    folder: Path,
+    *,
+    base: str,
+    task: str = "FEATURE_EXTRACTION",
+    tokenizer: PreTrainedTokenizerBase | None = None,
+) -> None:
     """Writes a PEFT adapter folder (`adapter_config.json`, `adapter_model.safetensors`) for the base model; replaces
     the folder atomically. task: peft's task type ("CAUSAL_LM" for a language model). Raises `OSError` when the disk is
     full.
 
     An adapter whose start was taken out of the base is written as one over the base itself, of twice the rank:
     B·A − B₀·A₀ = [B | −B₀]·[A; A₀] (as peft converts it). So is one over a base that is itself an adapter's folder: the
-    two are one adapter over the weights under both, where both are plain LoRA.
+    two are one adapter over the weights under both, where both are plain LoRA. Embeddings with rows that train are
+    written with it, and the tokenizer whose tokens they are, as peft does for a larger vocabulary.
     """
     config = dataclasses.replace(peft_config_of(model), task_type=task)
     tensors = adapter_tensors(model, ADAPTER)
@@ -65,9 +73,18 @@ def save_lora(model: PreTrainedModel, folder: Path, *, base: str, task: str = "F
     while is_adapter(base) and (whole := _over_both(model, config, tensors, open_adapter_folder(base))) is not None:
         config, tensors, base = whole
     config = dataclasses.replace(config, base_model_name_or_path=base)
+    rows = {PREFIX + name: each.detach() for name, each in model.named_parameters() if _trains_rows(model, each)}
     with whole_folder(folder) as partial:
-        save_tensors(partial / ADAPTER_WEIGHTS, tensors)
+        save_tensors(partial / ADAPTER_WEIGHTS, {**tensors, **rows})
+        if rows and tokenizer is not None:
+            tokenizer.save_pretrained(partial)
         config.save_pretrained(str(partial))
+
+
+def _trains_rows(model: PreTrainedModel, parameter: nn.Parameter) -> bool:
+    modules = (model.get_input_embeddings(), model.get_output_embeddings())  # type: ignore[no-untyped-call]
+    weights = [module.weight for module in modules if module is not None and hasattr(module, "weight")]
+    return parameter.requires_grad and any(parameter is each for each in weights)
 
 
 def _over_both(

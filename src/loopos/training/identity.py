@@ -350,7 +350,11 @@ def _learned_from(
         "computation.method": Trait(method, ("computation.method",), same_as=_BEFORE_SFT if method == "sft" else None),
         "base": Trait(base, ("data.pretrained_weights", "data.adapter", "data.reward_model"), "the weights"),
         "training rows": Trait(rows, decides, "the encoded rows"),
-        "data.tokenizer": Trait(tokenizer_digest(tokenizer), ("data.tokenizer",), "the tokenizer's tokens"),
+        "data.tokenizer": Trait(
+            tokenizer_digest(tokenizer),
+            ("data.tokenizer", "data.new_tokens", "data.new_special_tokens"),
+            "the tokenizer's tokens",
+        ),
         **setting("training.max_length", max_length),
     }
 

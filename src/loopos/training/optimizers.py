@@ -69,9 +69,10 @@ class OptimizerSet:
         *,
         head: Collection[str],
         embeddings: Collection[str] = (),
+        without_decay: Collection[str] = (),
     ) -> None:
         """head: names with the head's learning rate. embeddings: names of embedding matrices, which use AdamW with
-        Muon.
+        Muon. without_decay: names of matrices that do not decay.
         """
         self._names = {id(parameter): name for name, parameter in parameters.items()}
         matrices = {
@@ -80,17 +81,11 @@ class OptimizerSet:
             if settings.name == "muon" and p.ndim == 2 and n not in head and n not in embeddings
         }
         rest = {n: p for n, p in parameters.items() if n not in matrices}
-        self._optimizers: list[Optimizer] = []
-        if matrices:
-            self._optimizers.append(
-                _build(
-                    settings, _groups(settings, {n: parameters[n] for n in parameters if n in matrices}, head), "muon"
-                )
-            )
-        if rest:
-            self._optimizers.append(
-                _build(settings, _groups(settings, rest, head), "adamw" if settings.name == "muon" else settings.name)
-            )
+        parts = {"muon": {n: parameters[n] for n in parameters if n in matrices}}
+        parts["adamw" if settings.name == "muon" else settings.name] = rest
+        self._optimizers: list[Optimizer] = [
+            _build(settings, _groups(settings, part, head, without_decay), name) for name, part in parts.items() if part
+        ]
 
     def set_factor(self, factor: float) -> None:
         """Sets every learning rate to its peak times `factor`."""
@@ -145,13 +140,16 @@ class OptimizerSet:
 
 
 def _groups(
-    settings: OptimizerSettings, parameters: Mapping[str, nn.Parameter], head: Collection[str]
+    settings: OptimizerSettings,
+    parameters: Mapping[str, nn.Parameter],
+    head: Collection[str],
+    without_decay: Collection[str],
 ) -> list[dict[str, object]]:
     """One group for each learning rate, and within it for what decays."""
     groups: dict[tuple[bool, float, bool], list[nn.Parameter]] = {}
     for name, parameter in parameters.items():
         is_head = name in head
-        key = (is_head, settings.peak(name, is_head=is_head), parameter.ndim < 2)
+        key = (is_head, settings.peak(name, is_head=is_head), parameter.ndim < 2 or name in without_decay)
         groups.setdefault(key, []).append(parameter)
     return [
         {"params": groups[key], "lr": key[1], "peak": key[1], "weight_decay": 0.0 if key[2] else settings.weight_decay}
