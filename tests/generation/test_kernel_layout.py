@@ -16,7 +16,8 @@ from loopos.generation.cpu.layers import kernel_layout
 from loopos.generation.cpu.weights import PackedWeight, own_layer, packed
 from loopos.generation.engine import Engine
 from loopos.generation.settings import SamplingParams
-from loopos.models.adapters import active_adapter, add_lora
+from loopos.models.active_adapters import active_adapter
+from loopos.models.adapters import add_lora
 
 pytestmark = pytest.mark.skipif(
     not torch.ops.mkldnn._is_mkldnn_bf16_supported(), reason="oneDNN multiplies no bf16 on this processor"

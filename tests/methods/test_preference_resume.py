@@ -17,7 +17,8 @@ from loopos.training.progress import RunProgress
 
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "full": ("dpo", {}),
-    "lora": ("dpo", {"trainable": "lora", "lora": {"rank": 4, "dropout": 0.1}}),
+    # Plain LoRA: test_kill_and_resume.py.
+    "lora": ("dpo", {"trainable": "lora", "lora": {"rank": 4, "use_dora": True, "init_lora_weights": "pissa"}}),
     "kto": ("kto", {}),
 }
 

@@ -101,6 +101,11 @@ def test_all_methods_replicated_and_shared_out(size: int, tmp_path: Path, pico_f
     [
         pytest.param({"trainable": "lora", "lora": {"rank": 4}}, id="adapters"),
         pytest.param(
+            {"trainable": "lora", "lora": {"rank": 4, "init_lora_weights": "pissa"}},
+            id="adapters taken out of the base",
+            marks=pytest.mark.slow,
+        ),
+        pytest.param(
             {"freeze_layers": 1, "unfreeze_step": 2, "optimizer": "adamw", "learning_rate": 1e-4},
             id="layers that train later",
             marks=pytest.mark.slow,
@@ -114,6 +119,15 @@ def test_all_methods_replicated_and_shared_out(size: int, tmp_path: Path, pico_f
 )
 def test_what_trains_and_how(training: dict[str, Any], tmp_path: Path, pico_folder: Path) -> None:
     compare_worlds(tmp_path, pico_folder, 2, {"shard": SHARD, "split": SPLIT}, ("fine_tuning", "ppo"), **training)
+
+
+@pytest.mark.slow
+def test_dora_is_sharded_but_not_split(tmp_path: Path, pico_folder: Path) -> None:
+    training: dict[str, Any] = {"trainable": "lora", "lora": {"rank": 4, "use_dora": True}}
+    compare_worlds(tmp_path, pico_folder, 2, {"shard": SHARD}, ("fine_tuning",), **training)
+    config = small_run("fine_tuning", tmp_path / "split", pico_folder, shares_of(2, SPLIT), SPLIT, **training)
+    with pytest.raises(AssertionError, match=r"use_dora: got true with distributed\.tensor_parallel"):
+        run_world(2, [(config, False)])
 
 
 def check_resumed(home: Path, weights: Path, sizes: Sequence[int], *, first: Mapping[str, Any], size: int) -> None:

@@ -15,7 +15,9 @@ from transformers import AutoModel, BertConfig, GPT2Config, LlamaConfig, PreTrai
 
 from loopos.config.diagnostics import UserError
 from loopos.config.sections import LoraSection
-from loopos.models.adapters import active_adapter, add_lora, freeze_lower, layer_list, merge_lora, save_lora
+from loopos.models.active_adapters import active_adapter
+from loopos.models.adapters import add_lora, freeze_lower, layer_list
+from loopos.models.saved_adapters import merge_lora, save_lora
 
 # peft reads a property that transformers has renamed; nothing of ours does.
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
@@ -91,7 +93,7 @@ def test_an_adapter_folder_is_replaced_whole_or_stays(tmp_path: Path, monkeypatc
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     with monkeypatch.context() as patched:
-        patched.setattr("loopos.models.adapters.save_tensors", full)
+        patched.setattr("loopos.models.saved_adapters.save_tensors", full)
         with pytest.raises(OSError, match="No space left"):
             save_lora(other, folder, base="base")
     assert (folder / "adapter_model.safetensors").read_bytes() == before

@@ -24,13 +24,14 @@ from loopos.config.diagnostics import UserError
 from loopos.config.sections import LoraSection
 from loopos.exporting.export import ExportSettings, export
 from loopos.models.adapter_folder import open_adapter_folder
-from loopos.models.adapters import add_lora, save_lora
+from loopos.models.adapters import add_lora
 from loopos.models.config_check import OWN_MODEL_TYPE, check_config
 from loopos.models.description import read_description
 from loopos.models.folders import open_language_model, save_language_model, save_pretrained
 from loopos.models.language_model import LanguageModel
 from loopos.models.load import load_pretrained
 from loopos.models.modeling_loopos import LoopOSConfig
+from loopos.models.saved_adapters import save_lora
 from loopos.storage.json_files import save_json
 from loopos.storage.manifest import check_manifest
 from loopos.storage.tensor_files import folder_tensors, weight_files

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -38,6 +39,39 @@ def set_gradients(parameters: dict[str, nn.Parameter], seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
     for parameter in parameters.values():
         parameter.grad = torch.randn(parameter.shape, generator=generator)
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
+@pytest.mark.parametrize("name", ["adamw", "sgd"])
+def test_b_of_adapters_has_its_own_rate_as_in_peft(name: str, pico_folder: Path) -> None:
+    """LoRA+: two steps equal those of peft's optimizer with the same ratio, at a factor of the schedule."""
+    from peft import LoraConfig, get_peft_model
+    from peft.optimizers import create_loraplus_optimizer
+    from transformers import AutoModelForCausalLM
+
+    kinds: dict[str, type[torch.optim.Optimizer]] = {"adamw": torch.optim.AdamW, "sgd": torch.optim.SGD}
+    moved = []
+    for ours in (True, False):
+        torch.manual_seed(0)
+        base = AutoModelForCausalLM.from_pretrained(pico_folder)
+        model = get_peft_model(base, LoraConfig(r=4, target_modules="all-linear"))
+        parameters = {name: each for name, each in model.named_parameters() if each.requires_grad}
+        step: Any
+        if ours:
+            settings = OptimizerSettings(name, 0.02, weight_decay=0.1 if name == "adamw" else 0.0, lora_plus_ratio=8.0)
+            optimizer = OptimizerSet(settings, parameters, head=())
+            optimizer.set_factor(0.5)
+            step = optimizer.step
+        else:
+            decay = {"loraplus_weight_decay": 0.1, "weight_decay": 0.1} if name == "adamw" else {}
+            step = create_loraplus_optimizer(model, kinds[name], lr=0.01, loraplus_lr_ratio=8.0, **decay).step
+        for seed in (1, 2):
+            set_gradients(parameters, seed)
+            step()
+        moved.append({name: each.detach().clone() for name, each in parameters.items()})
+    assert sum(".lora_B." in each for each in moved[0]) == 14
+    for each, value in moved[0].items():
+        torch.testing.assert_close(value, moved[1][each], atol=1e-7, rtol=1e-5)
 
 
 @pytest.fixture(scope="module")

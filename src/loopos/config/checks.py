@@ -6,7 +6,9 @@ Each check yields `Problem`s; `effects` and `without_effect` find keys that have
 from __future__ import annotations
 
 import codecs
+import json
 import os
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Protocol
 
@@ -14,7 +16,7 @@ from pydantic import BaseModel
 
 from loopos.config.diagnostics import Problem
 from loopos.config.paths import NEW_WEIGHTS, is_bare_weights
-from loopos.config.sections import TrainingSection
+from loopos.config.sections import LoraSection, TrainingSection
 from loopos.config.variants import LOSSES
 
 _NOT_TEXT_ENCODINGS = ("idna", "punycode", "unicode_escape", "raw_unicode_escape", "undefined", "mbcs", "oem")
@@ -78,8 +80,8 @@ def check_weights_and_sizes(model: ModelSizes, weights: str, tokenizer: str | No
         yield Problem(("data.tokenizer", "data.pretrained_weights"), 'nothing with "new" weights', "a tokenizer", hint)
 
 
-def check_trainable(training: TrainingSection, num_layers: int | None) -> Iterator[Problem]:
-    """Check frozen layers and adapters."""
+def check_trainable(training: TrainingSection, num_layers: int | None, adapter: str | None = None) -> Iterator[Problem]:
+    """Check frozen layers and adapters. adapter: the one that trains on."""
     frozen, trainable, unfreeze = training.freeze_layers, training.trainable, training.unfreeze_step
     if trainable in ("head", "lora") and frozen > 0:
         fields = ("training.freeze_layers", "training.trainable")
@@ -101,6 +103,72 @@ def check_trainable(training: TrainingSection, num_layers: int | None) -> Iterat
     if unfreeze is not None and training.max_steps is not None and unfreeze >= training.max_steps:
         fields = ("training.unfreeze_step", "training.max_steps")
         yield Problem(fields, str(unfreeze), f"a step before max_steps ({training.max_steps})")
+    if training.lora is not None:
+        yield from _check_lora(training.lora)
+    if adapter is not None and trainable != "lora":
+        hint = "to train on top of it, name it in data.pretrained_weights"
+        fields = ("data.adapter", "training.trainable")
+        yield Problem(fields, f"an adapter with trainable {trainable}", 'trainable "lora"', hint)
+    if adapter is not None and training.lora is not None:
+        for key in _OF_THE_FOLDER:
+            if (value := getattr(training.lora, key)) != LoraSection.model_fields[key].default:
+                fields = (f"training.lora.{key}", "data.adapter")
+                yield Problem(fields, f"{json.dumps(value)} with data.adapter", "no such key: the adapter has its own")
+
+
+def check_new_tokens(plain: list[str], special: list[str]) -> Iterator[Problem]:
+    """Check that a token is named once."""
+    seen: set[str] = set()
+    for key, tokens in (("new_tokens", plain), ("new_special_tokens", special)):
+        for token in tokens:
+            if token in seen:
+                yield Problem((f"data.{key}",), f"{json.dumps(token, ensure_ascii=False)} twice", "each token once")
+            seen.add(token)
+
+
+# What an adapter's folder decides; dropout and the rate of B are the run's.
+_OF_THE_FOLDER = (
+    "rank", "alpha", "target_modules", "exclude_modules", "rank_pattern", "alpha_pattern", "use_rslora", "use_dora",
+    "init_lora_weights",
+)  # fmt: skip
+_STARTS = 'true, "gaussian", "pissa", "pissa_niter_N" or "olora"'
+# Starts that peft has too → why they are refused.
+_OTHER_STARTS = {
+    "loftq": "it repairs the error of quantized weights, and quantized weights cannot be trained here",
+    "eva": "it needs activations of training rows before the run",
+    "corda": "it needs activations of training rows before the run",
+    "lora_ga": "it needs gradients of training rows before the run",
+    "orthogonal": "B·A is zero only to rounding, so the adapters would change the model before they train",
+    "mica": "it freezes B",
+}
+
+
+def _check_lora(lora: LoraSection) -> Iterator[Problem]:
+    """Check expressions and the start of the adapters."""
+    for key in ("target_modules", "exclude_modules"):
+        if isinstance(text := getattr(lora, key), str) and text != "all-linear":
+            yield from _check_pattern(f"training.lora.{key}", text, is_whole=True)
+    for key in ("rank_pattern", "alpha_pattern"):
+        for text in getattr(lora, key):
+            yield from _check_pattern(f"training.lora.{key}", text, is_whole=False)
+    start = lora.init_lora_weights
+    if isinstance(start, str) and re.fullmatch(r"gaussian|olora|pissa(_niter_[1-9]\d*)?", start) is None:
+        hint = _OTHER_STARTS.get(start.lower(), "")
+        yield Problem(("training.lora.init_lora_weights",), f'"{start}"', _STARTS, hint)
+
+
+def _check_pattern(field: str, text: str, *, is_whole: bool) -> Iterator[Problem]:
+    """Check a regular expression. is_whole: it matches whole names, so that a bare name would match no layer."""
+    if is_whole and re.fullmatch(r"[\w, ]+", text):
+        names = json.dumps([name.strip() for name in text.split(",")])
+        default = '"all-linear", ' if field.endswith("target_modules") else ""
+        yield Problem((field,), f'"{text}"', f'{default}a list of names, or a regular expression such as ".*q_proj"',
+                      f"write a list: {names}")  # fmt: skip
+        return
+    try:
+        re.compile(text)
+    except (re.error, OverflowError, RecursionError) as problem:
+        yield Problem((field,), f'"{text}"', f"a regular expression ({problem})")
 
 
 def check_loss(field: str, name: str, method: str) -> Iterator[Problem]:

@@ -13,6 +13,7 @@ from loopos.config.diagnostics import Problem
 from loopos.config.keys import BUILT_IN_METRICS, METRICS, Metric
 from loopos.config.learning_rates import rate_notes
 from loopos.config.paths import (
+    check_adapter,
     check_output_folder,
     check_rows,
     check_tokenizer,
@@ -61,7 +62,7 @@ class FineTuningConfig(MethodConfig):
         yield from checks.check_weights_and_sizes(model, data.pretrained_weights, data.tokenizer)
         yield from _check_classes(model)
         yield from _check_task(model)
-        yield from checks.check_trainable(training, model.num_layers)
+        yield from checks.check_trainable(training, model.num_layers, data.adapter)
         yield from checks.check_steps(training)
         yield from checks.check_optimizer(training)
         yield from check_distributed(self.distributed, training.optimizer)
@@ -74,6 +75,8 @@ class FineTuningConfig(MethodConfig):
     def check_files(self) -> Iterator[Problem]:
         data = self.data
         yield from check_weights("data.pretrained_weights", data.pretrained_weights)
+        if data.adapter is not None:
+            yield from check_adapter("data.adapter", data.adapter)
         if data.tokenizer is not None:
             yield from check_tokenizer("data.tokenizer", data.tokenizer)
         yield from check_rows("data.training_data", data.training_data, EXAMPLE_ROW)

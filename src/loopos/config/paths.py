@@ -93,6 +93,14 @@ def check_weights(field: str, value: str) -> Iterator[Problem]:
         yield Problem((field,), f'"{value}"', _WEIGHTS_EXPECTED, hint)
 
 
+def check_adapter(field: str, value: str) -> Iterator[Problem]:
+    """Check the folder of a PEFT adapter, or of a run that has one."""
+    folders = [value.replace("\0", ""), os.path.join(value.replace("\0", ""), "adapter")]
+    if not any(os.path.isfile(os.path.join(folder, "adapter_config.json")) for folder in folders):
+        actual = f'"{value}", which has no adapter_config.json' if os.path.exists(folders[0]) else _missing(value)
+        yield Problem((field,), actual, 'a PEFT folder, or the output_dir of a run with "trainable": "lora"')
+
+
 def check_tokenizer(field: str, value: str) -> Iterator[Problem]:
     """Check a value of `tokenizer`."""
     expected = f'"{EMBEDDED_WEIGHTS}", a folder, a tokenizer.json or .gguf file, or a hub id "org/name"'

@@ -101,7 +101,7 @@ class PpoConfig(MethodConfig):
         """`check` without the data sources; rlhf uses it too."""
         model, training, data = self.model, self.training, self.data
         yield from checks.check_weights_and_sizes(model, data.pretrained_weights, data.tokenizer)
-        yield from checks.check_trainable(training, model.num_layers)
+        yield from checks.check_trainable(training, model.num_layers, data.adapter)
         yield from checks.check_steps(training)
         yield from checks.check_optimizer(training)
         yield from check_distributed(self.distributed, training.optimizer)

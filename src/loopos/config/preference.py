@@ -141,6 +141,12 @@ class PreferenceTrainingSection(LanguageTrainingSection):
 class PolicyDataSection(PreferenceDataSection):
     """Where the weights and the preferences come from, how they are read, and where the run goes."""
 
+    new_tokens: list[Text] = Field(
+        default=[], description="tokens that are added to the tokenizer; their rows start as the mean of their pieces'"
+    )
+    new_special_tokens: list[Text] = Field(
+        default=[], description="the same for special tokens, which decoding leaves out"
+    )
     # The roles of comparisons, and those of answers with a thumb.
     columns: dict[PreferenceRole | Literal["completion", "label", "messages"], Text | None] = Field(  # type: ignore[assignment]
         default={}, description="column of each role; detected when absent, null for none"
@@ -186,6 +192,11 @@ class PreferenceConfig(MethodConfig):
         return self.computation.method == KTO or any(LOSSES[name].reference for name in self.losses)
 
     @property
+    def trains_rows(self) -> bool:
+        """Whether rows of the embeddings train beside adapters."""
+        return self.training.trainable == "lora" and bool(self.data.new_tokens or self.data.new_special_tokens)
+
+    @property
     def validates(self) -> bool:
         """Whether validation ever runs."""
         return self.data.has_validation and self.training.validate_every != "never"
@@ -193,7 +204,8 @@ class PreferenceConfig(MethodConfig):
     def check(self) -> Iterator[Problem]:
         model, training, data = self.model, self.training, self.data
         yield from checks.check_weights_and_sizes(model, data.pretrained_weights, data.tokenizer)
-        yield from checks.check_trainable(training, model.num_layers)
+        yield from checks.check_trainable(training, model.num_layers, data.adapter)
+        yield from checks.check_new_tokens(data.new_tokens, data.new_special_tokens)
         yield from checks.check_no_head(training)
         yield from checks.check_steps(training)
         yield from checks.check_optimizer(training)
@@ -215,6 +227,9 @@ class PreferenceConfig(MethodConfig):
         if self.preference.reference == "adapter" and training.trainable != "lora":
             fields = ("preference.reference", "training.trainable")
             yield Problem(fields, f'"adapter" with trainable {training.trainable}', 'trainable "lora", or "cached"')
+        elif self.preference.reference == "adapter" and self.trains_rows:
+            hint = "their rows train beside the adapters, so the weights without adapters are not the reference"
+            yield Problem(("preference.reference", "data.new_tokens"), '"adapter" with new tokens', '"cached"', hint)
 
     def check_files(self) -> Iterator[Problem]:
         rows = (EXAMPLE_ROW, EXAMPLE_LINES)
@@ -240,7 +255,9 @@ class PreferenceConfig(MethodConfig):
         )
         found["length_alpha"] = (not is_kto, "KTO does not read it")
         needed = (self.needs_reference, f"{names} has no reference")
-        caches = section.reference == "cached" or (section.reference == "auto" and self.training.trainable != "lora")
+        caches = section.reference == "cached" or (
+            section.reference == "auto" and (self.training.trainable != "lora" or self.trains_rows)
+        )
         found["reference"] = needed
         found["reference_cache"] = (needed[0] and caches, "the reference is not cached" if needed[0] else needed[1])
         return {f"preference.{key}": effect for key, effect in found.items()}

@@ -16,7 +16,14 @@ from pydantic import Field
 from loopos.config import checks
 from loopos.config.diagnostics import Problem
 from loopos.config.keys import Count, Location, Section, Text, VariantName
-from loopos.config.paths import MODEL_DESCRIPTION, check_output_folder, check_rows, check_tokenizer, check_weights
+from loopos.config.paths import (
+    MODEL_DESCRIPTION,
+    check_adapter,
+    check_output_folder,
+    check_rows,
+    check_tokenizer,
+    check_weights,
+)
 from loopos.config.sections import TextSourceSection, TrainingSection
 from loopos.config.source import close_files
 from loopos.config.variants import LOSSES
@@ -54,6 +61,9 @@ class PreferenceTextSection(TextSourceSection):
 
     pretrained_weights: Location = Field(
         description='"smollm2-135m", "new", a folder, a .gguf, .safetensors or .bin file, or a hub id "org/name"'
+    )
+    adapter: Location | None = Field(
+        default=None, description="PEFT adapter over the weights, or a run with one, that trains on (trainable: lora)"
     )
     tokenizer: Location | None = Field(
         default=None, description="folder, file or hub id of the tokenizer; the weights' own when absent"
@@ -105,6 +115,8 @@ def check_text_files(data: PreferenceTextSection, examples: Mapping[str, tuple[s
     not supported).
     """
     yield from check_weights("data.pretrained_weights", data.pretrained_weights)
+    if data.adapter is not None:
+        yield from check_adapter("data.adapter", data.adapter)
     if data.tokenizer is not None:
         yield from check_tokenizer("data.tokenizer", data.tokenizer)
     for key, (row, lines) in examples.items():

@@ -38,7 +38,7 @@ REWARD_LEARNING_RATE = 1e-5
 """The default peak learning rate of the reward model, without `reward_training`."""
 
 _SHARED_KEYS = (
-    *("pretrained_weights", "tokenizer", "chat_template", "on_bad_row", "max_dropped_share"),
+    *("pretrained_weights", "adapter", "tokenizer", "chat_template", "on_bad_row", "max_dropped_share"),
     *("validation_share", "split_by", "max_line_bytes", "max_expansion", "max_prompt_tokens", "output_dir"),
 )
 _SOURCE_KEYS = (

@@ -110,15 +110,36 @@ class ModelSection(SizesSection):
 
 
 class LoraSection(Section):
-    """Low-rank adapters (Hu et al. 2021)."""
+    """Low-rank adapters (Hu et al. 2021) and their variants, under the names of peft."""
 
     rank: Count = Field(default=16, description="rank of the adapters (features)")
     alpha: Annotated[float, Field(gt=0)] = Field(
         default=32.0, description="scale of the adapters; the factor is alpha / rank"
     )
     dropout: Fraction = Field(default=0.0, description="fraction of the adapters' inputs set to 0")
-    target_modules: Annotated[list[Text], Field(min_length=1)] | Literal["all-linear"] = Field(
-        default="all-linear", description="names of the layers that get adapters"
+    target_modules: Annotated[list[Text], Field(min_length=1)] | Literal["all-linear"] | Text = Field(
+        default="all-linear",
+        description="layers that get adapters: all-linear, a list of names, or a regular expression that matches whole "
+        "names of modules",
+    )
+    exclude_modules: Annotated[list[Text], Field(min_length=1)] | Text | None = Field(
+        default=None, description="layers that get none: a list of names, or a regular expression"
+    )
+    rank_pattern: dict[Text, Count] = Field(
+        default={}, description="regular expression of the end of a module's name → its rank (features)"
+    )
+    alpha_pattern: dict[Text, Annotated[float, Field(gt=0)]] = Field(
+        default={}, description="regular expression of the end of a module's name → its alpha"
+    )
+    use_rslora: bool = Field(default=False, description="divide alpha by the root of the rank (rsLoRA)")
+    use_dora: bool = Field(default=False, description="train the length of each row of a weight apart (DoRA)")
+    init_lora_weights: Literal[True, "gaussian", "pissa", "olora"] | Text = Field(
+        default=True,
+        description="start of the adapters: true (A random, B zero), gaussian, pissa (largest singular vectors of the "
+        "weight), pissa_niter_N (the same by N iterations), olora (its QR decomposition)",
+    )
+    lora_plus_ratio: Annotated[float, Field(gt=0)] = Field(
+        default=1.0, description="learning rate of B / learning rate of A (LoRA+)"
     )
 
 
@@ -270,6 +291,9 @@ class DataSection(ReadingSection):
 
     pretrained_weights: Location = Field(
         description='"smollm2-135m", "new", a folder, a .gguf, .safetensors or .bin file, or a hub id "org/name"'
+    )
+    adapter: Location | None = Field(
+        default=None, description="PEFT adapter over the weights, or a run with one, that trains on (trainable: lora)"
     )
     tokenizer: Location | None = Field(
         default=None, description="folder, file or hub id of the tokenizer; the weights' own when absent"

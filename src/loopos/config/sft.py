@@ -12,7 +12,13 @@ from loopos.config import checks
 from loopos.config.diagnostics import Problem
 from loopos.config.keys import BUILT_IN_METRICS, Count, Location, Section, Text
 from loopos.config.learning_rates import rate_notes
-from loopos.config.paths import check_output_folder, check_rows, check_tokenizer, check_weights
+from loopos.config.paths import (
+    check_adapter,
+    check_output_folder,
+    check_rows,
+    check_tokenizer,
+    check_weights,
+)
 from loopos.config.sections import (
     ComputationSection,
     DistributedSection,
@@ -52,8 +58,17 @@ class SftDataSection(TextSourceSection):
     pretrained_weights: Location = Field(
         description='"smollm2-135m", "new", a folder, a .gguf, .safetensors or .bin file, or a hub id "org/name"'
     )
+    adapter: Location | None = Field(
+        default=None, description="PEFT adapter over the weights, or a run with one, that trains on (trainable: lora)"
+    )
     tokenizer: Location | None = Field(
         default=None, description="folder, file or hub id of the tokenizer; the weights' own when absent"
+    )
+    new_tokens: list[Text] = Field(
+        default=[], description="tokens that are added to the tokenizer; their rows start as the mean of their pieces'"
+    )
+    new_special_tokens: list[Text] = Field(
+        default=[], description="the same for special tokens, which decoding leaves out"
     )
     training_data: Location = Field(description='file, folder, glob or hub id "org/name" of the rows to train on')
     columns: dict[TextRole, Text | None] = Field(
@@ -143,7 +158,8 @@ class SftConfig(MethodConfig):
     def check(self) -> Iterator[Problem]:
         model, training, data = self.model, self.training, self.data
         yield from checks.check_weights_and_sizes(model, data.pretrained_weights, data.tokenizer)
-        yield from checks.check_trainable(training, model.num_layers)
+        yield from checks.check_trainable(training, model.num_layers, data.adapter)
+        yield from checks.check_new_tokens(data.new_tokens, data.new_special_tokens)
         yield from checks.check_steps(training)
         yield from checks.check_optimizer(training)
         yield from check_distributed(self.distributed, training.optimizer)
@@ -171,6 +187,8 @@ class SftConfig(MethodConfig):
     def check_files(self) -> Iterator[Problem]:
         data = self.data
         yield from check_weights("data.pretrained_weights", data.pretrained_weights)
+        if data.adapter is not None:
+            yield from check_adapter("data.adapter", data.adapter)
         if data.tokenizer is not None:
             yield from check_tokenizer("data.tokenizer", data.tokenizer)
         for field in data.row_keys:

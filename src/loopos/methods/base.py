@@ -27,6 +27,7 @@ from loopos.evaluation.report import write_report
 from loopos.evaluation.run_claim import claim
 from loopos.models.backbone import Backbone
 from loopos.models.load import Pretrained, Sizes, load_pretrained
+from loopos.models.new_tokens import embedding_weights, new_rows, with_new_tokens
 from loopos.storage.durable import explain_disk_full
 from loopos.training.callbacks import Callbacks, preserve_random_states
 from loopos.training.distributed import World
@@ -35,7 +36,7 @@ from loopos.training.precision import resolve
 from loopos.training.progress import RunProgress
 from loopos.training.run_state import FitResult
 from loopos.training.session import session
-from loopos.training.trained_weights import TrainedWeights, take_chosen
+from loopos.training.trained_weights import RowsThatTrain, TrainedWeights, take_chosen
 from loopos.training.update import Update, build_update
 from loopos.training.validation import Validation
 
@@ -122,15 +123,33 @@ class Trainer(ABC, Generic[ConfigT]):
         return self.fit.run()
 
     def load_pretrained(self, *, causal: bool = False) -> Pretrained:
-        """The pretrained weights and their tokenizer, as `data.pretrained_weights` and `model` name them."""
+        """The pretrained weights and their tokenizer, as `data.pretrained_weights`, `data.adapter` and
+        `model` name them.
+        """
         config = self.config
-        return load_pretrained(
+        found = load_pretrained(
             config.data.pretrained_weights,
             causal=causal,
             sizes=Sizes.of(config.model, max_length=config.training.max_length),
             tokenizer=config.data.tokenizer,
             trust_remote_code=self.trust_remote_code,
+            adapter=getattr(config.data, "adapter", None),
         )
+        return with_new_tokens(found, *self._new_tokens) if any(self._new_tokens) else found
+
+    @property
+    def _new_tokens(self) -> tuple[list[str], list[str]]:
+        """Plain and special tokens that are added."""
+        data = self.config.data
+        return getattr(data, "new_tokens", []), getattr(data, "new_special_tokens", [])
+
+    def rows_that_train(self, pretrained: Pretrained) -> list[RowsThatTrain]:
+        """Under LoRA, the rows of new tokens in the embeddings: they train, and nothing else of these weights."""
+        if self.lora is None or not any(self._new_tokens):
+            return []
+        plain, special = self._new_tokens
+        mask = new_rows(pretrained.model, pretrained.tokenizer, [*plain, *special])
+        return [RowsThatTrain(weight, mask) for weight in embedding_weights(pretrained.model)]
 
     def longest_of(self, pretrained: Pretrained) -> int | None:
         """The most tokens of a row: `training.max_length`, or the limit of the model."""

@@ -25,11 +25,12 @@ from loopos.data.tokens import Encoded, encode_labeled
 from loopos.evaluation.metrics import METRIC_DIRECTION
 from loopos.evaluation.outputs import Meaning, confusion, interpret, measure, outputs_of, residual_points
 from loopos.methods.base import Trainer
-from loopos.models.adapters import merge_lora, save_lora, set_trained
+from loopos.models.adapters import set_trained
 from loopos.models.backbone import Backbone
 from loopos.models.folders import save_task_model
 from loopos.models.heads import PooledModel
 from loopos.models.load import Pretrained
+from loopos.models.saved_adapters import merge_lora, save_lora
 from loopos.models.task_layout import default_pooling, how_it_opens
 from loopos.storage.events import EventLog
 from loopos.training.fit import Fit
@@ -80,7 +81,7 @@ class FineTuner(Trainer[FineTuningConfig]):
         self.choose_precision()
         self.backbone = backbone = Backbone(self.pretrained.model, attention=section.attention)
         self.print_attention(backbone)
-        initially_frozen = set_trained(backbone.model, settings)
+        initially_frozen = set_trained(backbone.model, settings, self.config.data.adapter)
         if settings.gradient_checkpointing:
             backbone.model.activation_checkpointing_enable()
         outputs = self.data.space.num_outputs

@@ -99,6 +99,7 @@ class PpoTrainer(Trainer[PpoConfig]):
             settings,
             RolePlan(config.value_model, config.needs_reference, config.generation.temperature),
             attention=config.model.attention,
+            adapter=config.data.adapter,
         )
         self.reward_description = descriptions_together([opened.description for opened in self.opened_rewards])
         # What became an adapter of the policy's trunk needs its own weights no more.

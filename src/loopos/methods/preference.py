@@ -25,7 +25,8 @@ from loopos.data.response_batches import PreferenceBatch, PreferenceRows
 from loopos.functional.packing import PackedLayout
 from loopos.functional.preference_losses import LossSettings
 from loopos.methods.base import Direction, Trainer
-from loopos.models.adapters import AdapterView, set_trained_language_model
+from loopos.models.active_adapters import AdapterView
+from loopos.models.adapters import set_trained_language_model
 from loopos.models.attention import prompt_runs_once
 from loopos.models.folders import export_language_model
 from loopos.models.language_model import LanguageModel
@@ -94,12 +95,14 @@ class PreferenceTrainer(Trainer[PreferenceConfig]):
         self.backbone = backbone = language_model.backbone
         self.shares_prompts = self.device.type == "cpu" and backbone.supports_shared_prefixes
         self.print_attention(backbone)
-        initially_frozen = set_trained_language_model(language_model.causal, backbone.model, settings)
+        initially_frozen = set_trained_language_model(
+            language_model.causal, backbone.model, settings, self.config.data.adapter
+        )
         if settings.gradient_checkpointing:
             language_model.causal.activation_checkpointing_enable()
         without_dropout(language_model)
         self.model = Policy(language_model)
-        self.train_weights(self.model, initially_frozen=initially_frozen)
+        self.train_weights(self.model, initially_frozen=initially_frozen, rows=self.rows_that_train(self.pretrained))
         self.progress.say(self.trained.summary())
         self.objective = self.build_objective()
         return self.model
@@ -108,7 +111,9 @@ class PreferenceTrainer(Trainer[PreferenceConfig]):
     def caches_reference(self) -> bool:
         """Whether the reference's log-probabilities are computed once and kept."""
         chosen = self.config.preference.reference
-        return self.config.needs_reference and (chosen == "cached" or (chosen == "auto" and self.lora is None))
+        return self.config.needs_reference and (
+            chosen == "cached" or (chosen == "auto" and (self.lora is None or self.config.trains_rows))
+        )
 
     def without_adapters(self) -> Callable[[Any], Tensor] | None:
         """Computes the reference's log-probabilities of a batch; None where they are cached or not needed."""

@@ -22,12 +22,13 @@ from loopos.evaluation.preference_metrics import PREFERENCE_METRIC_DIRECTION
 from loopos.evaluation.preference_report import bucket_tables, measured, preferred_scores
 from loopos.evaluation.reward_predictor import Normalization, comparison_scores
 from loopos.methods.base import Trainer
-from loopos.models.adapters import merge_lora, save_lora, set_trained
+from loopos.models.adapters import set_trained
 from loopos.models.attention import prompt_runs_once
 from loopos.models.backbone import Backbone
 from loopos.models.folders import save_task_model
 from loopos.models.heads import PooledModel, scalar_head_std
 from loopos.models.load import Pretrained
+from loopos.models.saved_adapters import merge_lora, save_lora
 from loopos.models.task_layout import how_it_opens
 from loopos.storage.events import EventLog
 from loopos.training.fit import Fit
@@ -70,7 +71,7 @@ class RewardModelTrainer(Trainer[RewardModelConfig]):
         self.print_attention(backbone)
         if not self.shares_prompts:
             self.progress.say("prompts are computed once per response: shared prefixes are not exact for this model")
-        initially_frozen = set_trained(backbone.model, settings)
+        initially_frozen = set_trained(backbone.model, settings, self.config.data.adapter)
         if settings.gradient_checkpointing:
             backbone.model.activation_checkpointing_enable()
         self.model = PooledModel(

@@ -78,10 +78,12 @@ class SftTrainer(Trainer[SftConfigT]):
         self.model = LanguageModel(self.pretrained.model, attention=self.config.model.attention)
         backbone = self.model.backbone
         self.print_attention(backbone)
-        initially_frozen = set_trained_language_model(self.model.causal, backbone.model, settings)
+        initially_frozen = set_trained_language_model(
+            self.model.causal, backbone.model, settings, self.config.data.adapter
+        )
         if settings.gradient_checkpointing:
             self.model.causal.activation_checkpointing_enable()
-        self.train_weights(self.model, initially_frozen=initially_frozen)
+        self.train_weights(self.model, initially_frozen=initially_frozen, rows=self.rows_that_train(self.pretrained))
         self.progress.say(self.trained.summary())
         self.answers: SampleAnswers | None = None
         if self.generates():

@@ -6,6 +6,7 @@ separate process with a time limit.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import os
@@ -208,6 +209,17 @@ class AdapterFolder:
     @property
     def task(self) -> str | None:
         return self.config.get("task_type")
+
+    @property
+    def fingerprint(self) -> str:
+        """A digest of what the adapter does to its base, as 16 hexadecimal digits."""
+        digest = hashlib.sha256()
+        for key in sorted(self.tensors):
+            digest.update(f"{key} {list(self.tensors[key].spec.shape)}".encode())
+            digest.update(self.tensors[key].read().float().numpy().tobytes())
+        scales = {key: self.config.get(key) for key in ("r", "lora_alpha", "alpha_pattern", "use_rslora", "use_dora")}
+        digest.update(json.dumps(scales, sort_keys=True).encode())
+        return digest.hexdigest()[:16]
 
     @property
     def beyond_lora(self) -> list[str]:

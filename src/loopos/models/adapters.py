@@ -1,89 +1,43 @@
-"""Sets what trains: only the head, all weights, the layers above N, or LoRA adapters (peft). Also loads, merges and
-saves adapters, and computes LoRA layers in fewer passes.
+"""Sets what trains: only the head, all weights, the layers above N, or LoRA adapters (peft). Also loads
+adapters, to run or to continue them.
 
-peft is imported lazily: it takes seconds, and only runs with adapters need it.
-Letters: T tokens, K inputs, N outputs, r rank, s = alpha / r.
+peft is imported lazily: it takes seconds, and only runs with adapters need it. `lora_layers` has the products of a
+layer, `active_adapters` which adapters run.
+Letters: K inputs, N outputs, r rank, s = alpha / r.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import re
 import warnings
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from functools import cache
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from loopos.config.diagnostics import UserError
+from loopos.config.paths import expanded
 from loopos.config.sections import LoraSection, TrainingSection
-from loopos.functional.packing import PackedLayout
-from loopos.models.adapter_folder import ADAPTER_WEIGHTS, PREFIX, open_adapter_folder
-from loopos.models.backbone import Backbone
-from loopos.storage.tensor_files import save_tensors
-from loopos.storage.whole_folder import whole_folder
-
-
-def make_lean(model: nn.Module) -> None:
-    """Makes peft's LoRA layers over linear layers compute in fewer passes, in place."""
-    lean = _lean_linear()
-    for module in model.modules():
-        if type(module) is lean.__bases__[0]:
-            module.__class__ = lean
-
-
-@cache
-def _lean_linear() -> type[nn.Module]:
-    """peft's LoRA over a linear layer, with s applied to the r numbers of a row instead of its N, and the change added
-    within its own product: one pass over `[..., N]` instead of three.
-    """
-    from peft.tuners.lora.layer import Linear
-
-    class LeanLinear(Linear):
-        def forward(self, x: Tensor, *others: Any, **named: Any) -> Tensor:
-            layer: Any = self
-            name = _single_lora(layer, x)
-            if name is None or others or named:
-                answer: Tensor = super().forward(x, *others, **named)
-                return answer
-            low = layer.lora_A[name](layer.lora_dropout[name](x)).mul(layer.scaling[name])
-            product: Tensor = layer.base_layer(x)
-            product.flatten(0, -2).addmm_(low.flatten(0, -2), layer.lora_B[name].weight.t())
-            return product
-
-    return LeanLinear
-
-
-def _single_lora(layer: Any, x: Tensor) -> str | None:
-    """The single active adapter of a layer if it is plain LoRA in the format of weights and input; otherwise None."""
-    active = [name for name in layer.active_adapters if name in layer.lora_A]
-    if layer.disable_adapters or layer.merged or len(active) != 1 or type(layer.base_layer) is not nn.Linear:
-        return None
-    up = layer.lora_B[active[0]]
-    # Other tensor types, such as a sharded tensor, need the layer's own forward.
-    bare = all(type(each.weight) is nn.Parameter for each in (layer.base_layer, up))
-    plain = active[0] not in layer.lora_variant and up.bias is None and x.dim() > 1 and bare
-    same = x.dtype == up.weight.dtype == layer.base_layer.weight.dtype
-    return active[0] if plain and same and not torch.is_autocast_enabled(x.device.type) else None
-
-
-ADAPTER = "default"
-"""The name of a run's single trained adapter: peft's default."""
+from loopos.models.active_adapters import ADAPTER, RESIDUAL, START, activate, peft_config_of
+from loopos.models.adapter_folder import PREFIX, AdapterFolder, is_adapter, open_adapter_folder
+from loopos.models.lora_layers import make_lean
 
 # Imported lazily at run time: see the module docstring.
 if TYPE_CHECKING:
     from peft import LoraConfig
 
 
-def set_trained(model: PreTrainedModel, settings: TrainingSection) -> list[nn.Parameter]:
-    """Sets `requires_grad` on a headless model, in place; returns the parameters that `freeze_layers` freezes."""
+def set_trained(model: PreTrainedModel, settings: TrainingSection, adapter: str | None = None) -> list[nn.Parameter]:
+    """Sets `requires_grad` on a headless model, in place; returns the parameters that `freeze_layers` freezes. adapter:
+    the folder of an adapter to continue.
+    """
     if settings.trainable == "lora":
-        add_lora(model, settings.lora or LoraSection(), seed=settings.seed)
+        train_adapters(model, settings, adapter)
     elif settings.trainable == "head":
         model.requires_grad_(False)
     elif settings.freeze_layers:
@@ -91,13 +45,22 @@ def set_trained(model: PreTrainedModel, settings: TrainingSection) -> list[nn.Pa
     return []
 
 
+def train_adapters(model: PreTrainedModel, settings: TrainingSection, adapter: str | None) -> None:
+    """Adds the adapters of a run to a headless model: new ones, or those of the folder `adapter`."""
+    lora = settings.lora or LoraSection()
+    if adapter is None:
+        add_lora(model, lora, seed=settings.seed)
+    else:
+        continue_adapter(model, continued_folder(adapter), dropout=lora.dropout)
+
+
 def set_trained_language_model(
-    causal: PreTrainedModel, base: PreTrainedModel, settings: TrainingSection
+    causal: PreTrainedModel, base: PreTrainedModel, settings: TrainingSection, adapter: str | None = None
 ) -> list[nn.Parameter]:
     """`set_trained` for a causal language model and its headless base. With adapters the output embedding is frozen."""
     if settings.trainable == "lora":
         causal.requires_grad_(False)
-    return set_trained(base, settings)
+    return set_trained(base, settings, adapter)
 
 
 def layer_list(model: PreTrainedModel) -> nn.ModuleList:
@@ -148,26 +111,63 @@ def _embeddings(model: PreTrainedModel, layers: nn.ModuleList) -> list[nn.Module
 
 
 def add_lora(model: PreTrainedModel, lora: LoraSection, *, seed: int, name: str = ADAPTER) -> None:
-    """Freezes the model, including earlier adapters, and replaces each target linear layer by `W + (alpha/rank)·B·A`
-    (Hu et al. 2021), in place.
+    """Freezes the model, including earlier adapters, and replaces each target linear layer by `W + s·B·A` (Hu et al.
+    2021) or a variant of it, in place: rsLoRA (s = alpha / √r, Kalajdzievski 2023), DoRA (Liu et al. 2024), PiSSA (Meng
+    et al. 2024) and OLoRA (Büyükakyüz 2024).
 
-    B starts at 0, so the model's outputs do not change. Raises `UserError` if no module has a requested name.
+    The model's outputs do not change: B starts at 0, or B₀·A₀ is taken out of W and kept as the frozen adapter
+    `RESIDUAL`. Raises `UserError` if no module has a requested name, and for a rank that the start does not have.
     """
-    targets = lora.target_modules
-    if targets == "all-linear":
-        targets = linear_names(model)
     model.requires_grad_(False)
-    config = _lora_config(model, lora, targets=list(targets))
+    config = _lora_config(model, lora)
     try:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             _inject(config, model, name)
+            if moves_base(lora):
+                _check_ranks(model, lora)
+                copy_adapter(model, RESIDUAL)
     except ValueError as problem:
         reason = str(problem).splitlines()[0]
-        raise UserError(
-            f"training.lora.target_modules: {reason}; linear layers of this {type(model).__name__}: "
-            f"{', '.join(linear_names(model))}"
-        ) from problem
+        key = "training.lora.target_modules" if "arget module" in reason else "training.lora"
+        raise UserError(f"{key}: {reason}; {_linear_layers(model)}") from problem
+
+
+def moves_base(lora: LoraSection) -> bool:
+    """Whether the adapters' start is taken out of the base."""
+    return isinstance(lora.init_lora_weights, str) and lora.init_lora_weights.startswith(("pissa", "olora"))
+
+
+def _check_ranks(model: PreTrainedModel, lora: LoraSection) -> None:
+    """Raises `UserError` for a rank above the sides of a weight, which has no more singular vectors."""
+    for name, module in model.named_modules():
+        if ADAPTER in getattr(module, "lora_A", ()):
+            layer: Any = module
+            rank, found = layer.r[ADAPTER], min(layer.in_features, layer.out_features)
+            if rank > found:
+                raise UserError(
+                    f"training.lora.rank: got {rank} for {name}, a weight with a side of {found}; expected at most "
+                    f'{found} with init_lora_weights "{lora.init_lora_weights}" (rank_pattern sets it by layer)'
+                )
+
+
+@torch.no_grad()
+def copy_adapter(model: PreTrainedModel, name: str) -> None:
+    """Adds a frozen copy of the trained adapter as it is now under another name, in place. As `RESIDUAL` it is only
+    B·A.
+    """
+    own = peft_config_of(model)
+    dora = own.use_dora and name != RESIDUAL
+    _inject(dataclasses.replace(own, init_lora_weights=True, lora_dropout=0.0, use_dora=dora), model, name)
+    parameters = dict(model.named_parameters())
+    for key, parameter in parameters.items():
+        if f".{name}." in key:
+            parameter.copy_(parameters[key.replace(f".{name}.", f".{ADAPTER}.")])
+    activate(model, [ADAPTER])
+
+
+def _linear_layers(model: nn.Module) -> str:
+    return f"linear layers of this {type(model).__name__}: {', '.join(linear_names(model))}"
 
 
 def linear_names(model: nn.Module) -> list[str]:
@@ -208,57 +208,6 @@ def _outer(name: str, wrapped: set[str]) -> list[str]:
     return [outer for end in range(1, len(parts)) if (outer := ".".join(parts[:end])) in wrapped]
 
 
-@contextmanager
-def active_adapter(model: nn.Module, name: str | None) -> Iterator[None]:
-    """Within the context the model runs with only this adapter, or with None without adapters. `requires_grad` does not
-    change.
-    """
-    from peft.tuners.tuners_utils import BaseTunerLayer
-
-    layers = [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
-    before = [(layer, list(layer.active_adapters), layer.disable_adapters) for layer in layers]
-    trains = [(parameter, parameter.requires_grad) for layer in layers for parameter in layer.parameters()]
-
-    def put(layer: BaseTunerLayer, names: list[str], disabled: bool) -> None:
-        layer.set_adapter(names)
-        layer.enable_adapters(not disabled)
-
-    try:
-        for layer, names, _ in before:
-            put(layer, names if name is None else [name], name is None)
-        for parameter, flag in trains:
-            parameter.requires_grad_(flag)
-        yield
-    finally:
-        for layer, names, disabled in before:
-            put(layer, names, disabled)
-        for parameter, flag in trains:
-            parameter.requires_grad_(flag)
-
-
-class AdapterView:
-    """A backbone with only one of its adapters, or with None without adapters: several models over one copy of the
-    weights.
-    """
-
-    def __init__(self, backbone: Backbone, name: str | None) -> None:
-        self.backbone, self.name = backbone, name
-
-    @property
-    def model(self) -> PreTrainedModel:
-        return self.backbone.model
-
-    @property
-    def hidden_size(self) -> int:
-        return self.backbone.hidden_size
-
-    def __call__(self, ids: Tensor, layout: PackedLayout, token_types: Tensor | None = None) -> Tensor:
-        """See `Backbone`."""
-        with active_adapter(self.backbone.model, self.name):
-            hidden: Tensor = self.backbone(ids, layout, token_types)
-        return hidden
-
-
 def _inject(config: LoraConfig, model: PreTrainedModel, name: str) -> None:
     from peft import inject_adapter_in_model
 
@@ -274,18 +223,84 @@ def _is_linear(module: nn.Module) -> bool:
     return type(module) in (nn.Linear, Conv1D)
 
 
-def _lora_config(model: nn.Module, lora: LoraSection, *, targets: Sequence[str]) -> LoraConfig:
+def _lora_config(model: PreTrainedModel, lora: LoraSection) -> LoraConfig:
+    """The config for peft, with every expression resolved to names: a written folder then means the same layers
+    wherever the model has a head. Raises `UserError` for names and expressions without a layer.
+    """
     from peft import LoraConfig
 
+    targets = linear_names(model) if lora.target_modules == "all-linear" else lora.target_modules
+    names = _adapted(model, targets, lora.exclude_modules)
+    if isinstance(targets, str) or lora.exclude_modules is not None:
+        if not names:
+            raise UserError(
+                f"training.lora.target_modules: {lora.target_modules!r} matches no linear layer that exclude_modules "
+                f"leaves; {_linear_layers(model)}"
+            )
+        targets = names
+    modules = dict(model.named_modules())
     # peft must know about layers with transposed weights, such as GPT-2's.
-    transposed = any(name.rsplit(".", 1)[-1] in targets and _is_transposed(m) for name, m in model.named_modules())
+    transposed = any(_is_transposed(modules[name]) for name in names)
+    if transposed and lora.init_lora_weights == "olora":
+        raise UserError(
+            f'training.lora.init_lora_weights: got "olora" for {type(model).__name__}, whose weights are stored '
+            'transposed, which peft\'s decomposition does not know; expected "pissa"'
+        )
     return LoraConfig(
         r=lora.rank,
         lora_alpha=lora.alpha,  # type: ignore[arg-type]  # peft's own code divides it; only its annotation says int
         lora_dropout=lora.dropout,
         target_modules=list(targets),
+        rank_pattern=_by_name("rank_pattern", lora.rank_pattern, names),
+        alpha_pattern=_by_name("alpha_pattern", lora.alpha_pattern, names),
+        use_rslora=lora.use_rslora,
+        use_dora=lora.use_dora,
+        init_lora_weights=lora.init_lora_weights,  # type: ignore[arg-type]  # checked with the config
         fan_in_fan_out=transposed,
     )
+
+
+def _adapted(model: PreTrainedModel, targets: Sequence[str] | str, exclude: Sequence[str] | str | None) -> list[str]:
+    """The names of the modules that get adapters, as peft chooses them. An expression matches a whole name, with or
+    without the name of the headless model ("model.layers.0…"), and only layers that can be adapted.
+    """
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    modules = dict(model.named_modules())
+    wrapped = {name for name, module in modules.items() if isinstance(module, BaseTunerLayer)}
+
+    def chosen(name: str, patterns: Sequence[str] | str | None) -> bool:
+        if isinstance(patterns, str):
+            whole = (name, f"{model.base_model_prefix}.{name}")
+            return any(re.fullmatch(patterns, each) is not None for each in whole)
+        return any(name == each or name.endswith(f".{each}") for each in patterns or ())
+
+    kinds = (nn.Linear, Conv1D, nn.Embedding, BaseTunerLayer)
+    return [
+        name
+        for name, module in modules.items()
+        if isinstance(module, kinds)
+        and not _outer(name, wrapped)
+        and chosen(name, targets)
+        and not chosen(name, exclude)
+    ]
+
+
+def _by_name(key: str, patterns: Mapping[str, Any], names: Sequence[str]) -> dict[str, Any]:
+    """Name of a module → value of the first expression that matches its end. Raises `UserError` for an expression that
+    matches none.
+    """
+    found: dict[str, Any] = {}
+    for pattern, value in patterns.items():
+        own = [name for name in names if re.match(rf"(.*\.)?({pattern})$", name)]
+        if not own:
+            raise UserError(
+                f"training.lora.{key}: {pattern!r} matches no layer with adapters: {', '.join(names[:4])} …"
+            )
+        for name in own:
+            found.setdefault(name, value)
+    # peft takes the first name that another one ends with.
+    return {name: found[name] for name in sorted(found, key=len, reverse=True)}
 
 
 def _is_transposed(module: nn.Module) -> bool:
@@ -321,40 +336,92 @@ def load_adapter(model: PreTrainedModel, folder: Path, name: str) -> None:
             parameter.requires_grad_(False)
 
 
-def merge_lora(model: PreTrainedModel) -> None:
-    """Merges every adapter into its layer, W ← W + (alpha/rank)·B·A, and removes the wrappers, in place.
+# A tensor of LoRA or DoRA: its module and its part.
+_TENSOR = re.compile(rf"{re.escape(PREFIX)}(.+)\.(lora_A|lora_B|lora_magnitude_vector)(?:\.weight)?")
 
-    The model is cast to fp32 first: a low-rank change is small relative to the weights, and bf16 would round much of it
-    away.
+
+def continued_folder(source: str) -> AdapterFolder:
+    """The adapter that `data.adapter` names: a PEFT folder, or a run with one. Raises `UserError` for what is not LoRA
+    or DoRA over an unchanged base.
     """
-    from peft.tuners.tuners_utils import BaseTunerLayer
-
-    for parameter in model.parameters():
-        parameter.data = parameter.data.float()
-    wrappers = {name: module for name, module in model.named_modules() if isinstance(module, BaseTunerLayer)}
-    # Wrappers over the tensors of one module are nested: each merges its own, and the outermost is removed.
-    for module in reversed(wrappers.values()):
-        module.merge(safe_merge=True)
-    for name, module in wrappers.items():
-        parent_name, _, child = name.rpartition(".")
-        if parent_name not in wrappers:
-            setattr(model.get_submodule(parent_name), child, module.get_base_layer())
+    path = Path(expanded(source))
+    adapter = open_adapter_folder(path / "adapter" if is_adapter(path / "adapter") else path)
+    beyond = [each for each in adapter.beyond_lora if not each.startswith(("use_dora", "the tensor"))]
+    beyond += [f"the tensor {key}" for key in adapter.tensors if _TENSOR.fullmatch(key) is None]
+    if beyond:
+        raise UserError(
+            f"data.adapter: {source}: an adapter with {', '.join(beyond[:3])}, which cannot be continued; expected "
+            "LoRA or DoRA. To train new adapters on top of it, name it in data.pretrained_weights"
+        )
+    return adapter
 
 
-def save_lora(model: PreTrainedModel, folder: Path, *, base: str, task: str = "FEATURE_EXTRACTION") -> None:
-    """Writes a PEFT adapter folder (`adapter_config.json`, `adapter_model.safetensors`) for the base model; replaces
-    the folder atomically. task: peft's task type ("CAUSAL_LM" for a language model). Raises `OSError` when the disk is
-    full.
+@torch.no_grad()
+def continue_adapter(model: PreTrainedModel, adapter: AdapterFolder, *, dropout: float) -> None:
+    """Adds an adapter of another run to a headless model as the one that trains, and a frozen copy as its start
+    (`START`), in place. Raises `UserError` for an adapter of other layers.
     """
-    # The config as peft resolved it: it may replace layer names by names of fused tensors.
-    known = (getattr(module, "peft_config", None) for module in model.modules())
-    config: LoraConfig = next(configs[ADAPTER] for configs in known if isinstance(configs, dict))
-    config = dataclasses.replace(config, base_model_name_or_path=base, task_type=task)
-    tensors: dict[str, Tensor] = {}
-    for name, parameter in model.named_parameters():
-        if ".lora_" in name and f".{ADAPTER}." in name:
-            tensors[PREFIX + name.replace(f".{ADAPTER}", "")] = parameter.detach()
-    assert tensors, "no adapter in the model"
-    with whole_folder(folder) as partial:
-        save_tensors(partial / ADAPTER_WEIGHTS, tensors)
-        config.save_pretrained(str(partial))
+    model.requires_grad_(False)
+    own = _names_in(model, adapter)
+    _inject(_continued_config(model, adapter, own, dropout), model, ADAPTER)
+    parameters = dict(model.named_parameters())
+    expected = {name for name in parameters if f".{ADAPTER}." in name}
+    for key, stored in adapter.tensors.items():
+        name, part = _parts(key)
+        parameter, value = parameters[f"{own[name]}.{part}.{ADAPTER}.weight"], stored.read()
+        if parameter.shape != value.shape:
+            raise UserError(
+                f"data.adapter: {adapter.source}: {key}: got {list(value.shape)}; expected {list(parameter.shape)} for "
+                f"this {type(model).__name__}"
+            )
+        parameter.copy_(value)
+        expected.discard(f"{own[name]}.{part}.{ADAPTER}.weight")
+    if expected:
+        raise UserError(f"data.adapter: {adapter.source}: its weights lack {min(expected)}; expected a whole adapter")
+    copy_adapter(model, START)
+
+
+def _parts(key: str) -> tuple[str, str]:
+    match = _TENSOR.fullmatch(key)
+    assert match is not None, key
+    return match[1], match[2]
+
+
+def _names_in(model: PreTrainedModel, adapter: AdapterFolder) -> dict[str, str]:
+    """Module of an adapter, which may be one of a language model → its name in the headless model. Raises `UserError`
+    for a module that the model lacks.
+    """
+    modules, head, found = dict(model.named_modules()), f"{model.base_model_prefix}.", {}
+    for name in dict.fromkeys(_parts(key)[0] for key in adapter.tensors):
+        own = name if name in modules else name.removeprefix(head)
+        if not isinstance(modules.get(own), (nn.Linear, Conv1D)):
+            raise UserError(
+                f"data.adapter: {adapter.source}: changes {name}, which is no linear layer of {type(model).__name__}; "
+                f"expected an adapter of its layers. {_linear_layers(model)}"
+            )
+        found[name] = own
+    return found
+
+
+def _continued_config(
+    model: PreTrainedModel, adapter: AdapterFolder, own: Mapping[str, str], dropout: float
+) -> LoraConfig:
+    """An adapter's config with every expression resolved to names. own: as `_names_in` returns them."""
+    from peft import LoraConfig
+
+    config, names = adapter.config, list(own)
+
+    def by_name(key: str, usual: Any) -> dict[str, Any]:
+        return {own[name]: value for name, value in adapter.by_pattern(key, usual, names).items() if value != usual}
+
+    return LoraConfig(
+        r=config["r"],
+        lora_alpha=config["lora_alpha"],
+        lora_dropout=dropout,
+        target_modules=list(own.values()),
+        use_rslora=bool(config.get("use_rslora")),
+        use_dora=bool(config.get("use_dora")),
+        fan_in_fan_out=any(_is_transposed(model.get_submodule(name)) for name in own.values()),
+        rank_pattern=by_name("rank_pattern", config["r"]),
+        alpha_pattern=by_name("alpha_pattern", config["lora_alpha"]),
+    )

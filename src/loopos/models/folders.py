@@ -25,7 +25,6 @@ from loopos.config.paths import HEAD_FILE, MANIFEST, MODEL_DESCRIPTION
 from loopos.config.sections import LoraSection
 from loopos.functional.mixing import MixtureMethod
 from loopos.functional.packing import PackedLayout
-from loopos.models.adapters import merge_lora, save_lora
 from loopos.models.backbone import Backbone
 from loopos.models.description import FORMAT
 from loopos.models.heads import PooledModel
@@ -34,6 +33,7 @@ from loopos.models.load import NUMBER_FORMATS, cast_parameters, load_pretrained
 from loopos.models.quantized import is_quantized
 from loopos.models.quantized_folder import save_weights
 from loopos.models.resolve import ModelRef, refuse_votes, resolve_trained
+from loopos.models.saved_adapters import merge_lora, save_lora
 from loopos.models.task_layout import TaskLayout, folder_tokenizer
 from loopos.storage.durable import FileRecord, fsync_path
 from loopos.storage.json_files import save_json
@@ -183,7 +183,7 @@ def export_language_model(
     weights. Raises `OSError` when the disk is full.
     """
     if lora is not None:
-        save_lora(causal, run_dir / "adapter", base=base, task="CAUSAL_LM")
+        save_lora(causal, run_dir / "adapter", base=base, task="CAUSAL_LM", tokenizer=tokenizer)
         merge_lora(causal)
     save_language_model(run_dir / "model", causal, tokenizer, description)
 

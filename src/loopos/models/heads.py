@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from loopos.functional.packing import PackedLayout
 from loopos.functional.reductions import segment_reduce
-from loopos.models.adapters import AdapterView
+from loopos.models.active_adapters import AdapterView
 from loopos.models.backbone import Backbone
 
 POOLINGS = ("mean", "last", "first", "max")

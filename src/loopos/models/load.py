@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
@@ -17,6 +17,7 @@ from transformers import AutoConfig, LlamaConfig, PreTrainedConfig, PreTrainedMo
 from loopos.config.diagnostics import SettingError, UserError
 from loopos.config.sections import LanguageModelSection, ModelSection
 from loopos.models.adapter_folder import AdapterFolder, open_adapter_folder
+from loopos.models.adapters import continued_folder
 from loopos.models.broken_files import BROKEN, reason_of
 from loopos.models.config_check import check_config
 from loopos.models.folded_adapter import TASKS, embeddings, fold_adapter
@@ -93,13 +94,22 @@ def load_pretrained(
     tokenizer: str | None = None,
     trust_remote_code: bool = False,
     quantized: bool = False,
+    adapter: str | None = None,
 ) -> Pretrained:
     """Loads a model: headless, or with `causal` the language model. source: as for `resolve`. quantized: accept
-    quantized weights, which cannot be trained.
+    quantized weights, which cannot be trained. adapter: one that will train on over these weights; it is not loaded
+    here, but belongs to summary and fingerprint.
 
     Raises `UserError` for a missing or broken source, a file that would run code, tensors that are missing or do not
     fit the config, sizes that contradict the weights, and encoder-decoder models.
     """
+    if adapter is not None:
+        found = continued_folder(adapter)
+        under = load_pretrained(
+            source, causal=causal, sizes=sizes, tokenizer=tokenizer, trust_remote_code=trust_remote_code
+        )
+        summary = f"{under.summary}; continues the adapter of {adapter}"
+        return replace(under, summary=summary, fingerprint=f"{under.fingerprint} with adapter {found.fingerprint}")
     ref = resolve(source)
     if ref.storage == "adapter":
         return load_adapted(

@@ -35,6 +35,7 @@ from loopos.methods.pretraining import Pretrainer
 from loopos.models.attention import prompt_runs_once
 from loopos.models.folders import check_same_tokens
 from loopos.models.load import Sizes, load_config, new_config
+from loopos.models.new_tokens import add_tokens
 from loopos.models.resolve import resolve, resolve_trained
 from loopos.models.tokenizers import open_tokenizer
 from loopos.training.precision import pick_device
@@ -134,6 +135,9 @@ def _opened(config: Any, trust_remote_code: bool) -> tuple[PreTrainedConfig, Pre
     sizes, weights = Sizes.of(config.model, max_length=max_length), resolve(section.pretrained_weights)
     architecture = load_config(weights, sizes=sizes, trust_remote_code=trust_remote_code)
     tokenizer = open_tokenizer(weights, section.tokenizer, trust_remote_code=trust_remote_code)
+    add_tokens(tokenizer, getattr(section, "new_tokens", []), getattr(section, "new_special_tokens", []))
+    text = architecture.get_text_config()
+    text.vocab_size = max(text.vocab_size, len(tokenizer))
     positions = getattr(architecture.get_text_config(), "max_position_embeddings", None)
     return architecture, tokenizer, longest(tokenizer, positions, max_length)
 

@@ -21,7 +21,17 @@ from torch import Tensor, nn
 from loopos.config.diagnostics import UserError
 from loopos.config.sections import LoraSection, TrainingSection
 from loopos.functional.packing import PackedLayout
-from loopos.models.adapters import ADAPTER, AdapterView, add_lora, load_adapter, set_trained, set_trained_language_model
+from loopos.models.active_adapters import ADAPTER, AdapterView, activate
+from loopos.models.adapter_folder import open_adapter_folder
+from loopos.models.adapters import (
+    add_lora,
+    copy_adapter,
+    load_adapter,
+    moves_base,
+    set_trained,
+    set_trained_language_model,
+    train_adapters,
+)
 from loopos.models.backbone import Backbone
 from loopos.models.folders import OpenedReward, RewardEnsemble
 from loopos.models.heads import PooledModel
@@ -123,11 +133,12 @@ def build_roles(
     plan: RolePlan,
     *,
     attention: str = "auto",
+    adapter: str | None = None,
 ) -> Roles:
-    """The models of a run. Raises `UserError`."""
+    """The models of a run. adapter: the folder of one that trains on as the policy. Raises `UserError`."""
     if settings.trainable == "lora":
         policy = LanguageModel(pretrained.model, attention=attention)
-        roles = _one_backbone(policy, fingerprint(policy.backbone.model), rewards, settings, plan)
+        roles = _one_backbone(policy, fingerprint(policy.backbone.model), rewards, settings, plan, adapter)
     else:
         roles = _whole_models(pretrained, rewards, settings, plan, attention)
     _checkpoint_activations(roles, settings)
@@ -207,11 +218,12 @@ def _one_backbone(
     rewards: Sequence[OpenedReward],
     settings: TrainingSection,
     plan: RolePlan,
+    continued: str | None,
 ) -> Roles:
-    """Every role that can be is an adapter over the policy's weights."""
+    """Every role that can be is an adapter over the policy's weights. continued: the folder of the policy's adapter."""
     backbone, lora, seed = policy.backbone, settings.lora or LoraSection(), settings.seed
     policy.causal.requires_grad_(False)
-    add_lora(backbone.model, lora, seed=seed)
+    train_adapters(backbone.model, settings, continued)
     trained = [ADAPTER]
     adapters = [_own_adapter(reward, base) for reward in rewards]
     members = [
@@ -229,13 +241,15 @@ def _one_backbone(
     else:
         if plan.value_model == "reward" and first is not None:
             load_adapter(backbone.model, first, _VALUE)
+        elif continued is not None:
+            copy_adapter(backbone.model, _VALUE)
         else:
-            add_lora(backbone.model, lora, seed=seed + 1, name=_VALUE)
+            add_lora(backbone.model, _over_the_base(lora), seed=seed + 1, name=_VALUE)
         trained.append(_VALUE)
         critic = _value_head(AdapterView(backbone, _VALUE))
         if plan.value_model == "reward":
             _start_as_reward(critic, rewards[0])
-    _activate(backbone.model, trained)
+    activate(backbone.model, trained)
     has_own_critic = critic is not None and isinstance(critic.backbone, Backbone)
     reference = Reference(policy, AdapterView(backbone, None), temperature=plan.temperature) if plan.reference else None
     return Roles(
@@ -287,21 +301,19 @@ def _own_backbone(model: PooledModel) -> Backbone:
 
 
 def _own_adapter(reward: OpenedReward, base: str) -> Path | None:
-    """The reward model's adapter, if it was trained over the policy's weights."""
-    return reward.adapter if reward.description.get("base") == base else None
+    """The reward model's adapter, if it was trained over the policy's weights and is plain LoRA: any other one has
+    weights of its own.
+    """
+    if reward.adapter is None or reward.description.get("base") != base:
+        return None
+    return None if open_adapter_folder(reward.adapter).beyond_lora else reward.adapter
 
 
-def _activate(model: nn.Module, trained: list[str]) -> None:
-    """Activates the policy's adapter and makes the adapters in `trained` trainable."""
-    from peft.tuners.tuners_utils import BaseTunerLayer
-
-    for module in model.modules():
-        if isinstance(module, BaseTunerLayer):
-            module.enable_adapters(True)
-            module.set_adapter([ADAPTER])
-    for name, parameter in model.named_parameters():
-        if ".lora_" in name:
-            parameter.requires_grad_(any(f".{adapter}." in name for adapter in trained))
+def _over_the_base(lora: LoraSection) -> LoraSection:
+    """The adapters of a value model, beside a policy whose start may be taken out of the base: plain ones, since only
+    one adapter can take its start out of a weight or scale its rows.
+    """
+    return lora.model_copy(update={"init_lora_weights": True, "use_dora": False}) if moves_base(lora) else lora
 
 
 def _value_head(backbone: Backbone | AdapterView) -> PooledModel:

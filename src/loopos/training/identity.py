@@ -20,7 +20,7 @@ from loopos.config.ppo import PpoConfig
 from loopos.config.preference import PreferenceConfig
 from loopos.config.pretraining import PretrainingConfig
 from loopos.config.reward_model import RewardModelConfig
-from loopos.config.sections import TrainingSection
+from loopos.config.sections import LoraSection, TrainingSection
 from loopos.config.sft import SftConfig
 from loopos.data.digest import (
     comparisons_digest,
@@ -39,7 +39,14 @@ from loopos.training.update import Update
 
 _MOST_CHARACTERS = 200
 # Keys of the data that decide neither the training rows nor what they mean.
-_NOT_OF_THE_ROWS = ("output_dir", "output_weights", "validation_data", "validation_split", "pretrained_weights")
+_NOT_OF_THE_ROWS = (
+    "output_dir",
+    "output_weights",
+    "validation_data",
+    "validation_split",
+    "pretrained_weights",
+    "adapter",
+)
 _DIGITS = 12
 _BEFORE_SFT = "chain_of_thought"
 
@@ -122,8 +129,19 @@ def of_training(settings: TrainingSection, batches: RowCounts, update: Update) -
         **setting("training.trainable", settings.trainable),
         **setting("training.freeze_layers", settings.freeze_layers),
         **setting("training.router_aux_loss", settings.router_aux_loss),
-        **(setting("training.lora.alpha", lora.alpha) if lora is not None else {}),
+        **(_of_adapters(lora) if lora is not None else {}),
     }
+
+
+def _of_adapters(lora: LoraSection) -> dict[str, Trait]:
+    """What the shapes of the adapters do not tell: their scales, and a start that was taken out of the base."""
+    newer: dict[str, JSON] = {"use_rslora": lora.use_rslora, "init_lora_weights": lora.init_lora_weights}
+    newer |= {"rank_pattern": lora.rank_pattern, "alpha_pattern": lora.alpha_pattern}
+    found = setting("training.lora.alpha", lora.alpha)
+    for key, value in newer.items():
+        # What an older version did has no value where a setting was left out.
+        found |= setting(f"training.lora.{key}", value, if_absent=LoraSection.model_fields[key].default)
+    return found
 
 
 @dataclass(frozen=True)
@@ -330,9 +348,13 @@ def _learned_from(
     return {
         # Before sft was a method, its name meant chain_of_thought.
         "computation.method": Trait(method, ("computation.method",), same_as=_BEFORE_SFT if method == "sft" else None),
-        "base": Trait(base, ("data.pretrained_weights", "data.reward_model"), "the weights"),
+        "base": Trait(base, ("data.pretrained_weights", "data.adapter", "data.reward_model"), "the weights"),
         "training rows": Trait(rows, decides, "the encoded rows"),
-        "data.tokenizer": Trait(tokenizer_digest(tokenizer), ("data.tokenizer",), "the tokenizer's tokens"),
+        "data.tokenizer": Trait(
+            tokenizer_digest(tokenizer),
+            ("data.tokenizer", "data.new_tokens", "data.new_special_tokens"),
+            "the tokenizer's tokens",
+        ),
         **setting("training.max_length", max_length),
     }
 

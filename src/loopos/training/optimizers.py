@@ -21,7 +21,7 @@ _SEPARATOR = "|"
 @dataclass(frozen=True)
 class OptimizerSettings:
     """`name`: sgd, adam, adamw, adafactor or muon. `learning_rate`: the peak. `head_learning_rate`: the peak for the
-    head, None = the same.
+    head, None = the same. `lora_plus_ratio`: the peak for B of LoRA adapters / `learning_rate`.
     """
 
     name: str
@@ -31,6 +31,7 @@ class OptimizerSettings:
     betas: tuple[float, float] = (0.9, 0.999)
     epsilon: float = 1e-8
     weight_decay: float = 0.0
+    lora_plus_ratio: float = 1.0
 
     @classmethod
     def of(cls, settings: TrainingSection) -> OptimizerSettings:
@@ -43,7 +44,14 @@ class OptimizerSettings:
             settings.betas,
             settings.epsilon,
             settings.weight_decay,
+            settings.lora.lora_plus_ratio if settings.lora is not None else 1.0,
         )
+
+    def peak(self, name: str, *, is_head: bool) -> float:
+        """The peak learning rate of a parameter. LoRA+ (Hayou et al. 2024): η_B = ratio · η_A."""
+        if is_head and self.head_learning_rate is not None:
+            return self.head_learning_rate
+        return self.learning_rate * (self.lora_plus_ratio if ".lora_B." in name else 1.0)
 
 
 class OptimizerSet:
@@ -61,9 +69,10 @@ class OptimizerSet:
         *,
         head: Collection[str],
         embeddings: Collection[str] = (),
+        without_decay: Collection[str] = (),
     ) -> None:
         """head: names with the head's learning rate. embeddings: names of embedding matrices, which use AdamW with
-        Muon.
+        Muon. without_decay: names of matrices that do not decay.
         """
         self._names = {id(parameter): name for name, parameter in parameters.items()}
         matrices = {
@@ -72,17 +81,11 @@ class OptimizerSet:
             if settings.name == "muon" and p.ndim == 2 and n not in head and n not in embeddings
         }
         rest = {n: p for n, p in parameters.items() if n not in matrices}
-        self._optimizers: list[Optimizer] = []
-        if matrices:
-            self._optimizers.append(
-                _build(
-                    settings, _groups(settings, {n: parameters[n] for n in parameters if n in matrices}, head), "muon"
-                )
-            )
-        if rest:
-            self._optimizers.append(
-                _build(settings, _groups(settings, rest, head), "adamw" if settings.name == "muon" else settings.name)
-            )
+        parts = {"muon": {n: parameters[n] for n in parameters if n in matrices}}
+        parts["adamw" if settings.name == "muon" else settings.name] = rest
+        self._optimizers: list[Optimizer] = [
+            _build(settings, _groups(settings, part, head, without_decay), name) for name, part in parts.items() if part
+        ]
 
     def set_factor(self, factor: float) -> None:
         """Sets every learning rate to its peak times `factor`."""
@@ -137,27 +140,21 @@ class OptimizerSet:
 
 
 def _groups(
-    settings: OptimizerSettings, parameters: Mapping[str, nn.Parameter], head: Collection[str]
+    settings: OptimizerSettings,
+    parameters: Mapping[str, nn.Parameter],
+    head: Collection[str],
+    without_decay: Collection[str],
 ) -> list[dict[str, object]]:
-    groups: list[dict[str, object]] = []
-    for is_head in (False, True):
-        for decays in (True, False):
-            members = [p for name, p in parameters.items() if (name in head) == is_head and (p.ndim >= 2) == decays]
-            rate = (
-                settings.head_learning_rate
-                if is_head and settings.head_learning_rate is not None
-                else settings.learning_rate
-            )
-            if members:
-                groups.append(
-                    {
-                        "params": members,
-                        "lr": rate,
-                        "peak": rate,
-                        "weight_decay": settings.weight_decay if decays else 0.0,
-                    }
-                )
-    return groups
+    """One group for each learning rate, and within it for what decays."""
+    groups: dict[tuple[bool, float, bool], list[nn.Parameter]] = {}
+    for name, parameter in parameters.items():
+        is_head = name in head
+        key = (is_head, settings.peak(name, is_head=is_head), parameter.ndim < 2 or name in without_decay)
+        groups.setdefault(key, []).append(parameter)
+    return [
+        {"params": groups[key], "lr": key[1], "peak": key[1], "weight_decay": 0.0 if key[2] else settings.weight_decay}
+        for key in sorted(groups)
+    ]
 
 
 def _build(settings: OptimizerSettings, groups: list[dict[str, object]], name: str) -> Optimizer:

@@ -83,6 +83,7 @@ class MasterWeights:
         self._pairs: dict[str, tuple[nn.Parameter, nn.Parameter]] = {}
         self._fresh: set[str] = set()
         self._zeros: dict[str, Tensor] = {}
+        self._still: dict[str, Tensor] = {}
         for name, parameter in named.items():
             dtype = half(name) if sharding is None else None
             whole = parameter.data
@@ -138,6 +139,23 @@ class MasterWeights:
             if name in self.parameters
         }
 
+    def train_rows(self, masks: Mapping[str, Tensor]) -> None:
+        """Trains only some rows of matrices: name → bool `[V]`, True = trains. The others get no gradient, and the
+        optimizer no decay for the matrix, so they stay as they are to the bit.
+        """
+        for name, mask in masks.items():
+            still = ~mask[:, None].expand(mask.shape[0], self._width(name))
+            own = self.rows[name].of(still) if name in self.rows else still
+            self._still[name] = own.to(self.parameters[name].device)
+
+    def _width(self, name: str) -> int:
+        return (self.rows[name].shape if name in self.rows else self.parameters[name].shape)[1]
+
+    @property
+    def partly_trained(self) -> frozenset[str]:
+        """The names of matrices of which only some rows train."""
+        return frozenset(self._still)
+
     def _collector(self, name: str, master: nn.Parameter) -> Callable[[Tensor], None]:
         def collect(parameter: Tensor) -> None:
             if parameter.grad is None:
@@ -189,7 +207,7 @@ class MasterWeights:
             elif parameter.requires_grad and name in self._fresh:
                 assert parameter.grad is not None
                 parameter.grad.zero_()
-        for name, zeros in self._zeros.items():
+        for name, zeros in (*self._zeros.items(), *self._still.items()):
             gradient = self.parameters[name].grad
             if gradient is not None:
                 gradient.masked_fill_(zeros, 0.0)

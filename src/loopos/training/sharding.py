@@ -89,6 +89,11 @@ def _split_layers_of(module: nn.Module, style: str) -> Iterator[tuple[nn.Module,
         yield module, style
         return
     yield base, style
+    if len(getattr(module, "lora_magnitude_vector", ())):
+        raise UserError(
+            "training.lora.use_dora: got true with distributed.tensor_parallel; expected tensor_parallel 1: the length "
+            "of a weight's row needs all of its columns"
+        )
     side = module.get_submodule("lora_B" if style == "colwise" else "lora_A")
     for matrix in side.children():
         yield matrix, style

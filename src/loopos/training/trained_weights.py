@@ -6,8 +6,9 @@ the model.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -48,6 +49,14 @@ def zeros_to_keep(model: nn.Module) -> dict[str, Tensor]:
     return masks
 
 
+@dataclass(frozen=True, eq=False)
+class RowsThatTrain:
+    """A matrix `[V, d]` of which only the rows in `mask`, bool `[V]`, train."""
+
+    weight: nn.Parameter
+    mask: Tensor
+
+
 class TrainedWeights:
     """`now`: names of the parameters that train from the start. `later`: names that `unfreeze` adds."""
 
@@ -62,11 +71,17 @@ class TrainedWeights:
         initially_frozen: Sequence[nn.Parameter] = (),
         half_under: str | tuple[str, ...] = "",
         frozen: Sequence[nn.Module] = (),
+        rows: Sequence[RowsThatTrain] = (),
     ) -> None:
         """half_under: with bf16, parameters whose names start with this take it; the others stay fp32. frozen: other
-        models that do not train and keep their format. Raises `UserError` for a sharding that is not possible.
+        models that do not train and keep their format. rows: matrices of which some rows train, which are frozen
+        otherwise. Raises `UserError` for a sharding that is not possible.
         """
+        for each in rows:
+            each.weight.requires_grad_(True)
         named = dict(model.named_parameters())
+        by_id = {id(each.weight): each.mask for each in rows}
+        masks = {name: by_id[id(parameter)] for name, parameter in named.items() if id(parameter) in by_id}
         frozen_ids = {id(parameter) for parameter in initially_frozen}
         self.now = {name for name, parameter in named.items() if parameter.requires_grad}
         self.later: set[str] = set()
@@ -74,20 +89,23 @@ class TrainedWeights:
             self.later = {name for name, parameter in named.items() if id(parameter) in frozen_ids}
         # Before casting: a smaller format could round a weight to zero.
         zeros = zeros_to_keep(model) if settings.keep_zeros else {}
-        half = torch.bfloat16 if precision == "bf16" else None
+        half = _half(precision, half_under)
         self._model, self._precision, self._device, self._world = model, precision, device, world
-        self._trained = sum(named[name].numel() for name in self.now)
+        self._trained = sum(
+            int(masks[name].sum()) * named[name].shape[1] if name in masks else named[name].numel() for name in self.now
+        )
         self._every = sum(parameter.numel() for parameter in named.values())
         self._needed = _bytes_of(model, self._trained) + sum(_bytes_of(each, 0) for each in frozen)
         self._sharding, self._shared = sharding_for(world, device, needed=self._needed, optimizer=settings.optimizer)
-        self._put(frozen, half_under, half)
+        self._put(frozen, half)
         self.master_weights = MasterWeights(
             dict(model.named_parameters()),
             may_train=self.now | self.later,
-            half=lambda name: half if name.startswith(half_under) else None,
+            half=half,
             sharding=self._sharding,
         )
         self.master_weights.keep_zeros(zeros)
+        self.master_weights.train_rows(masks)
         self._zeros = sum(int(mask.sum()) for mask in zeros.values()) if settings.keep_zeros else None
         self.master_weights.set_training(self.now)
         dp_rank, _ = world.data_parallel
@@ -95,13 +113,13 @@ class TrainedWeights:
             # The model is equal on all ranks; random numbers drawn from here on, such as dropout masks, differ.
             seed_everything(settings.seed, dp_rank)
 
-    def _put(self, frozen: Sequence[nn.Module], half_under: str | tuple[str, ...], half: torch.dtype | None) -> None:
+    def _put(self, frozen: Sequence[nn.Module], half: Callable[[str], torch.dtype | None]) -> None:
         for module in (self._model, *frozen):
             module.train()
             if self._sharding is None:
                 module.to(self._device)
             elif module is self._model:
-                self._sharding.shard(module, lambda name: half if name.startswith(half_under) else None)
+                self._sharding.shard(module, half)
             else:
                 self._sharding.shard(module, lambda name: None)
 
@@ -150,6 +168,18 @@ class TrainedWeights:
         if self._sharding is not None:
             self._sharding.gather(self._model)
         return self._world.is_first
+
+
+def _half(precision: str, under: str | tuple[str, ...]) -> Callable[[str], torch.dtype | None]:
+    """Name of a parameter → bf16, or None to keep its format. Lengths of DoRA stay fp32: rounded ones would scale every
+    output by up to 1 ± 2⁻⁹.
+    """
+
+    def half(name: str) -> torch.dtype | None:
+        is_half = precision == "bf16" and name.startswith(under) and ".lora_magnitude_vector." not in name
+        return torch.bfloat16 if is_half else None
+
+    return half
 
 
 def _bytes_of(model: nn.Module, trained: int) -> int:

@@ -200,7 +200,13 @@ def build_update(
     device = master_weights.sharding.device if master_weights.sharding is not None else next(model.parameters()).device
     return Update(
         master_weights,
-        OptimizerSet(OptimizerSettings.of(settings), master_weights.parameters, head=head, embeddings=embeddings),
+        OptimizerSet(
+            OptimizerSettings.of(settings),
+            master_weights.parameters,
+            head=head,
+            embeddings=embeddings,
+            without_decay=master_weights.partly_trained,
+        ),
         max_gradient_norm=settings.max_grad_norm,
         on_nonfinite=settings.on_nonfinite,
         world=world,

@@ -14,7 +14,6 @@ from loopos.config.diagnostics import MissingRequirement
 from loopos.config.extras import install_command
 from loopos.config.ppo import PpoConfig
 from loopos.config.rl import RolloutEngineSection
-from loopos.config.sections import LoraSection
 from loopos.generation.engine import Engine
 from loopos.models.load import Pretrained, Sizes
 from loopos.rl.workers.dispatch import Dispatcher
@@ -103,7 +102,7 @@ def open_rollouts(
         dispatcher = Dispatcher(transport, workers=workers, restarts=restarts, timeout=timeout, say=say)
     return RemoteRollouts(
         dispatcher,
-        TrainedPolicy(causal=causal, adapter_only=recipe.lora is not None, run=run),
+        TrainedPolicy(causal=causal, adapter_only=recipe.training is not None, run=run),
         tokenizer,
         f"generation: {section.workers} workers of Ray"
         + (" with vLLM" if section.engine == "vllm" else "")
@@ -128,7 +127,8 @@ def recipe_of(config: PpoConfig, pretrained: Pretrained, *, trust_remote_code: b
         tokenizer=data.tokenizer and _in_full(data.tokenizer),
         trust_remote_code=trust_remote_code,
         fingerprint=pretrained.fingerprint,
-        lora=(training.lora or LoraSection()) if training.trainable == "lora" else None,
+        training=training if training.trainable == "lora" else None,
+        adapter=data.adapter and _in_full(data.adapter),
         number_format="bf16" if is_half else "fp32",
         on_gpu=config.rollout.gpus > 0,
         max_length=training.max_length,

@@ -18,11 +18,12 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from loopos.config.diagnostics import MissingRequirement, UserError
-from loopos.config.sections import LoraSection
+from loopos.config.sections import TrainingSection
 from loopos.generation.completions import Completion, FinishReason
 from loopos.generation.engine import Engine
 from loopos.generation.settings import SamplingParams
-from loopos.models.adapters import ADAPTER, add_lora
+from loopos.models.active_adapters import ADAPTER
+from loopos.models.adapters import train_adapters
 from loopos.models.backbone import headless
 from loopos.models.load import NUMBER_FORMATS, Sizes, cast_parameters, load_pretrained
 from loopos.rl.workers.protocol import Order, Request
@@ -31,10 +32,10 @@ from loopos.storage.tensor_files import safetensors_chunks
 
 @dataclass(frozen=True, kw_only=True)
 class WorkerRecipe:
-    """What a worker needs to build the policy's model. `writer`: the generation engine. `lora`: the adapter, if the
-    policy trains as one; its base must have this `fingerprint`, because only the adapter is sent. `max_length`: maximum
-    tokens of prompt and response, None for the model's own limit. `logprobs_mode`: vLLM's name of the returned
-    log-probabilities.
+    """What a worker needs to build the policy's model. `writer`: the generation engine. `training`: how the
+    policy's adapters are made, if it trains as some; their base must have this `fingerprint`, because only the adapters
+    are sent. `adapter`: the folder of those that train on. `max_length`: maximum tokens of prompt and response, None
+    for the model's own limit. `logprobs_mode`: vLLM's name of the returned log-probabilities.
     """
 
     writer: Literal["ray", "vllm"]
@@ -43,7 +44,8 @@ class WorkerRecipe:
     tokenizer: str | None
     trust_remote_code: bool
     fingerprint: str
-    lora: LoraSection | None
+    training: TrainingSection | None
+    adapter: str | None
     number_format: Literal["bf16", "fp32"]
     on_gpu: bool
     max_length: int | None = None
@@ -106,16 +108,17 @@ class EngineWriter:
             sizes=recipe.sizes,
             tokenizer=recipe.tokenizer,
             trust_remote_code=recipe.trust_remote_code,
+            adapter=recipe.adapter,
         )
         causal = pretrained.model
-        if recipe.lora is not None:
+        if recipe.training is not None:
             if pretrained.fingerprint != recipe.fingerprint:
                 raise UserError(
                     f"a rollout worker found other weights under {recipe.pretrained_weights} than the run; expected "
                     "the same ones on every host"
                 )
             causal.requires_grad_(False)
-            add_lora(headless(causal), recipe.lora, seed=0)
+            train_adapters(headless(causal), recipe.training, recipe.adapter)
         cast_parameters(causal, NUMBER_FORMATS[recipe.number_format])
         if recipe.on_gpu:
             causal.to("cuda")  # type: ignore[arg-type]  # transformers' stub wants the model itself
