@@ -19,7 +19,9 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "full": ("dpo", {}),
     "lora": ("dpo", {"trainable": "lora", "lora": {"rank": 4, "dropout": 0.1}}),
     "kto": ("kto", {}),
+    "moving reference": ("dpo", {"precision": "bf16"}),
 }
+SECTIONS: dict[str, dict[str, Any]] = {"moving reference": {"sync_reference": {"every": 3, "alpha": 0.6}}}
 
 
 def bits_of(run: Path) -> dict[str, str]:
@@ -36,9 +38,12 @@ def test_killed_at_random_moments(variant: str, pico_folder: Path, tmp_path: Pat
     method, training = VARIANTS[variant]
     settings = {"num_epochs": 4, "save_every": 2, "validate_every": 3, "keep_last": 2, "schedule": "cosine", **training}
     rows = thumbs(60) if method == "kto" else None
+    preference = SECTIONS.get(variant, {})
 
     def build(name: str) -> Any:
-        return preference_config(tmp_path / name, pico_folder, method, rows=rows, training=settings)
+        return preference_config(
+            tmp_path / name, pico_folder, method, rows=rows, training=settings, preference=preference
+        )
 
     def train(config: Any, *, resume: bool) -> None:
         method_row(method).trainer_class(config, progress=RunProgress(quiet=True)).train(resume=resume)
@@ -48,7 +53,7 @@ def test_killed_at_random_moments(variant: str, pico_folder: Path, tmp_path: Pat
     seconds = time.monotonic() - began
     expected = bits_of(tmp_path / "whole")
     assert sum(event["event"] == "step" for event in read(tmp_path / "whole" / "events.jsonl")) >= 16
-    assert any("reference" in name for name in expected) == (variant != "lora")
+    assert any("reference/" in name for name in expected) == (variant in ("full", "kto"))
     config = build("killed")
     check_kills_leave_no_trace(
         lambda: train(config, resume=True), tmp_path / "killed", bits_of, expected,

@@ -12,7 +12,7 @@ from pydantic import Field
 
 from loopos.config import checks
 from loopos.config.diagnostics import Problem
-from loopos.config.keys import AS_IT_IS, MAY_BE_OWN, Location, Section, Text
+from loopos.config.keys import AS_IT_IS, MAY_BE_OWN, Count, Location, Section, Text
 from loopos.config.learning_rates import rate_notes
 from loopos.config.preferences import PreferenceRole, check_text_files, text_effects, validation_notes
 from loopos.config.registry import choices, did_you_mean
@@ -73,6 +73,15 @@ _READ_BY: Mapping[str, tuple[str, ...]] = {
 """Key of `preference` → the built-in losses that read it."""
 
 
+class SyncReferenceSection(Section):
+    """When the reference takes over some of the policy (TR-DPO)."""
+
+    every: Count = Field(default=512, description="optimizer steps from one synchronization to the next")
+    alpha: Annotated[float, Field(gt=0, le=1)] = Field(
+        default=0.6, description="weight of the policy in the mix, weight by weight; 1 replaces the reference"
+    )
+
+
 class PreferenceSection(Section):
     """What is learned from a comparison."""
 
@@ -99,6 +108,10 @@ class PreferenceSection(Section):
         default=1.0,
         description="weight of the tokens beyond the length of a pair's shorter response (LD-DPO); 1 is all",
     )
+    wpo: bool = Field(
+        default=False,
+        description="weigh each pair by how likely the policy is to write its responses (WPO)",
+    )
     desirable_weight: Annotated[float, Field(ge=0)] = Field(
         default=1.0, description="weight of desirable answers in KTO"
     )
@@ -109,10 +122,14 @@ class PreferenceSection(Section):
     soft_labels: bool = Field(
         default=True, description="use p_human, the share of people who preferred the chosen response, as the target"
     )
-    reference: Literal["auto", "adapter", "cached"] = Field(
+    reference: Literal["auto", "adapter", "cached", "copy"] = Field(
         default="auto",
         description="log-probabilities of the reference: adapter (the weights without the adapters that train, in each "
-        "step), cached (computed once and kept on disk), or auto (adapter with trainable lora, else cached)",
+        "step), cached (computed once and kept on disk), copy (a second copy of the weights that train, in memory), or "
+        "auto (copy with sync_reference, else adapter with trainable lora, else cached)",
+    )
+    sync_reference: SyncReferenceSection | None = Field(
+        default=None, description="when the reference moves towards the policy; null keeps the start"
     )
     reference_cache: Location | None = Field(
         default=None, description="folder of the cached log-probabilities; the run's own when absent"
@@ -186,6 +203,24 @@ class PreferenceConfig(MethodConfig):
         return self.computation.method == KTO or any(LOSSES[name].reference for name in self.losses)
 
     @property
+    def copies_reference(self) -> bool:
+        """Whether the reference has its own copy of the weights that train."""
+        section = self.preference
+        return self.needs_reference and (section.reference == "copy" or section.sync_reference is not None)
+
+    @property
+    def caches_reference(self) -> bool:
+        """Whether the reference's log-probabilities are computed once and kept."""
+        chosen, by_adapter = self.preference.reference, self.training.trainable == "lora"
+        cached = chosen == "cached" or (chosen == "auto" and not by_adapter)
+        return self.needs_reference and not self.copies_reference and cached
+
+    @property
+    def weighs_pairs(self) -> bool:
+        """Whether WPO weighs the pairs; KTO has none."""
+        return self.preference.wpo and self.computation.method != KTO
+
+    @property
     def validates(self) -> bool:
         """Whether validation ever runs."""
         return self.data.has_validation and self.training.validate_every != "never"
@@ -212,9 +247,27 @@ class PreferenceConfig(MethodConfig):
         if self.computation.method == KTO and self.preference.loss is not None:
             fields = ("preference.loss", "computation.method")
             yield Problem(fields, f"{self.preference.loss!r} with the method kto", "no such key: KTO is one loss")
+        ranked = [name for name in self.losses if name in LOSSES and LOSSES[name].ranks]
+        if self.weighs_pairs and ranked:
+            hint = "it compares ranks of all pairs of a step, among which a weight has no pair"
+            yield Problem(("preference.wpo", "preference.loss"), f'true with the loss "{ranked[0]}"', "false", hint)
         if self.preference.reference == "adapter" and training.trainable != "lora":
             fields = ("preference.reference", "training.trainable")
             yield Problem(fields, f'"adapter" with trainable {training.trainable}', 'trainable "lora", or "cached"')
+        yield from self._check_copy()
+
+    def _check_copy(self) -> Iterator[Problem]:
+        """Check that a reference with its own weights is possible."""
+        section, distributed = self.preference, self.distributed
+        if section.sync_reference is not None and section.reference in ("adapter", "cached"):
+            fields = ("preference.sync_reference", "preference.reference")
+            hint = "a reference that moves has its own copy of the weights that train"
+            yield Problem(fields, f'with reference "{section.reference}"', '"auto" or "copy"', hint)
+        if self.copies_reference and (distributed.mode == "shard" or distributed.tensor_parallel > 1):
+            key = "reference" if section.sync_reference is None else "sync_reference"
+            keys = (f"preference.{key}", "distributed.mode", "distributed.tensor_parallel")
+            hint = "each process holds the reference's copy of the weights whole"
+            yield Problem(keys, "a copy of a sharded model", 'mode "replicate" and tensor_parallel 1', hint)
 
     def check_files(self) -> Iterator[Problem]:
         rows = (EXAMPLE_ROW, EXAMPLE_LINES)
@@ -238,11 +291,11 @@ class PreferenceConfig(MethodConfig):
             found["divergence"][0] and section.divergence == "alpha",
             "divergence is not alpha",
         )
-        found["length_alpha"] = (not is_kto, "KTO does not read it")
+        found |= dict.fromkeys(("length_alpha", "wpo"), (not is_kto, "KTO does not read it"))
         needed = (self.needs_reference, f"{names} has no reference")
-        caches = section.reference == "cached" or (section.reference == "auto" and self.training.trainable != "lora")
-        found["reference"] = needed
-        found["reference_cache"] = (needed[0] and caches, "the reference is not cached" if needed[0] else needed[1])
+        found |= dict.fromkeys(("reference", "sync_reference"), needed)
+        caches = self.caches_reference
+        found["reference_cache"] = (caches, "the reference is not cached" if needed[0] else needed[1])
         return {f"preference.{key}": effect for key, effect in found.items()}
 
     def notes(self) -> list[str]:

@@ -22,6 +22,7 @@ from loopos.data.digest import comparisons_digest
 from loopos.data.preference_data import PreferenceData, load_comparisons
 from loopos.data.preference_tokens import EncodedComparison, PreferenceEncoder
 from loopos.data.response_batches import PreferenceBatch, PreferenceRows
+from loopos.functional.language_loss import TokenLogprobs
 from loopos.functional.packing import PackedLayout
 from loopos.functional.preference_losses import LossSettings
 from loopos.methods.base import Direction, Trainer
@@ -34,7 +35,8 @@ from loopos.training.fit import Fit
 from loopos.training.identity import of_comparisons
 from loopos.training.objectives import with_router_loss
 from loopos.training.preference_objective import PreferenceBatches, PreferenceObjective, ranked
-from loopos.training.reference import ReferenceCache, cached_logprobs
+from loopos.training.reference import FollowedBatches, ReferenceCache, ReferenceCopy, cached_logprobs
+from loopos.training.run_state import MethodState, MethodStates
 from loopos.training.validation import Validation
 
 DIRECTIONS: dict[str, Direction] = {"loss": "min", "accuracy": "max", "reward_margin": "max"}
@@ -45,13 +47,15 @@ VALIDATION_TOKENS = 2048
 class Policy(nn.Module):
     """A language model as log-probabilities of chosen tokens."""
 
-    def __init__(self, model: LanguageModel) -> None:
+    def __init__(self, model: LanguageModel, *, collisions: bool = False) -> None:
+        """collisions: as `token_logprobs` has it."""
         super().__init__()
-        self.model = model
+        self.model, self.collisions = model, collisions
 
-    def forward(self, ids: Tensor, layout: PackedLayout, positions: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-        """Log-probabilities of `targets` `[M]` after `positions` `[M]`, and entropies, nats. ids `[T]` → two `[M]`."""
-        return self.model.logprobs(self.model.backbone(ids, layout)[positions], targets)
+    def forward(self, ids: Tensor, layout: PackedLayout, positions: Tensor, targets: Tensor) -> TokenLogprobs:
+        """Log-probabilities of `targets` `[M]` after `positions` `[M]`, and entropies, nats. ids `[T]` → `[M]` each."""
+        hidden = self.model.backbone(ids, layout)[positions]
+        return self.model.logprobs(hidden, targets, collisions=self.collisions)
 
 
 class PreferenceTrainer(Trainer[PreferenceConfig]):
@@ -98,22 +102,26 @@ class PreferenceTrainer(Trainer[PreferenceConfig]):
         if settings.gradient_checkpointing:
             language_model.causal.activation_checkpointing_enable()
         without_dropout(language_model)
-        self.model = Policy(language_model)
+        self.states: dict[str, MethodState] = {}
+        self.model = Policy(language_model, collisions=self.config.weighs_pairs)
         self.train_weights(self.model, initially_frozen=initially_frozen)
         self.progress.say(self.trained.summary())
         self.objective = self.build_objective()
         return self.model
 
-    @property
-    def caches_reference(self) -> bool:
-        """Whether the reference's log-probabilities are computed once and kept."""
-        chosen = self.config.preference.reference
-        return self.config.needs_reference and (chosen == "cached" or (chosen == "auto" and self.lora is None))
-
-    def without_adapters(self) -> Callable[[Any], Tensor] | None:
-        """Computes the reference's log-probabilities of a batch; None where they are cached or not needed."""
-        if self.caches_reference or not self.config.needs_reference:
+    def reference(self) -> Callable[[Any], Tensor] | None:
+        """Computes the reference's log-probabilities of a batch: by its own copy of the weights, or without the
+        adapters; None where they are cached or not needed.
+        """
+        config = self.config
+        if config.caches_reference or not config.needs_reference:
             return None
+        if config.copies_reference:
+            sync = config.preference.sync_reference
+            every, alpha = (None, 1.0) if sync is None else (sync.every, sync.alpha)
+            copied = ReferenceCopy(self.model, self.trained.master_weights, every=every, alpha=alpha)
+            self.states["reference"] = copied
+            return copied
         reference = Reference(self.model.model, AdapterView(self.backbone, None), temperature=1.0)
         return lambda batch: reference(batch.ids, batch.layout, batch.positions, batch.targets)
 
@@ -132,8 +140,9 @@ class PreferenceTrainer(Trainer[PreferenceConfig]):
             self.model,
             config.losses,
             settings,
-            reference=self.without_adapters(),
+            reference=self.reference(),
             length_alpha=section.length_alpha,
+            wpo=config.weighs_pairs,
         )
 
     def rows(self, examples: list[EncodedComparison]) -> PreferenceRows:
@@ -148,7 +157,7 @@ class PreferenceTrainer(Trainer[PreferenceConfig]):
             soft_labels=section.soft_labels,
         )
         rows = PreferenceRows(comparisons)
-        if not self.caches_reference:
+        if not self.config.caches_reference:
             return rows
         sizes = [sum(map(len, each.responses)) for each in examples]
         return PreferenceRows(comparisons, self.cached_reference(rows, sizes, comparisons_digest(examples)))
@@ -177,14 +186,25 @@ class PreferenceTrainer(Trainer[PreferenceConfig]):
             self.validation_batches = self.rows(self.validation_rows)
         return self.fit_of(
             update=self.update_of(self.model),
-            batches=PreferenceBatches(batches, self.objective, self.world),
+            batches=self.followed(PreferenceBatches(batches, self.objective, self.world)),
             objective=with_router_loss(self.objective, self.backbone, settings.router_aux_loss),
             validation=self._validation() if self.validation_rows else None,
             identity=of_comparisons(
                 self.config, comparisons_digest(self.train_rows), self.encoder, base=self.pretrained.fingerprint
             ),
             facts=self.facts(),
+            method_state=self.method_state,
         )
+
+    def followed(self, batches: Any) -> Any:
+        """The batches, after whose steps the reference moves if it does."""
+        copied = self.states.get("reference")
+        return FollowedBatches(batches, copied) if isinstance(copied, ReferenceCopy) and copied.every else batches
+
+    @property
+    def method_state(self) -> MethodStates | None:
+        """What a checkpoint has beyond weights and optimizer."""
+        return MethodStates(self.states) if self.states else None
 
     def facts(self) -> dict[str, Any]:
         """The account of rows and tokens, for the log."""

@@ -12,6 +12,7 @@ from typing import Any
 
 from loopos.config.figures import as_bytes, as_time
 from loopos.config.methods import method_row
+from loopos.config.preference import PreferenceConfig
 from loopos.config.sections import TrainingSection
 from loopos.data.batches import Batch, Cursor, PackedRows, StepBatches
 from loopos.data.tokens import Encoded
@@ -281,10 +282,15 @@ def storage(
             number_bytes=2 if half else 4,
             trains_output=model.trains_output,
         )
+    moves = False
+    if isinstance(config, PreferenceConfig) and config.copies_reference:
+        memory["reference"] = estimate.copy_bytes(model.parameters, half_precision=half)
+        moves = config.preference.sync_reference is not None
     disk = estimate.disk_bytes(
         model.parameters,
         half_precision=half,
-        optimizer_state=state,
+        # A reference that moves is in the checkpoint.
+        optimizer_state=state + (4 * model.parameters.trained if moves else 0),
         checkpoints=work.trainings * (training.keep_last + int(has_best)) + 1,
     )
     return memory, disk

@@ -18,6 +18,7 @@ from loopos.config.diagnostics import UserError
 from loopos.config.fine_tuning import FineTuningConfig
 from loopos.config.methods import method_row
 from loopos.config.ppo import PpoConfig
+from loopos.config.preference import PreferenceConfig
 from loopos.config.pretraining import PretrainingConfig
 from loopos.config.reward_model import RewardModelConfig
 from loopos.config.sections import LoraSection
@@ -169,7 +170,7 @@ def _adapter(folder: Path) -> LoraSection:
         raise UserError(f"{file}: not a readable adapter: {problem}") from problem
 
 
-AnyConfig: TypeAlias = FineTuningConfig | SftConfig | PretrainingConfig | RewardModelConfig
+AnyConfig: TypeAlias = FineTuningConfig | SftConfig | PretrainingConfig | RewardModelConfig | PreferenceConfig
 """The configs of methods that train on rows of a data set; PPO, which generates its own, is in `policy`."""
 
 

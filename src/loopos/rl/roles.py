@@ -49,7 +49,7 @@ class ActorCritic(nn.Module):
         `positions` `[M]`, each before its token; None without a critic. ids `[T]` → three of `[M]` in fp32.
         """
         hidden = self.policy.backbone(ids, layout)[positions]
-        logprobs, entropies = self.policy.logprobs(hidden, targets, temperature=self.temperature)
+        logprobs, entropies, _ = self.policy.logprobs(hidden, targets, temperature=self.temperature)
         if self.critic is None:
             return logprobs, entropies, None
         states = hidden if self.shares_states else self.critic.backbone(ids, layout)[positions]

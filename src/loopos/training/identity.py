@@ -256,7 +256,7 @@ def of_preferences(
 def of_comparisons(config: PreferenceConfig, rows: str, encoder: PreferenceEncoder, *, base: str) -> Identity:
     """Identity of a policy trained on comparisons or thumbs, and the losses. rows: their digest."""
     key = "preference_data" if config.data.preference_data else "training_data"
-    section = config.preference
+    section, sync = config.preference, config.preference.sync_reference
     learned = (
         "label_smoothing",
         "simpo_margin",
@@ -275,6 +275,8 @@ def of_comparisons(config: PreferenceConfig, rows: str, encoder: PreferenceEncod
         **setting("preference.loss", dict(config.losses)),
         **setting("preference.beta", config.beta),
         **{f"preference.{name}": Trait(getattr(section, name), (f"preference.{name}",)) for name in learned},
+        **setting("preference.wpo", section.wpo, if_absent=False),
+        **setting("preference.sync_reference", None if sync is None else sync.model_dump(mode="json")),
     }
 
 
