@@ -20,8 +20,17 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "lora": ("dpo", {"trainable": "lora", "lora": {"rank": 4, "dropout": 0.1}}),
     "kto": ("kto", {}),
     "moving reference": ("dpo", {"precision": "bf16"}),
+    "online": ("dpo", {"trainable": "lora", "lora": {"rank": 4}, "num_epochs": 6}),
 }
-SECTIONS: dict[str, dict[str, Any]] = {"moving reference": {"sync_reference": {"every": 3, "alpha": 0.6}}}
+SECTIONS: dict[str, dict[str, Any]] = {
+    "moving reference": {"preference": {"sync_reference": {"every": 3, "alpha": 0.6}}},
+    # Saved within rounds and between them.
+    "online": {
+        "online": {"every": 3, "max_new_tokens": 6},
+        "reward": {"functions": [{"name": "preference_runs:length_of"}]},
+        "preference": {"sync_reference": {"every": 4, "alpha": 0.5}},
+    },
+}
 
 
 def bits_of(run: Path) -> dict[str, str]:
@@ -38,12 +47,10 @@ def test_killed_at_random_moments(variant: str, pico_folder: Path, tmp_path: Pat
     method, training = VARIANTS[variant]
     settings = {"num_epochs": 4, "save_every": 2, "validate_every": 3, "keep_last": 2, "schedule": "cosine", **training}
     rows = thumbs(60) if method == "kto" else None
-    preference = SECTIONS.get(variant, {})
 
     def build(name: str) -> Any:
-        return preference_config(
-            tmp_path / name, pico_folder, method, rows=rows, training=settings, preference=preference
-        )
+        made = preference_config(tmp_path / name, pico_folder, method, rows=rows, training=settings)
+        return type(made).model_validate(made.model_dump(mode="json") | SECTIONS.get(variant, {}))
 
     def train(config: Any, *, resume: bool) -> None:
         method_row(method).trainer_class(config, progress=RunProgress(quiet=True)).train(resume=resume)

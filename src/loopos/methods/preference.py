@@ -7,7 +7,7 @@ DPO (Rafailov et al. 2023) and its relatives; the method's name is a preset of `
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,22 +16,30 @@ import torch
 from torch import Tensor, nn
 
 from loopos.config.diagnostics import UserError
+from loopos.config.figures import figure
 from loopos.config.preference import PreferenceConfig
-from loopos.data.batches import ComparisonRows, StepBatches, in_step
+from loopos.data.batches import ComparisonRows, StepBatches, StepSource, in_step
 from loopos.data.digest import comparisons_digest
-from loopos.data.preference_data import PreferenceData, load_comparisons
+from loopos.data.preference_data import PreferenceData, load_comparisons, load_prompts_to_compare
 from loopos.data.preference_tokens import EncodedComparison, PreferenceEncoder
 from loopos.data.response_batches import PreferenceBatch, PreferenceRows
 from loopos.functional.language_loss import TokenLogprobs
 from loopos.functional.packing import PackedLayout
 from loopos.functional.preference_losses import LossSettings
+from loopos.generation.engine import Engine
 from loopos.methods.base import Direction, Trainer
 from loopos.models.adapters import AdapterView, set_trained_language_model
 from loopos.models.attention import prompt_runs_once
-from loopos.models.folders import export_language_model
+from loopos.models.folders import descriptions_together, export_language_model
 from loopos.models.language_model import LanguageModel
-from loopos.rl.roles import Reference, without_dropout
-from loopos.training.fit import Fit
+from loopos.models.load import NUMBER_FORMATS
+from loopos.rl.collector import Collector, sampling_of
+from loopos.rl.preference_rounds import OnlineSources, RoundBatches, RoundWriter, plan_of
+from loopos.rl.rewards import Rewards
+from loopos.rl.roles import Reference, cast_frozen, ensemble_of, without_dropout
+from loopos.rl.rollouts import RolloutPlan
+from loopos.rl.workers.protocol import LocalRollouts
+from loopos.training.fit import Fit, RunPlan
 from loopos.training.identity import of_comparisons
 from loopos.training.objectives import with_router_loss
 from loopos.training.preference_objective import PreferenceBatches, PreferenceObjective, ranked
@@ -67,11 +75,18 @@ class PreferenceTrainer(Trainer[PreferenceConfig]):
         """Reads the comparisons, loads the model, and tokenizes by its template."""
         self.refuse_own_metrics()
         config, data = self.config, self.config.data
-        self.data = load_comparisons(data, data.source, seed=config.training.seed)
+        load = load_comparisons if data.prompts is None else load_prompts_to_compare
+        self.data = load(data, data.source, seed=config.training.seed)
         self.pretrained = self.load_pretrained(causal=True)
         self.max_length = self.longest_of(self.pretrained)
         self.encoder = PreferenceEncoder(data, self.pretrained.tokenizer, max_length=self.max_length)
-        self.train_rows, self.train_tokens = self.encoder.comparisons(self.data.train)
+        self.sources: OnlineSources | None = None
+        self.train_rows: list[EncodedComparison] = []
+        if config.online is not None:
+            self.sources = OnlineSources.open(config, self.data.train, self.encoder)
+            self.train_tokens = self.sources.tokens
+        else:
+            self.train_rows, self.train_tokens = self.encoder.comparisons(self.data.train)
         self.validation_rows: list[EncodedComparison] = []
         lines = [
             self.pretrained.summary,
@@ -104,7 +119,11 @@ class PreferenceTrainer(Trainer[PreferenceConfig]):
         without_dropout(language_model)
         self.states: dict[str, MethodState] = {}
         self.model = Policy(language_model, collisions=self.config.weighs_pairs)
-        self.train_weights(self.model, initially_frozen=initially_frozen)
+        self.judges = [] if self.sources is None else [each.model for each in self.sources.rewards]
+        for judge in self.judges:
+            without_dropout(judge.requires_grad_(False))
+            cast_frozen(judge, NUMBER_FORMATS["bf16"] if self.precision == "bf16" else None)
+        self.train_weights(self.model, initially_frozen=initially_frozen, frozen=self.judges)
         self.progress.say(self.trained.summary())
         self.objective = self.build_objective()
         return self.model
@@ -181,20 +200,70 @@ class PreferenceTrainer(Trainer[PreferenceConfig]):
     def build_fit(self) -> Fit[PreferenceBatch]:
         """Optimizer, update, batches and loop."""
         settings, (rank, size) = self.config.training, self.world.data_parallel
-        batches = StepBatches.of(settings, self.rows(self.train_rows), rank=rank, world=size)
+        batches: StepSource[PreferenceBatch]
+        if self.sources is None:
+            plan, learned_from = RunPlan(), comparisons_digest(self.train_rows)
+            batches = StepBatches.of(settings, self.rows(self.train_rows), rank=rank, world=size)
+        else:
+            rounds = plan_of(self.config, num_prompts=len(self.sources.prompts), rank=rank, world=size)
+            rewards = self.rewards(self.sources)
+            learned_from = self.sources.digest(with_columns=rewards.read_rows)
+            plan = RunPlan(steps=rounds.iterations * rounds.minibatches)
+            writer = self.round_writer(self.sources, rounds, rewards)
+            self.states["rounds"] = batches = RoundBatches(rounds, writer, self.rows)
         if self.validation_rows:
             self.validation_batches = self.rows(self.validation_rows)
         return self.fit_of(
+            plan=plan,
             update=self.update_of(self.model),
             batches=self.followed(PreferenceBatches(batches, self.objective, self.world)),
             objective=with_router_loss(self.objective, self.backbone, settings.router_aux_loss),
             validation=self._validation() if self.validation_rows else None,
-            identity=of_comparisons(
-                self.config, comparisons_digest(self.train_rows), self.encoder, base=self.pretrained.fingerprint
-            ),
+            identity=of_comparisons(self.config, learned_from, self.encoder, base=self._base()),
             facts=self.facts(),
             method_state=self.method_state,
         )
+
+    def rewards(self, sources: OnlineSources) -> Rewards:
+        """The reward that compares the policy's own answers."""
+        config, judge = self.config, ensemble_of(self.judges)
+        assert config.online is not None
+        description = descriptions_together([each.description for each in sources.rewards])
+        return Rewards.of(judge, description, config.reward, config.online, self.device)
+
+    def round_writer(
+        self, sources: OnlineSources, plan: RolloutPlan, rewards: Rewards
+    ) -> Callable[[int], list[EncodedComparison]]:
+        """Writes the comparisons of a round with the policy, and logs what it wrote."""
+        config, data_parallel = self.config, self.world.data_parallel
+        assert config.online is not None
+        with self.trained.whole():
+            engine = LocalRollouts(
+                Engine(self.model.model.causal, self.pretrained.tokenizer), data_parallel=data_parallel
+            )
+        self.progress.say(engine.summary)
+        origins, gather = sources.encoder.origins, self.world.gather_data_parallel
+        collector = Collector(engine, None, rewards, device=self.device, origins=origins, gather=gather)
+        stops = self.encoder.template.stop_tokens
+        sampling = sampling_of(config.online, stop_token_ids=stops, seed=config.training.seed)
+        writer = RoundWriter(collector, plan, sources.prompts, sampling, self._record_round)
+
+        def write(number: int) -> list[EncodedComparison]:
+            with self.trained.whole():
+                return writer(number)
+
+        return write
+
+    def _record_round(self, metrics: Mapping[str, float], seconds: float) -> None:
+        self.fit.record("rollout", metrics, {"seconds": seconds})
+        shown = [name for name in ("reward", "pairs", "no_signal", "response_length") if name in metrics]
+        figures = " · ".join(f"{name} {figure(metrics[name])}" for name in shown)
+        self.progress.say(f"round {int(metrics['iteration']) + 1}: {figures}")
+
+    def _base(self) -> str:
+        """The fingerprints of the policy's weights and of the reward models'."""
+        judged_by = [] if self.sources is None else self.sources.fingerprints
+        return ", rewards ".join([self.pretrained.fingerprint, *judged_by])
 
     def followed(self, batches: Any) -> Any:
         """The batches, after whose steps the reference moves if it does."""
