@@ -51,19 +51,12 @@ class OnlineSources:
 
     @classmethod
     def open(cls, config: PreferenceConfig, examples: Iterable[Asked], encoder: PreferenceEncoder) -> OnlineSources:
-        """The prompts of `examples`, each once, that leave room for an answer. encoder: of the comparisons. Raises
-        `UserError` for a reward model with other tokens, `DataError` as `encode_prompts`.
-        """
-        assert config.online is not None
-        whole, tokenizer = encoder.max_length, encoder.tokenizer
-        own = PreferenceEncoder(
-            config.data, tokenizer, max_length=None if whole is None else whole - config.online.max_new_tokens
-        )
-        prompts, tokens = own.prompts(distinct_prompts(examples))
+        """As `prompts_to_answer`, with the reward models. Raises `UserError` for one with other tokens."""
+        own, prompts, tokens = prompts_to_answer(config, examples, encoder)
         rewards = []
         for location in config.data.reward_models:
             rewards.append(open_reward_model(location))
-            check_same_tokens(tokenizer, rewards[-1].tokenizer, f"data.reward_model: {location}")
+            check_same_tokens(encoder.tokenizer, rewards[-1].tokenizer, f"data.reward_model: {location}")
         found = [fingerprint(opened.model.backbone.model) for opened in rewards]
         return cls(prompts, tokens, own, rewards, found)
 
@@ -71,6 +64,19 @@ class OnlineSources:
         """Of the prompts in their order, and with the columns of their rows where a reward reads them."""
         rows = [self.encoder.origins[tuple(ids)].row for ids in self.prompts] if with_columns else []
         return f"{prompts_digest(self.prompts)} {records_digest(rows)}" if rows else prompts_digest(self.prompts)
+
+
+def prompts_to_answer(
+    config: PreferenceConfig, examples: Iterable[Asked], encoder: PreferenceEncoder
+) -> tuple[PreferenceEncoder, list[list[int]], DataReport]:
+    """The prompts of `examples`, each once, that leave room for an answer, with their encoder and report. encoder: of
+    the comparisons. Raises `DataError` as `encode_prompts`.
+    """
+    assert config.online is not None
+    whole = encoder.max_length
+    limit = None if whole is None else whole - config.online.max_new_tokens
+    own = PreferenceEncoder(config.data, encoder.tokenizer, max_length=limit)
+    return own, *own.prompts(distinct_prompts(examples))
 
 
 def plan_of(config: PreferenceConfig, *, num_prompts: int, rank: int, world: int) -> RolloutPlan:
