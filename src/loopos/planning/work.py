@@ -291,7 +291,7 @@ def _comparison_work(config: Any, *, trust_remote_code: bool) -> Work:
         _, prompts, report = prompts_to_answer(config, inputs.data.train, inputs.encoder)
         answers = [[0] * online.max_new_tokens] * 2
         examples = [EncodedComparison(ids, answers, (Pair(0, 1),), index) for index, ids in enumerate(prompts)]
-        report.lengths = [length + online.max_new_tokens for length in report.lengths]
+        report.lengths = [len(ids) + online.max_new_tokens for ids in prompts]
         report.responses, report.pairs = 2 * len(examples), len(examples)
     else:
         examples, report = inputs.encoder.comparisons(inputs.data.train)
