@@ -13,6 +13,7 @@ from preference_runs import preference_config as config
 from worlds import run_world
 
 import loopos
+from loopos.cli.data_preview import show
 from loopos.config.diagnostics import ConfigError, UserError
 from loopos.config.preference import PreferenceConfig
 from loopos.data.batches import Cursor
@@ -160,7 +161,9 @@ def test_a_held_copy_answers_for_full_training(tmp_path: Path, pico_folder: Path
     assert own.tolist() != expected.tolist()
 
 
-def test_a_reward_model_judges_and_prompts_have_their_own_file(tmp_path: Path, pico_folder: Path) -> None:
+def test_a_reward_model_judges_and_prompts_have_their_own_file(
+    tmp_path: Path, pico_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     reward = tmp_path / "reward"
     RewardModelTrainer(
         reward_config(reward, pico_folder, training={"num_epochs": 1}), progress=RunProgress(quiet=True)
@@ -184,6 +187,10 @@ def test_a_reward_model_judges_and_prompts_have_their_own_file(tmp_path: Path, p
     assert method.sources is not None
     assert len(method.sources.prompts) == len(ASKED)
     assert len(method.validation_rows) == 10
+    show(settings, num_rows=2, trust_remote_code=False)
+    shown = capsys.readouterr().out
+    assert "answered by at most 6" in shown
+    assert f"train: {len(ASKED)} rows read" in shown
     plan = plan_run(settings, trust_remote_code=False)
     assert (plan["rows"]["train"], plan["rows"]["validation"]) == (len(ASKED), 10)
     # 4 passes over 5 prompts, 2 steps of 4 comparisons a round.

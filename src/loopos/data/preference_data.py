@@ -64,11 +64,11 @@ def load_prompts_to_compare(data: PreferenceTextSection, source: str, *, seed: i
     """`load_prompts` for a policy whose own answers are compared: without a split. Validation examples are the
     comparisons of `validation_data`, if there are any.
     """
-    alone = data.model_copy(update={"validation_data": None, "validation_split": None, "validation_share": 0.0})
-    prompts = load_prompts(alone, source, seed=seed)
+    unsplit = data.model_copy(update={"validation_data": None, "validation_split": None, "validation_share": 0.0})
+    prompts = load_prompts(unsplit, source, seed=seed)
     if data.validation_data is None:
         return prompts
-    compared = load_comparisons(alone, data.validation_data, seed=seed)
+    compared = load_comparisons(unsplit, data.validation_data, seed=seed)
     summary = [*prompts.summary, *(f"validation: {data.validation_data}, {line}" for line in compared.summary)]
     return PreferenceData(prompts.train, compared.train, summary, [*prompts.reports, *compared.reports])
 

@@ -41,7 +41,7 @@ class Prompt:
     tools: tuple[Tool, ...] = ()
 
 
-class Asked(Protocol):
+class WithPrompt(Protocol):
     """An example with a prompt."""
 
     @property
@@ -78,7 +78,7 @@ def read_prompts(reader: RowReader, overrides: Overrides, *, as_text: bool = Fal
     return distinct, replace(report, used=len(distinct), dropped=dropped, notes=(*report.notes, *note))
 
 
-def distinct_prompts(examples: Iterable[Asked]) -> list[Prompt]:
+def distinct_prompts(examples: Iterable[WithPrompt]) -> list[Prompt]:
     """The prompts of comparisons, each once, in order."""
     found: dict[str, Prompt] = {}
     for each in examples:

@@ -70,6 +70,7 @@ class PreferenceTrainer(Trainer[PreferenceConfig]):
     """Trains a policy on comparisons: `PreferenceTrainer(config).train()`."""
 
     data: PreferenceData[Any]
+    sources: OnlineSources | None = None
 
     def load_data(self) -> None:
         """Reads the comparisons, loads the model, and tokenizes by its template."""
@@ -80,7 +81,6 @@ class PreferenceTrainer(Trainer[PreferenceConfig]):
         self.pretrained = self.load_pretrained(causal=True)
         self.max_length = self.longest_of(self.pretrained)
         self.encoder = PreferenceEncoder(data, self.pretrained.tokenizer, max_length=self.max_length)
-        self.sources: OnlineSources | None = None
         self.train_rows: list[EncodedComparison] = []
         if config.online is not None:
             self.sources = OnlineSources.open(config, self.data.train, self.encoder)

@@ -33,7 +33,7 @@ from loopos.data.preference_data import (
 )
 from loopos.data.preference_tokens import EncodedComparison, PreferenceEncoder
 from loopos.data.preferences import Comparison, Pair
-from loopos.data.prompts import Prompt
+from loopos.data.prompts import Prompt, distinct_prompts
 from loopos.data.reading import DataReport
 from loopos.data.supervised import SupervisedData, load_supervised
 from loopos.data.supervised_tokens import SupervisedEncoder
@@ -44,7 +44,6 @@ from loopos.models.folders import check_same_tokens
 from loopos.models.load import Sizes, load_config, new_config
 from loopos.models.resolve import resolve, resolve_trained
 from loopos.models.tokenizers import open_tokenizer
-from loopos.rl.preference_rounds import prompts_to_answer
 from loopos.training.precision import pick_device
 from loopos.training.progress import RunProgress
 
@@ -288,7 +287,8 @@ def _comparison_work(config: Any, *, trust_remote_code: bool) -> Work:
     inputs = open_comparisons(config, trust_remote_code=trust_remote_code)
     if (online := getattr(config, "online", None)) is not None:
         # The policy's own answers, of the maximum length.
-        _, prompts, report = prompts_to_answer(config, inputs.data.train, inputs.encoder)
+        encoder = inputs.encoder.leaving_room(online.max_new_tokens)
+        prompts, report = encoder.prompts(distinct_prompts(inputs.data.train))
         answers = [[0] * online.max_new_tokens] * 2
         examples = [EncodedComparison(ids, answers, (Pair(0, 1),), index) for index, ids in enumerate(prompts)]
         report.lengths = [len(ids) + online.max_new_tokens for ids in prompts]

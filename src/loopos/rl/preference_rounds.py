@@ -23,7 +23,7 @@ from loopos.data.batches import Cursor
 from loopos.data.digest import prompts_digest, records_digest
 from loopos.data.preference_tokens import EncodedComparison, PreferenceEncoder
 from loopos.data.preferences import Pair
-from loopos.data.prompts import Asked, distinct_prompts
+from loopos.data.prompts import WithPrompt, distinct_prompts
 from loopos.data.reading import DataReport
 from loopos.data.response_batches import PreferenceBatch, PreferenceRows
 from loopos.generation.settings import SamplingParams
@@ -50,9 +50,15 @@ class OnlineSources:
     fingerprints: list[str]
 
     @classmethod
-    def open(cls, config: PreferenceConfig, examples: Iterable[Asked], encoder: PreferenceEncoder) -> OnlineSources:
-        """As `prompts_to_answer`, with the reward models. Raises `UserError` for one with other tokens."""
-        own, prompts, tokens = prompts_to_answer(config, examples, encoder)
+    def open(
+        cls, config: PreferenceConfig, examples: Iterable[WithPrompt], encoder: PreferenceEncoder
+    ) -> OnlineSources:
+        """The prompts of `examples`, each once. encoder: of the comparisons. Raises `UserError` for a reward model with
+        other tokens, `DataError` as `encode_prompts`.
+        """
+        assert config.online is not None
+        own = encoder.leaving_room(config.online.max_new_tokens)
+        prompts, tokens = own.prompts(distinct_prompts(examples))
         rewards = []
         for location in config.data.reward_models:
             rewards.append(open_reward_model(location))
@@ -64,19 +70,6 @@ class OnlineSources:
         """Of the prompts in their order, and with the columns of their rows where a reward reads them."""
         rows = [self.encoder.origins[tuple(ids)].row for ids in self.prompts] if with_columns else []
         return f"{prompts_digest(self.prompts)} {records_digest(rows)}" if rows else prompts_digest(self.prompts)
-
-
-def prompts_to_answer(
-    config: PreferenceConfig, examples: Iterable[Asked], encoder: PreferenceEncoder
-) -> tuple[PreferenceEncoder, list[list[int]], DataReport]:
-    """The prompts of `examples`, each once, that leave room for an answer, with their encoder and report. encoder: of
-    the comparisons. Raises `DataError` as `encode_prompts`.
-    """
-    assert config.online is not None
-    whole = encoder.max_length
-    limit = None if whole is None else whole - config.online.max_new_tokens
-    own = PreferenceEncoder(config.data, encoder.tokenizer, max_length=limit)
-    return own, *own.prompts(distinct_prompts(examples))
 
 
 def plan_of(config: PreferenceConfig, *, num_prompts: int, rank: int, world: int) -> RolloutPlan:
