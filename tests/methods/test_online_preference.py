@@ -225,10 +225,11 @@ def test_a_changed_reward_is_another_run(tmp_path: Path, pico_folder: Path) -> N
         PreferenceTrainer(other, progress=RunProgress(quiet=True)).train(resume=True)
 
 
-def test_two_processes_are_the_same_run(tmp_path: Path, pico_folder: Path) -> None:
+@pytest.mark.parametrize("mode", ["replicate", pytest.param("shard", marks=pytest.mark.slow)])
+def test_two_processes_are_the_same_run(mode: str, tmp_path: Path, pico_folder: Path) -> None:
     for name, size in {"one": 8, "two": 4}.items():
         training = {"batch_size": size, "max_steps": 4, "optimizer": "sgd", "learning_rate": 0.05, "num_epochs": 9}
-        settings = online_config(tmp_path / name, pico_folder, training=training)
+        settings = online_config(tmp_path / name, pico_folder, training=training, distributed={"mode": mode})
         if name == "one":
             trained(settings)
         else:
