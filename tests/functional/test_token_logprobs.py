@@ -35,13 +35,31 @@ def test_values_and_gradients_are_torch_s(shape: str, temperature: float) -> Non
     for function in (plain, None):
         h, e = hidden.clone().requires_grad_(), embedding.clone().requires_grad_()
         if function is None:
-            logprobs, entropies = token_logprobs(h, e, targets, temperature=temperature, shape=SHAPES[shape])
+            logprobs, entropies, _ = token_logprobs(h, e, targets, temperature=temperature, shape=SHAPES[shape])
         else:
             logprobs, entropies = function(h, e, targets, SHAPES[shape], temperature)
         (logprobs * weights[0] + entropies * weights[1]).sum().backward()
         found.append((logprobs.detach(), entropies.detach(), h.grad, e.grad))
     for expected, actual in zip(*found, strict=True):
         torch.testing.assert_close(actual, expected, atol=2e-5, rtol=1e-4)
+
+
+def test_the_collision_log_probability_is_that_of_two_draws() -> None:
+    """log Σ p²; asking for it changes no other bit, and it has no gradient."""
+    hidden, embedding, targets = torch.randn(CHUNK + 3, 4), torch.randn(9, 4), torch.arange(CHUNK + 3) % 9
+    both = hidden.clone().requires_grad_(), hidden.clone().requires_grad_()
+    alone = token_logprobs(both[0], embedding, targets, temperature=0.7)
+    found = token_logprobs(both[1], embedding, targets, temperature=0.7, collisions=True)
+    assert found.collisions is not None
+    assert not found.collisions.requires_grad
+    p = torch.softmax(hidden @ embedding.t() / 0.7, -1)
+    torch.testing.assert_close(found.collisions, p.square().sum(-1).log(), atol=1e-6, rtol=1e-5)
+    assert torch.equal(alone.logprobs, found.logprobs)
+    for each in (alone, found):
+        (each.logprobs * torch.arange(CHUNK + 3)).sum().backward()
+    assert both[0].grad is not None
+    assert both[1].grad is not None
+    assert torch.equal(both[0].grad, both[1].grad)
 
 
 def test_without_a_use_of_the_entropy_its_gradient_costs_nothing_and_changes_nothing() -> None:

@@ -122,6 +122,12 @@ def test_length_desensitization(tmp_path: Path, pico_folder: Path) -> None:
     compare(method, *theirs(tmp_path / "run", pico_folder, ld_alpha=0.3))
 
 
+@pytest.mark.parametrize("name", ["dpo", "ipo", "apo_zero", "nca"])
+def test_weights_of_wpo(name: str, tmp_path: Path, pico_folder: Path) -> None:
+    method = started(tmp_path / "run", pico_folder, name, wpo=True)
+    compare(method, *theirs(tmp_path / "run", pico_folder, loss_type=[DPO[name][0]], use_weighting=True))
+
+
 @pytest.mark.parametrize("name", ["simpo", "cpo", "orpo"])
 def test_losses_without_a_reference(name: str, tmp_path: Path, pico_folder: Path) -> None:
     from trl.experimental.cpo import CPOTrainer

@@ -18,6 +18,7 @@ from transformers import AutoModelForCausalLM
 import loopos
 from loopos.config.diagnostics import ConfigError
 from loopos.config.preference import PRESETS, PreferenceConfig
+from loopos.functional.preference_losses import wpo_weights
 from loopos.methods.preference import PreferenceTrainer
 from loopos.training.distributed import World
 from loopos.training.preference_objective import ranked
@@ -259,6 +260,7 @@ def test_the_reference_of_an_adapter_is_the_base_with_it(trainable: str, tmp_pat
         ("kto", {"loss": "sigmoid"}, "KTO is one loss"),
         ("dpo", {"reference": "adapter"}, 'preference.reference: got "adapter" with trainable all'),
         ("dpo", {"beta": 0}, "preference.beta: got 0"),
+        ("aot", {"wpo": True}, 'preference.wpo: got true with the loss "aot"; expected false'),
     ],
 )
 def test_mistakes_name_their_key(method: str, preference: dict[str, Any], message: str, tmp_path: Path) -> None:
@@ -287,6 +289,7 @@ def test_keys_that_the_loss_does_not_read_are_named(tmp_path: Path, pico_folder:
     assert "preference.simpo_margin has no effect: sigmoid does not read it" in notes("dpo", simpo_margin=1.0)
     assert "preference.label_smoothing has no effect: KTO" in notes("kto", label_smoothing=0.1)
     assert "preference.reference has no effect: simpo has no reference" in notes("simpo", reference="cached")
+    assert "preference.wpo has no effect: KTO does not read it" in notes("kto", wpo=True)
     assert "preference" not in notes("dpo", label_smoothing=0.1, divergence="alpha", divergence_alpha=0.3)
 
 
@@ -299,6 +302,53 @@ def test_the_likelihood_counts_every_token_of_the_chosen_response(tmp_path: Path
         trained(config(run, pico_folder, "dpo", preference=section, training={"max_steps": 1}))
         found.append(steps(run)[0]["sft"])
     assert found[0] == found[1]
+
+
+def test_wpo_weighs_each_pair_by_how_likely_the_policy_writes_it(tmp_path: Path, pico_folder: Path) -> None:
+    """In the first step every pair costs log 2, so the loss is log 2 times the mean weight."""
+    training = {"max_steps": 3, "batch_size": 8, "shuffle": False, "learning_rate": 1e-3}
+    method = trained(config(tmp_path / "run", pico_folder, preference={"wpo": True}, training=training))
+    first = steps(tmp_path / "run")[0]
+    model = AutoModelForCausalLM.from_pretrained(pico_folder, dtype=torch.float32)
+    weights = []
+    for row in method.train_rows[:8]:
+        weight = 1.0
+        for response in row.responses:
+            with torch.no_grad():
+                logits = model(input_ids=torch.tensor([[*row.prompt, *response]])).logits[0, len(row.prompt) - 1 : -1]
+            p = torch.softmax(logits.double(), -1)
+            own = p.gather(1, torch.tensor(response)[:, None])[:, 0]
+            weight *= float((own / p.square().sum(-1)).log().mean().exp())
+        weights.append(weight)
+    assert len(set(weights)) > 1
+    assert first["wpo_weight"] == pytest.approx(sum(weights) / 8, rel=1e-4)
+    assert first["loss"] == pytest.approx(math.log(2) * sum(weights) / 8, rel=1e-4)
+    trained(config(tmp_path / "plain", pico_folder, training=training))
+    plain = steps(tmp_path / "plain")
+    assert "wpo_weight" not in plain[0]
+    # Adam hides a factor of all gradients, but not one of each pair.
+    assert plain[2]["logprob_chosen"] != steps(tmp_path / "run")[2]["logprob_chosen"]
+
+
+def test_weights_of_wpo_are_worked_by_hand() -> None:
+    """A token as likely as two draws agree weighs 1; two tokens of 2 and 1/8 times that weigh √(2/8) = 1/2."""
+    collisions = torch.tensor([0.5, 0.25, 0.25]).log()
+    logprobs = torch.tensor([0.5, 0.5, 0.03125]).log().requires_grad_()
+    found = wpo_weights(logprobs, collisions, torch.tensor([0, 1, 1]), torch.tensor([1.0, 2.0]))
+    torch.testing.assert_close(found, torch.tensor([1.0, 0.5]))
+    assert not found.requires_grad
+
+
+@pytest.mark.parametrize("name", ["dpo", "mpo", "simpo"])
+def test_wpo_is_the_same_in_micro_batches(name: str, tmp_path: Path, pico_folder: Path) -> None:
+    found = []
+    for size, accumulation in ((8, 1), (2, 4)):
+        training = {"max_steps": 3, "batch_size": size, "gradient_accumulation": accumulation, "learning_rate": 1e-3}
+        run = tmp_path / f"run{size}"
+        trained(config(run, pico_folder, name, training=training, preference={"wpo": True}))
+        found.append([(step["wpo_weight"], step["gradient_norm"], step["reward_margin"]) for step in steps(run)])
+    for one, other in zip(*found, strict=True):
+        assert one == pytest.approx(other, abs=2e-5, rel=2e-4)
 
 
 @pytest.mark.parametrize("method", ["dpo", "kto"])

@@ -20,6 +20,17 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     # Plain LoRA: test_kill_and_resume.py.
     "lora": ("dpo", {"trainable": "lora", "lora": {"rank": 4, "use_dora": True, "init_lora_weights": "pissa"}}),
     "kto": ("kto", {}),
+    "moving reference": ("dpo", {"precision": "bf16"}),
+    "online": ("dpo", {"trainable": "lora", "lora": {"rank": 4}, "num_epochs": 6}),
+}
+SECTIONS: dict[str, dict[str, Any]] = {
+    "moving reference": {"preference": {"sync_reference": {"every": 3, "alpha": 0.6}}},
+    # Saved within rounds and between them.
+    "online": {
+        "online": {"every": 3, "max_new_tokens": 6},
+        "reward": {"functions": [{"name": "preference_runs:length_of"}]},
+        "preference": {"sync_reference": {"every": 4, "alpha": 0.5}},
+    },
 }
 
 
@@ -39,7 +50,8 @@ def test_killed_at_random_moments(variant: str, pico_folder: Path, tmp_path: Pat
     rows = thumbs(60) if method == "kto" else None
 
     def build(name: str) -> Any:
-        return preference_config(tmp_path / name, pico_folder, method, rows=rows, training=settings)
+        made = preference_config(tmp_path / name, pico_folder, method, rows=rows, training=settings)
+        return type(made).model_validate(made.model_dump(mode="json") | SECTIONS.get(variant, {}))
 
     def train(config: Any, *, resume: bool) -> None:
         method_row(method).trainer_class(config, progress=RunProgress(quiet=True)).train(resume=resume)
@@ -49,7 +61,7 @@ def test_killed_at_random_moments(variant: str, pico_folder: Path, tmp_path: Pat
     seconds = time.monotonic() - began
     expected = bits_of(tmp_path / "whole")
     assert sum(event["event"] == "step" for event in read(tmp_path / "whole" / "events.jsonl")) >= 16
-    assert any("reference" in name for name in expected) == (variant != "lora")
+    assert any("reference/" in name for name in expected) == (variant in ("full", "kto"))
     config = build("killed")
     check_kills_leave_no_trace(
         lambda: train(config, resume=True), tmp_path / "killed", bits_of, expected,

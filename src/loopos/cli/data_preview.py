@@ -22,6 +22,7 @@ from loopos.config.diagnostics import DataError, UserError, printable
 from loopos.config.fine_tuning import FineTuningConfig
 from loopos.config.methods import method_row
 from loopos.config.ppo import PpoConfig
+from loopos.config.preference import PreferenceConfig
 from loopos.config.pretraining import PretrainingConfig
 from loopos.config.reward_model import RewardModelConfig
 from loopos.config.sft import SftConfig
@@ -35,6 +36,7 @@ from loopos.data.preference_tokens import (
     encode_prompts,
 )
 from loopos.data.preferences import Comparison, Pair
+from loopos.data.prompts import Prompt, distinct_prompts
 from loopos.data.rows import Row
 from loopos.data.supervised_rows import Example
 from loopos.data.supervised_tokens import Supervised, encode_supervised
@@ -221,9 +223,18 @@ def _pretraining(config: PretrainingConfig, console: Console, num_rows: int, *, 
         console.print(Text(f"{name}: {len(chunks):,} chunks of at most {pretrainer.max_length}, {tokens:,} tokens"))
 
 
-def _comparisons(config: RewardModelConfig, console: Console, num_rows: int, *, trust_remote_code: bool) -> None:
+def _comparisons(
+    config: RewardModelConfig | PreferenceConfig, console: Console, num_rows: int, *, trust_remote_code: bool
+) -> None:
     inputs = open_comparisons(config, trust_remote_code=trust_remote_code)
     encoder = inputs.encoder
+    if isinstance(config, PreferenceConfig) and config.online is not None:
+        encoder, prompts = encoder.leaving_room(config.online.max_new_tokens), distinct_prompts(inputs.data.train)
+        _show_prompts(config, console, encoder, prompts[:num_rows], config.online.max_new_tokens)
+        report = encoder.prompts(prompts)[1]
+        for sentence in (_PROMPT_LEGEND, *inputs.data.summary, encoder.template.summary, f"train: {report.summary()}"):
+            console.print(Text(printable(sentence)))
+        return
     for number, example in enumerate(inputs.data.train[:num_rows]):
         console.print(_row_location(example.row))
         try:
@@ -333,8 +344,19 @@ def _pair(pair: Pair) -> str:
 
 def _prompts(config: PpoConfig, console: Console, num_rows: int, *, trust_remote_code: bool) -> None:
     inputs = open_prompts(config, trust_remote_code=trust_remote_code)
-    encoder = inputs.encoder
-    for example in inputs.data.train[:num_rows]:
+    _show_prompts(config, console, inputs.encoder, inputs.data.train[:num_rows], config.generation.max_new_tokens)
+    _account(console, inputs, shows_legend=num_rows > 0)
+
+
+def _show_prompts(
+    config: PpoConfig | PreferenceConfig,
+    console: Console,
+    encoder: PreferenceEncoder,
+    prompts: Sequence[Prompt],
+    new_tokens: int,
+) -> None:
+    """The tokens of prompts. encoder: with the limit that leaves room for `new_tokens`."""
+    for example in prompts:
         console.print(_row_location(example.row))
         try:
             (ids,), _ = encode_prompts(encoder.tokenizer, [example], template=encoder.template, max_length=None)
@@ -345,8 +367,7 @@ def _prompts(config: PpoConfig, console: Console, num_rows: int, *, trust_remote
         console.print(marked_text(encoder.tokenizer, ids, [CUT if is_over else CONTEXT] * len(ids)))
         why = "an error" if config.data.over_length == "error" else "dropped"
         fate = f" · {why}: over {encoder.max_length}, the maximum that leaves room for a response" if is_over else ""
-        console.print(Text(f"{len(ids)} tokens, answered by at most {config.generation.max_new_tokens}{fate}\n"))
-    _account(console, inputs, shows_legend=num_rows > 0)
+        console.print(Text(f"{len(ids)} tokens, answered by at most {new_tokens}{fate}\n"))
 
 
 def _account(console: Console, inputs: PromptInputs, *, shows_legend: bool) -> None:

@@ -26,7 +26,7 @@ _SAME_METHOD = {
 METHODS_HERE = {other: name for name, others in _SAME_METHOD.items() for other in others.split()}
 """The name of a method elsewhere → its name here."""
 _NOT_HERE = {
-    "preference": "online_dpo xpo nash_md rrhf",
+    "preference": "xpo nash_md rrhf",
     "reward": "grpo rloo gspo dapo drgrpo reinforce reinforce++ remax raft",
     "adapter": "lora qlora dora peft adapter",
 }
@@ -87,6 +87,8 @@ def method_advice(name: str) -> tuple[str, bool] | None:
     folded = name.lower().replace("-", "_").removesuffix("_trainer").removesuffix("trainer")
     if folded == "sft":
         return 'write "sft"', True
+    if folded in ("online_dpo", "oaif"):
+        return 'it is "dpo" here, with the section "online"', True
     if folded in METHODS_HERE:
         here = METHODS_HERE[folded]
         mode = ', and "mode": "pretraining"' if here == "autoregressive" else ""

@@ -24,6 +24,7 @@ from loopos.config.rl import (
     PpoTrainingSection,
     RolloutEngineSection,
     RolloutSection,
+    check_reward,
     check_rollout,
     rollout_effects,
 )
@@ -187,16 +188,8 @@ def _check_algorithm(config: PpoConfig) -> Iterator[Problem]:
 
 def _check_reward(config: PpoConfig) -> Iterator[Problem]:
     """Refuse a reward that is always 0, and a value model from a missing reward model."""
-    reward, model = config.reward, config.data.reward_model
-    fields: tuple[str, ...]
-    if model is None and not reward.functions:
-        fields = ("data.reward_model", "reward.functions")
-        hint = 'train a reward model first, with "method": "reward_model"'
-        yield Problem(fields, "no reward", "a reward model, or functions", hint)
-    elif (model is None or reward.model_weight == 0) and all(each.weight == 0 for each in reward.functions):
-        fields = ("reward.functions",) if model is None else ("reward.model_weight", "reward.functions")
-        yield Problem(fields, "weights that are all 0", "at least one weight other than 0")
-    if model is None and reward.functions and config.value_model == "reward":
+    yield from check_reward(config.reward, config.data.reward_model)
+    if config.data.reward_model is None and config.reward.functions and config.value_model == "reward":
         fields = ("training.value_model", "data.reward_model", "training.algorithm")
         yield Problem(fields, '"reward" without a reward model', '"policy" or "shared", or data.reward_model')
 

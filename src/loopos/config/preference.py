@@ -6,17 +6,24 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field
 
 from loopos.config import checks
 from loopos.config.diagnostics import Problem
-from loopos.config.keys import AS_IT_IS, MAY_BE_OWN, Location, Section, Text
+from loopos.config.keys import AS_IT_IS, MAY_BE_OWN, Count, Location, Section, Text
 from loopos.config.learning_rates import rate_notes
-from loopos.config.preferences import PreferenceRole, check_text_files, text_effects, validation_notes
+from loopos.config.preferences import (
+    PreferenceRole,
+    check_reward_model,
+    check_text_files,
+    text_effects,
+    validation_notes,
+)
 from loopos.config.registry import choices, did_you_mean
 from loopos.config.reward_model import EXAMPLE_LINES, EXAMPLE_ROW, PreferenceDataSection
+from loopos.config.rl import OnlineSection, PpoRewardSection, check_reward
 from loopos.config.sections import (
     ComputationSection,
     DistributedSection,
@@ -73,6 +80,15 @@ _READ_BY: Mapping[str, tuple[str, ...]] = {
 """Key of `preference` → the built-in losses that read it."""
 
 
+class SyncReferenceSection(Section):
+    """When the reference takes over some of the policy (TR-DPO)."""
+
+    every: Count = Field(default=512, description="optimizer steps from one synchronization to the next")
+    alpha: Annotated[float, Field(gt=0, le=1)] = Field(
+        default=0.6, description="weight of the policy in the mix, weight by weight; 1 replaces the reference"
+    )
+
+
 class PreferenceSection(Section):
     """What is learned from a comparison."""
 
@@ -99,6 +115,10 @@ class PreferenceSection(Section):
         default=1.0,
         description="weight of the tokens beyond the length of a pair's shorter response (LD-DPO); 1 is all",
     )
+    wpo: bool = Field(
+        default=False,
+        description="weigh each pair by how likely the policy is to write its responses (WPO)",
+    )
     desirable_weight: Annotated[float, Field(ge=0)] = Field(
         default=1.0, description="weight of desirable answers in KTO"
     )
@@ -109,10 +129,14 @@ class PreferenceSection(Section):
     soft_labels: bool = Field(
         default=True, description="use p_human, the share of people who preferred the chosen response, as the target"
     )
-    reference: Literal["auto", "adapter", "cached"] = Field(
+    reference: Literal["auto", "adapter", "cached", "copy"] = Field(
         default="auto",
         description="log-probabilities of the reference: adapter (the weights without the adapters that train, in each "
-        "step), cached (computed once and kept on disk), or auto (adapter with trainable lora, else cached)",
+        "step), cached (computed once and kept on disk), copy (a second copy of the weights that train, in memory), or "
+        "auto (copy with sync_reference, else adapter with trainable lora, else cached)",
+    )
+    sync_reference: SyncReferenceSection | None = Field(
+        default=None, description="when the reference moves towards the policy; null keeps the start"
     )
     reference_cache: Location | None = Field(
         default=None, description="folder of the cached log-probabilities; the run's own when absent"
@@ -151,6 +175,28 @@ class PolicyDataSection(PreferenceDataSection):
     columns: dict[PreferenceRole | Literal["completion", "label", "messages"], Text | None] = Field(  # type: ignore[assignment]
         default={}, description="column of each role; detected when absent, null for none"
     )
+    row_keys: ClassVar[tuple[str, ...]] = (*PreferenceDataSection.row_keys, "prompts")
+    prompts: Location | None = Field(
+        default=None,
+        description='with online, file, folder, glob or hub id "org/name" of the prompts to answer, in place of '
+        "comparisons",
+    )
+    reward_model: Location | Annotated[list[Location], Field(min_length=1)] | None = Field(
+        default=None,
+        description="with online, folder of a reward_model run, or of its model; several are an ensemble; null with "
+        "only functions",
+    )
+
+    @property
+    def reward_models(self) -> tuple[str, ...]:
+        """The folders of all reward models."""
+        models = self.reward_model
+        return () if models is None else (models,) if isinstance(models, str) else tuple(models)
+
+    @property
+    def source(self) -> str:
+        """The rows to train on: comparisons or thumbs, or prompts."""
+        return self.prompts or super().source
 
 
 class PreferenceConfig(MethodConfig):
@@ -162,6 +208,12 @@ class PreferenceConfig(MethodConfig):
     training: PreferenceTrainingSection = Field(description="optimizer, schedule and checkpoints")
     preference: PreferenceSection = Field(
         default_factory=PreferenceSection, description="what is learned from a comparison"
+    )
+    online: OnlineSection | None = Field(
+        default=None, description="comparisons of answers that the policy writes within the run; null is only the rows"
+    )
+    reward: PpoRewardSection = Field(
+        default_factory=PpoRewardSection, description="with online, the reward that compares answers"
     )
     distributed: DistributedSection = Field(
         default_factory=DistributedSection, description="how the run is distributed over processes"
@@ -197,6 +249,24 @@ class PreferenceConfig(MethodConfig):
         return self.training.trainable == "lora" and bool(self.data.new_tokens or self.data.new_special_tokens)
 
     @property
+    def copies_reference(self) -> bool:
+        """Whether the reference has its own copy of the weights that train."""
+        section = self.preference
+        return self.needs_reference and (section.reference == "copy" or section.sync_reference is not None)
+
+    @property
+    def caches_reference(self) -> bool:
+        """Whether the reference's log-probabilities are computed once and kept."""
+        chosen, by_adapter = self.preference.reference, self.training.trainable == "lora" and not self.trains_rows
+        cached = chosen == "cached" or (chosen == "auto" and not by_adapter)
+        return self.needs_reference and not self.copies_reference and cached
+
+    @property
+    def weighs_pairs(self) -> bool:
+        """Whether WPO weighs the pairs; KTO has none."""
+        return self.preference.wpo and self.computation.method != KTO
+
+    @property
     def validates(self) -> bool:
         """Whether validation ever runs."""
         return self.data.has_validation and self.training.validate_every != "never"
@@ -211,7 +281,7 @@ class PreferenceConfig(MethodConfig):
         yield from checks.check_optimizer(training)
         yield from check_distributed(self.distributed, training.optimizer)
         yield from checks.check_validation(training, has_validation=data.has_validation)
-        yield from checks.check_source({"preference_data": data.preference_data, "training_data": data.training_data})
+        yield from checks.check_source({key: getattr(data, key) for key in (*data.source_keys, "prompts")})
         yield from checks.check_reading(
             streaming=data.streaming, max_rows=data.max_rows, columns=data.columns.items(), encoding=data.encoding
         )
@@ -224,18 +294,76 @@ class PreferenceConfig(MethodConfig):
         if self.computation.method == KTO and self.preference.loss is not None:
             fields = ("preference.loss", "computation.method")
             yield Problem(fields, f"{self.preference.loss!r} with the method kto", "no such key: KTO is one loss")
+        ranked = [name for name in self.losses if name in LOSSES and LOSSES[name].ranks]
+        if self.weighs_pairs and ranked:
+            hint = "it compares ranks of all pairs of a step, among which a weight has no pair"
+            yield Problem(("preference.wpo", "preference.loss"), f'true with the loss "{ranked[0]}"', "false", hint)
         if self.preference.reference == "adapter" and training.trainable != "lora":
             fields = ("preference.reference", "training.trainable")
             yield Problem(fields, f'"adapter" with trainable {training.trainable}', 'trainable "lora", or "cached"')
         elif self.preference.reference == "adapter" and self.trains_rows:
             hint = "their rows train beside the adapters, so the weights without adapters are not the reference"
             yield Problem(("preference.reference", "data.new_tokens"), '"adapter" with new tokens', '"cached"', hint)
+        yield from self._check_copy()
+        yield from self._check_online()
+
+    def _check_copy(self) -> Iterator[Problem]:
+        """Check that a reference with its own weights is possible."""
+        section, distributed = self.preference, self.distributed
+        if section.sync_reference is not None and section.reference in ("adapter", "cached"):
+            fields = ("preference.sync_reference", "preference.reference")
+            hint = "a reference that moves has its own copy of the weights that train"
+            yield Problem(fields, f'with reference "{section.reference}"', '"auto" or "copy"', hint)
+        if self.copies_reference and (distributed.mode == "shard" or distributed.tensor_parallel > 1):
+            key = "reference" if section.sync_reference is None else "sync_reference"
+            keys = (f"preference.{key}", "distributed.mode", "distributed.tensor_parallel")
+            hint = "each process holds the reference's copy of the weights whole"
+            yield Problem(keys, "a copy of a sharded model", 'mode "replicate" and tensor_parallel 1', hint)
+
+    def _check_online(self) -> Iterator[Problem]:
+        """Check what the policy's own answers need: a reward, a reference that knows new answers, and room."""
+        online, data, limit = self.online, self.data, self.training.max_length
+        if online is None:
+            for key, value in (("prompts", data.prompts), ("reward_model", data.reward_model)):
+                if value is not None:
+                    yield Problem((f"data.{key}", "online"), "with no online", "online, or no such key")
+            return
+        if self.computation.method == KTO:
+            hint = "KTO learns from single answers; dpo and its relatives compare them"
+            yield Problem(("online", "computation.method"), "online with kto", "a method of comparisons", hint)
+        if self.needs_reference and not self.copies_reference and self.training.trainable != "lora":
+            keys = ("preference.reference", "online", "training.trainable")
+            hint = "answers that the policy writes later have no log-probabilities of the reference beforehand"
+            actual = f'"{self.preference.reference}" with trainable {self.training.trainable}'
+            expected = '"copy" (the weights once more in memory), trainable "lora", or a loss without a reference'
+            yield Problem(keys, actual, expected, hint)
+        elif self.caches_reference:
+            if self.trains_rows:
+                fields, hint = (
+                    ("preference.reference", "data.new_tokens"),
+                    "rows of new tokens train beside the adapters",
+                )
+                yield Problem(fields, f'"{self.preference.reference}" with online and new tokens', '"copy"', hint)
+            else:
+                fields = ("preference.reference", "online")
+                yield Problem(fields, '"cached" with online', '"auto", "adapter" or "copy"')
+        yield from check_reward(self.reward, data.reward_model)
+        if limit is not None and online.max_new_tokens >= limit:
+            expected = f"fewer than max_length ({limit}), which counts prompt and answer"
+            yield Problem(("online.max_new_tokens", "training.max_length"), str(online.max_new_tokens), expected)
 
     def check_files(self) -> Iterator[Problem]:
-        rows = (EXAMPLE_ROW, EXAMPLE_LINES)
+        rows, data = (EXAMPLE_ROW, EXAMPLE_LINES), self.data
+        prompts = ('{"prompt": "Where is my parcel?"}', "")
         yield from check_text_files(
-            self.data, {"preference_data": rows, "training_data": rows, "validation_data": rows}
+            data, {"preference_data": rows, "training_data": rows, "validation_data": rows, "prompts": prompts}
         )
+        for number, path in enumerate(data.reward_models):
+            field = "data.reward_model" if isinstance(data.reward_model, str) else f"data.reward_model.{number}"
+            yield from check_reward_model(field, path)
+            if checks.same_path(path, data.output_dir):
+                fields = ("data.output_dir", field)
+                yield Problem(fields, f'"{data.output_dir}", the folder of the reward model', "another folder")
 
     def _effects(self) -> dict[str, tuple[bool, str]]:
         """Key of `preference` → whether it has an effect, and why not. A loss of the user may read every key."""
@@ -253,18 +381,22 @@ class PreferenceConfig(MethodConfig):
             found["divergence"][0] and section.divergence == "alpha",
             "divergence is not alpha",
         )
-        found["length_alpha"] = (not is_kto, "KTO does not read it")
+        found |= dict.fromkeys(("length_alpha", "wpo"), (not is_kto, "KTO does not read it"))
         needed = (self.needs_reference, f"{names} has no reference")
-        caches = section.reference == "cached" or (
-            section.reference == "auto" and (self.training.trainable != "lora" or self.trains_rows)
-        )
-        found["reference"] = needed
-        found["reference_cache"] = (needed[0] and caches, "the reference is not cached" if needed[0] else needed[1])
-        return {f"preference.{key}": effect for key, effect in found.items()}
+        found |= dict.fromkeys(("reference", "sync_reference"), needed)
+        caches = self.caches_reference
+        found["reference_cache"] = (caches, "the reference is not cached" if needed[0] else needed[1])
+        online, has_model = self.online is not None, self.data.reward_model is not None
+        reason = "there is no data.reward_model" if online else "online is not set"
+        rewards = {f"reward.{key}": (online, reason) for key in ("functions", "score_clip")}
+        rewards |= {f"reward.{key}": (online and has_model, reason) for key in ("model_weight", "ensemble_penalty")}
+        return {**{f"preference.{key}": effect for key, effect in found.items()}, **rewards}
 
     def notes(self) -> list[str]:
         data, training = self.data, self.training
         effects = {**checks.effects(training), **text_effects(data), **self._effects()}
         notes = checks.without_effect(self, effects) + rate_notes(self, "policy")
         source = data.preference_data or data.training_data
+        if self.online is not None and self.validates and training.validate_every == "epoch":
+            notes.append(f"training.validate_every is epoch: with online, after every {self.online.every} steps")
         return notes + validation_notes(training, data, source, validates=self.validates)

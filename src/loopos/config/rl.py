@@ -156,6 +156,16 @@ class RolloutSection(Section):
     )
 
 
+class OnlineSection(RolloutSection):
+    """How the policy writes answers within the run, whose best and worst become comparisons (online DPO)."""
+
+    every: Count = Field(default=1, description="optimizer steps on the comparisons of a round")
+    responses_per_prompt: Annotated[int, Field(ge=2)] = Field(
+        default=2, description="answers to each prompt of a round; the best and the worst are compared"
+    )
+    temperature: AboveZero = Field(default=1.0, description="divisor of the logits while answers are written")
+
+
 class RewardFunctionSection(Section):
     """A function that scores a response."""
 
@@ -309,6 +319,18 @@ class RolloutEngineSection(Section):
         if self.gpus_per_worker is not None:
             return self.gpus_per_worker
         return 1.0 if self.engine == "vllm" else 0.0
+
+
+def check_reward(reward: PpoRewardSection, model: str | list[str] | None) -> Iterator[Problem]:
+    """Refuse a reward that is always 0. model: `data.reward_model`."""
+    fields: tuple[str, ...]
+    if model is None and not reward.functions:
+        fields = ("data.reward_model", "reward.functions")
+        hint = 'train a reward model first, with "method": "reward_model"'
+        yield Problem(fields, "no reward", "a reward model, or functions", hint)
+    elif (model is None or reward.model_weight == 0) and all(each.weight == 0 for each in reward.functions):
+        fields = ("reward.functions",) if model is None else ("reward.model_weight", "reward.functions")
+        yield Problem(fields, "weights that are all 0", "at least one weight other than 0")
 
 
 def check_rollout(

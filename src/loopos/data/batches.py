@@ -22,7 +22,7 @@ from loopos.data.preference_tokens import EncodedComparison
 from loopos.data.tokens import Encoded
 from loopos.functional.packing import PackedLayout
 
-BatchT = TypeVar("BatchT")
+BatchT = TypeVar("BatchT", bound="Counted")
 MadeT_co = TypeVar("MadeT_co", covariant=True)
 
 
@@ -62,6 +62,43 @@ class Cursor:
 
     epoch: int = 0
     step: int = 0
+
+
+class Counted(Protocol):
+    """What the training loop reads from a batch."""
+
+    @property
+    def num_tokens(self) -> int: ...
+
+    @property
+    def rows(self) -> tuple[int, ...]: ...
+
+
+class StepSource(Protocol[BatchT]):
+    """The batches of each step: of a data set (`StepBatches`), or of what the policy wrote (`RolloutBatches`)."""
+
+    @property
+    def num_rows(self) -> int: ...
+
+    @property
+    def rows_a_step(self) -> int: ...
+
+    @property
+    def steps_an_epoch(self) -> int: ...
+
+    def step(self, cursor: Cursor) -> list[BatchT]:
+        """This rank's micro-batches for the step at `cursor`."""
+        ...
+
+    def idle(self) -> BatchT:
+        """A batch for a process that has no rows in this step but must join the collective calls. Called after
+        `step`.
+        """
+        ...
+
+    def after(self, cursor: Cursor, losses: Mapping[str, float]) -> Cursor:
+        """The cursor after a step with these losses."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -177,9 +214,9 @@ class StepBatches(Generic[BatchT]):
 
 @dataclass(frozen=True)
 class DerivedBatches(Generic[BatchT]):
-    """The steps of `batches`; a subclass overrides `step` to add what a step needs before its losses."""
+    """The steps of `batches`; a subclass overrides `step` to add what a step needs before its losses, or `after`."""
 
-    batches: StepBatches[BatchT]
+    batches: StepSource[BatchT]
 
     @property
     def num_rows(self) -> int:
@@ -201,7 +238,7 @@ class DerivedBatches(Generic[BatchT]):
         """A batch of the shortest row."""
         return self.batches.idle()
 
-    def after(self, cursor: Cursor, losses: Mapping[str, float] | None = None) -> Cursor:
+    def after(self, cursor: Cursor, losses: Mapping[str, float]) -> Cursor:
         """The cursor of the next step."""
         return self.batches.after(cursor, losses)
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 from loopos.config.preferences import PreferenceTextSection
 from loopos.data.columns import Overrides
@@ -57,6 +57,20 @@ def load_prompts(data: PreferenceTextSection, source: str, *, seed: int) -> Pref
         return prompts, replace(report, unread_note="for reward functions only")
 
     return _load(data, source, read, seed=seed)
+
+
+@reusable
+def load_prompts_to_compare(data: PreferenceTextSection, source: str, *, seed: int) -> PreferenceData[Any]:
+    """`load_prompts` for a policy whose own answers are compared: without a split. Validation examples are the
+    comparisons of `validation_data`, if there are any.
+    """
+    unsplit = data.model_copy(update={"validation_data": None, "validation_split": None, "validation_share": 0.0})
+    prompts = load_prompts(unsplit, source, seed=seed)
+    if data.validation_data is None:
+        return prompts
+    compared = load_comparisons(unsplit, data.validation_data, seed=seed)
+    summary = [*prompts.summary, *(f"validation: {data.validation_data}, {line}" for line in compared.summary)]
+    return PreferenceData(prompts.train, compared.train, summary, [*prompts.reports, *compared.reports])
 
 
 def _load(data: PreferenceTextSection, source: str, read: _Read[ExampleT], *, seed: int) -> PreferenceData[ExampleT]:

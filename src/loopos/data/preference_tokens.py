@@ -278,6 +278,11 @@ class PreferenceEncoder:
             policy=RowPolicy(data.over_length, data.max_dropped_share, data.on_bad_row),
         )
 
+    def leaving_room(self, tokens: int) -> PreferenceEncoder:
+        """An encoder of prompts after which this many tokens still fit."""
+        limit = None if self.max_length is None else self.max_length - tokens
+        return PreferenceEncoder(self.data, self.tokenizer, max_length=limit)
+
     def prompts(self, examples: Sequence[Prompt]) -> tuple[list[list[int]], DataReport]:
         """Raises `DataError` as `encode_prompts`."""
         data = self.data

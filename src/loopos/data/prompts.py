@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TypeAlias
+from typing import Protocol, TypeAlias
 
 from loopos.data.columns import COLUMN, Overrides, column_remedy
 from loopos.data.context import CONTEXT_ROLES, with_context
@@ -41,6 +41,17 @@ class Prompt:
     tools: tuple[Tool, ...] = ()
 
 
+class WithPrompt(Protocol):
+    """An example with a prompt."""
+
+    @property
+    def prompt(self) -> PromptContent: ...
+    @property
+    def row(self) -> Row: ...
+    @property
+    def tools(self) -> tuple[Tool, ...]: ...
+
+
 def read_prompts(reader: RowReader, overrides: Overrides, *, as_text: bool = False) -> tuple[list[Prompt], DataReport]:
     """Read a source into prompts, in order; preference rows work too.
 
@@ -60,13 +71,19 @@ def read_prompts(reader: RowReader, overrides: Overrides, *, as_text: bool = Fal
         reader, lambda columns, source: detect(columns, overrides, source=source, prompts=True), from_row
     )
     examples, _, report = found
-    distinct: dict[str, Prompt] = {}
-    for prompt in examples:
-        distinct.setdefault(prompt_key(prompt.prompt, prompt.tools), prompt)
+    distinct = distinct_prompts(examples)
     repeated = len(examples) - len(distinct)
     dropped = {**report.dropped, REPEATED: repeated} if repeated else report.dropped
-    note = untemplated_note([prompt.prompt for prompt in distinct.values()])
-    return list(distinct.values()), replace(report, used=len(distinct), dropped=dropped, notes=(*report.notes, *note))
+    note = untemplated_note([prompt.prompt for prompt in distinct])
+    return distinct, replace(report, used=len(distinct), dropped=dropped, notes=(*report.notes, *note))
+
+
+def distinct_prompts(examples: Iterable[WithPrompt]) -> list[Prompt]:
+    """The prompts of comparisons, each once, in order."""
+    found: dict[str, Prompt] = {}
+    for each in examples:
+        found.setdefault(prompt_key(each.prompt, each.tools), Prompt(each.prompt, each.row, each.tools))
+    return [*found.values()]
 
 
 def prompt_of(row: Row, form: PreferenceFormat, *, as_text: bool) -> Prompt | Unusable:

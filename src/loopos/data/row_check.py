@@ -132,7 +132,13 @@ def sources_of(config: Any) -> Iterator[tuple[str, Callable[[], RowReader], Dete
             case "demonstrations":
                 yield from _both(data, data.source, _supervised(columns))
             case "comparisons":
-                yield from _both(data, data.source, _preferences(columns))
+                prompts = getattr(data, "prompts", None)
+                if prompts is None:
+                    yield from _both(data, data.source, _preferences(columns))
+                    continue
+                yield prompts, partial(opened, data, prompts, data.training_split), _preferences(columns, prompts=True)
+                if (own := data.validation_data) is not None:
+                    yield own, partial(opened, data, own, data.training_split), _preferences(columns)
             case "thumbs":
                 yield from _both(data, data.source, _thumbs(columns))
             case "prompts":
@@ -223,9 +229,11 @@ def _check_phase(config: Any) -> None:
 
                 read_for_reuse(load_supervised, data, seed=seed)
             case "comparisons":
-                from loopos.data.preference_data import load_comparisons
+                from loopos.data.preference_data import load_comparisons, load_prompts_to_compare
 
-                read_for_reuse(load_comparisons, data, data.source, seed=seed)
+                prompts = getattr(data, "prompts", None)
+                load = load_comparisons if prompts is None else load_prompts_to_compare
+                read_for_reuse(load, data, data.source, seed=seed)
             case "thumbs":
                 from loopos.data.preference_data import load_thumbs
 

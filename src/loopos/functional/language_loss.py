@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -135,13 +135,30 @@ def _chunks(num_rows: int) -> Iterator[slice]:
         yield slice(first, first + CHUNK)
 
 
+class TokenLogprobs(NamedTuple):
+    """Log-probabilities of tokens, and of their distributions p the entropies −Σ p·log p and, where asked for, the
+    collision log-probabilities log Σ p² (two draws are the same token), `[M]` fp32, nats. The last has no gradient.
+    """
+
+    logprobs: Tensor
+    entropies: Tensor
+    collisions: Tensor | None = None
+
+
 class _ChunkedLogprobs(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, embedding: Tensor, targets: Tensor, shape: LogitShape, temperature: float
-    ) -> tuple[Tensor, Tensor]:
+        ctx: Any,
+        hidden: Tensor,
+        embedding: Tensor,
+        targets: Tensor,
+        shape: LogitShape,
+        temperature: float,
+        wants_collisions: bool,
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
         logprobs = torch.empty(len(targets), dtype=torch.float32, device=hidden.device)
         entropies = torch.empty_like(logprobs)
+        collisions = torch.empty_like(logprobs) if wants_collisions else None
         wants_hidden, wants_embedding = ctx.needs_input_grad[:2]
         # d logprob / d hidden, one row each: all that backward needs for a frozen embedding.
         slopes = torch.empty_like(hidden) if wants_hidden and not wants_embedding else None
@@ -154,6 +171,8 @@ class _ChunkedLogprobs(torch.autograd.Function):
                 span = slice(rows.start + part.start, rows.start + part.stop)
                 logprobs[span] = (scaled.gather(1, chosen[part]) - log_normalizer)[:, 0]
                 entropies[span] = log_normalizer[:, 0] - torch.linalg.vecdot(probabilities, scaled)
+                if collisions is not None:
+                    collisions[span] = torch.linalg.vecdot(probabilities, probabilities).log()
                 if slopes is not None:
                     one = torch.ones_like(log_normalizer)
                     d_logits = _d_logits(probabilities, chosen[part], one, temperature)
@@ -162,14 +181,16 @@ class _ChunkedLogprobs(torch.autograd.Function):
                 torch.mm(products, embedding, out=slopes[rows])
         ctx.save_for_backward(hidden, embedding, targets, entropies, slopes)
         ctx.shape, ctx.temperature = shape, temperature
-        return logprobs, entropies
+        if collisions is not None:
+            ctx.mark_non_differentiable(collisions)
+        return logprobs, entropies, collisions
 
     @staticmethod
-    def backward(ctx: Any, d_logprobs: Tensor, d_entropies: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, d_logprobs: Tensor, d_entropies: Tensor, _: Tensor | None) -> tuple[Tensor | None, ...]:
         hidden, embedding, targets, entropies, slopes = ctx.saved_tensors
         with_entropy = bool(d_entropies.count_nonzero())
         if slopes is not None and not with_entropy:
-            return slopes * d_logprobs[:, None].to(slopes.dtype), None, None, None, None
+            return slopes * d_logprobs[:, None].to(slopes.dtype), None, None, None, None, None
         wants_hidden, wants_embedding = ctx.needs_input_grad[:2]
         d_hidden = torch.empty_like(hidden) if wants_hidden else None
         buffer = gradient_sum(embedding) if wants_embedding else None
@@ -197,7 +218,7 @@ class _ChunkedLogprobs(torch.autograd.Function):
             if d_embedding is not None:
                 d_embedding += products.t() @ states
         returned = None if d_embedding is None or buffer is not None else d_embedding.to(embedding.dtype)
-        return d_hidden, returned, None, None, None
+        return d_hidden, returned, None, None, None, None
 
 
 def _d_logits(probabilities: Tensor, chosen: Tensor, weight: Tensor, temperature: float) -> Tensor:
@@ -213,10 +234,12 @@ def token_logprobs(
     *,
     temperature: float = 1.0,
     shape: LogitShape = LogitShape(),
-) -> tuple[Tensor, Tensor]:
+    collisions: bool = False,
+) -> TokenLogprobs:
     """log softmax(z_i / τ)_{t_i} and the entropy −Σ p·log p of softmax(z_i / τ), with z_i = shape(E·h_i), in nats.
 
-    hidden `[M, d]`, embedding E `[V, d]`, targets t `[M]` int64, temperature τ → two of `[M]` in fp32.
+    hidden `[M, d]`, embedding E `[V, d]`, targets t `[M]` int64, temperature τ → `[M]` each, in fp32. collisions: also
+    log Σ p².
     """
-    apply: Callable[..., tuple[Tensor, Tensor]] = _ChunkedLogprobs.apply
-    return apply(hidden, embedding, targets, shape, temperature)
+    apply: Callable[..., tuple[Tensor, Tensor, Tensor | None]] = _ChunkedLogprobs.apply
+    return TokenLogprobs(*apply(hidden, embedding, targets, shape, temperature, collisions))

@@ -88,6 +88,20 @@ def divergence_slope(ratio: Tensor, settings: LossSettings) -> Tensor:
     return (1.0 - torch.exp((-alpha * ratio).clamp(max=_LARGEST_EXPONENT))) / alpha
 
 
+def wpo_weights(logprobs: Tensor, collisions: Tensor, response: Tensor, lengths: Tensor) -> Tensor:
+    """How likely the policy is to write each response, as the weight of a pair's loss is the product of both (WPO: Zhou
+    et al. 2024, equation 2, with the sampled alignment of section 3.2).
+
+    w(y) = exp(mean over the tokens of log π(y_t) − log Σ_v π(v)²), without gradient: 1 if each token is as likely as a
+    draw from the policy expects, so long responses and certain policies are not at a disadvantage.
+
+    logprobs log π(y_t), collisions log Σ_v π(v)², response (the index among N responses of each token) `[M]`; lengths
+    `[N]` in tokens → `[N]`.
+    """
+    aligned = (logprobs - collisions).detach()
+    return (torch.zeros_like(lengths).index_add(0, response, aligned) / lengths).exp()
+
+
 def _cross_entropy(gap: Tensor, probabilities: Tensor, smoothing: float) -> Tensor:
     """−p·log σ(gap) − (1 − p)·log σ(−gap), with p moved from the label towards its opposite by ε. `[P]`."""
     p = probabilities * (1.0 - smoothing) + (1.0 - probabilities) * smoothing

@@ -73,7 +73,7 @@ class KtoTrainer(PreferenceTrainer):
             self.config.beta,
             section.desirable_weight,
             section.undesirable_weight,
-            reference=self.without_adapters(),
+            reference=self.reference(),
         )
 
     def answers(self, answers: list[EncodedAnswer]) -> tuple[AnswerRows, AnswerRows]:
@@ -81,7 +81,7 @@ class KtoTrainer(PreferenceTrainer):
         digest, found = answers_digest(answers), []
         for mismatched in (False, True):
             rows = AnswerRows(answers, self.device, mismatched)
-            if self.caches_reference:
+            if self.config.caches_reference:
                 sizes = [len(rows.counted(row)) for row in range(len(answers))]
                 cached = self.cached_reference(rows, sizes, f"{digest} {mismatched}")
                 rows = AnswerRows(answers, self.device, mismatched, cached)
@@ -98,7 +98,7 @@ class KtoTrainer(PreferenceTrainer):
         digest = answers_digest(self.train_answers)
         return self.fit_of(
             update=self.update_of(self.model),
-            batches=KtoBatches(batches, mismatched, self.objective, self.world),
+            batches=self.followed(KtoBatches(batches, mismatched, self.objective, self.world)),
             objective=with_router_loss(self.objective, self.backbone, settings.router_aux_loss),
             validation=self.validation_of(
                 self.watched("loss"),
@@ -110,6 +110,7 @@ class KtoTrainer(PreferenceTrainer):
             else None,
             identity=of_comparisons(self.config, digest, self.encoder, base=self.pretrained.fingerprint),
             facts=self.facts(),
+            method_state=self.method_state,
         )
 
     @torch.no_grad()

@@ -7,7 +7,7 @@ DPO (Rafailov et al. 2023) and its relatives; the method's name is a preset of `
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,26 +16,36 @@ import torch
 from torch import Tensor, nn
 
 from loopos.config.diagnostics import UserError
+from loopos.config.figures import figure
 from loopos.config.preference import PreferenceConfig
-from loopos.data.batches import ComparisonRows, StepBatches, in_step
+from loopos.data.batches import ComparisonRows, StepBatches, StepSource, in_step
 from loopos.data.digest import comparisons_digest
-from loopos.data.preference_data import PreferenceData, load_comparisons
+from loopos.data.preference_data import PreferenceData, load_comparisons, load_prompts_to_compare
 from loopos.data.preference_tokens import EncodedComparison, PreferenceEncoder
 from loopos.data.response_batches import PreferenceBatch, PreferenceRows
+from loopos.functional.language_loss import TokenLogprobs
 from loopos.functional.packing import PackedLayout
 from loopos.functional.preference_losses import LossSettings
+from loopos.generation.engine import Engine
 from loopos.methods.base import Direction, Trainer
 from loopos.models.active_adapters import AdapterView
 from loopos.models.adapters import set_trained_language_model
 from loopos.models.attention import prompt_runs_once
-from loopos.models.folders import export_language_model
+from loopos.models.folders import descriptions_together, export_language_model
 from loopos.models.language_model import LanguageModel
-from loopos.rl.roles import Reference, without_dropout
-from loopos.training.fit import Fit
+from loopos.models.load import NUMBER_FORMATS
+from loopos.rl.collector import Collector, sampling_of
+from loopos.rl.preference_rounds import OnlineSources, RoundBatches, RoundWriter, plan_of
+from loopos.rl.rewards import Rewards
+from loopos.rl.roles import Reference, cast_frozen, ensemble_of, without_dropout
+from loopos.rl.rollouts import RolloutPlan
+from loopos.rl.workers.protocol import LocalRollouts
+from loopos.training.fit import Fit, RunPlan
 from loopos.training.identity import of_comparisons
 from loopos.training.objectives import with_router_loss
 from loopos.training.preference_objective import PreferenceBatches, PreferenceObjective, ranked
-from loopos.training.reference import ReferenceCache, cached_logprobs
+from loopos.training.reference import FollowedBatches, ReferenceCache, ReferenceCopy, cached_logprobs
+from loopos.training.run_state import MethodState, MethodStates
 from loopos.training.validation import Validation
 
 DIRECTIONS: dict[str, Direction] = {"loss": "min", "accuracy": "max", "reward_margin": "max"}
@@ -46,29 +56,38 @@ VALIDATION_TOKENS = 2048
 class Policy(nn.Module):
     """A language model as log-probabilities of chosen tokens."""
 
-    def __init__(self, model: LanguageModel) -> None:
+    def __init__(self, model: LanguageModel, *, collisions: bool = False) -> None:
+        """collisions: as `token_logprobs` has it."""
         super().__init__()
-        self.model = model
+        self.model, self.collisions = model, collisions
 
-    def forward(self, ids: Tensor, layout: PackedLayout, positions: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-        """Log-probabilities of `targets` `[M]` after `positions` `[M]`, and entropies, nats. ids `[T]` → two `[M]`."""
-        return self.model.logprobs(self.model.backbone(ids, layout)[positions], targets)
+    def forward(self, ids: Tensor, layout: PackedLayout, positions: Tensor, targets: Tensor) -> TokenLogprobs:
+        """Log-probabilities of `targets` `[M]` after `positions` `[M]`, and entropies, nats. ids `[T]` → `[M]` each."""
+        hidden = self.model.backbone(ids, layout)[positions]
+        return self.model.logprobs(hidden, targets, collisions=self.collisions)
 
 
 class PreferenceTrainer(Trainer[PreferenceConfig]):
     """Trains a policy on comparisons: `PreferenceTrainer(config).train()`."""
 
     data: PreferenceData[Any]
+    sources: OnlineSources | None = None
 
     def load_data(self) -> None:
         """Reads the comparisons, loads the model, and tokenizes by its template."""
         self.refuse_own_metrics()
         config, data = self.config, self.config.data
-        self.data = load_comparisons(data, data.source, seed=config.training.seed)
+        load = load_comparisons if data.prompts is None else load_prompts_to_compare
+        self.data = load(data, data.source, seed=config.training.seed)
         self.pretrained = self.load_pretrained(causal=True)
         self.max_length = self.longest_of(self.pretrained)
         self.encoder = PreferenceEncoder(data, self.pretrained.tokenizer, max_length=self.max_length)
-        self.train_rows, self.train_tokens = self.encoder.comparisons(self.data.train)
+        self.train_rows: list[EncodedComparison] = []
+        if config.online is not None:
+            self.sources = OnlineSources.open(config, self.data.train, self.encoder)
+            self.train_tokens = self.sources.tokens
+        else:
+            self.train_rows, self.train_tokens = self.encoder.comparisons(self.data.train)
         self.validation_rows: list[EncodedComparison] = []
         lines = [
             self.pretrained.summary,
@@ -101,24 +120,31 @@ class PreferenceTrainer(Trainer[PreferenceConfig]):
         if settings.gradient_checkpointing:
             language_model.causal.activation_checkpointing_enable()
         without_dropout(language_model)
-        self.model = Policy(language_model)
-        self.train_weights(self.model, initially_frozen=initially_frozen, rows=self.rows_that_train(self.pretrained))
+        self.states: dict[str, MethodState] = {}
+        self.model = Policy(language_model, collisions=self.config.weighs_pairs)
+        self.judges = [] if self.sources is None else [each.model for each in self.sources.rewards]
+        for judge in self.judges:
+            without_dropout(judge.requires_grad_(False))
+            cast_frozen(judge, NUMBER_FORMATS["bf16"] if self.precision == "bf16" else None)
+        rows = self.rows_that_train(self.pretrained)
+        self.train_weights(self.model, initially_frozen=initially_frozen, frozen=self.judges, rows=rows)
         self.progress.say(self.trained.summary())
         self.objective = self.build_objective()
         return self.model
 
-    @property
-    def caches_reference(self) -> bool:
-        """Whether the reference's log-probabilities are computed once and kept."""
-        chosen = self.config.preference.reference
-        return self.config.needs_reference and (
-            chosen == "cached" or (chosen == "auto" and (self.lora is None or self.config.trains_rows))
-        )
-
-    def without_adapters(self) -> Callable[[Any], Tensor] | None:
-        """Computes the reference's log-probabilities of a batch; None where they are cached or not needed."""
-        if self.caches_reference or not self.config.needs_reference:
+    def reference(self) -> Callable[[Any], Tensor] | None:
+        """Computes the reference's log-probabilities of a batch: by its own copy of the weights, or without the
+        adapters; None where they are cached or not needed.
+        """
+        config = self.config
+        if config.caches_reference or not config.needs_reference:
             return None
+        if config.copies_reference:
+            sync = config.preference.sync_reference
+            every, alpha = (None, 1.0) if sync is None else (sync.every, sync.alpha)
+            copied = ReferenceCopy(self.model, self.trained.master_weights, every=every, alpha=alpha)
+            self.states["reference"] = copied
+            return copied
         reference = Reference(self.model.model, AdapterView(self.backbone, None), temperature=1.0)
         return lambda batch: reference(batch.ids, batch.layout, batch.positions, batch.targets)
 
@@ -137,8 +163,9 @@ class PreferenceTrainer(Trainer[PreferenceConfig]):
             self.model,
             config.losses,
             settings,
-            reference=self.without_adapters(),
+            reference=self.reference(),
             length_alpha=section.length_alpha,
+            wpo=config.weighs_pairs,
         )
 
     def rows(self, examples: list[EncodedComparison]) -> PreferenceRows:
@@ -153,7 +180,7 @@ class PreferenceTrainer(Trainer[PreferenceConfig]):
             soft_labels=section.soft_labels,
         )
         rows = PreferenceRows(comparisons)
-        if not self.caches_reference:
+        if not self.config.caches_reference:
             return rows
         sizes = [sum(len(each.counted(number)) for number in range(len(each.responses))) for each in examples]
         return PreferenceRows(comparisons, self.cached_reference(rows, sizes, comparisons_digest(examples)))
@@ -177,19 +204,80 @@ class PreferenceTrainer(Trainer[PreferenceConfig]):
     def build_fit(self) -> Fit[PreferenceBatch]:
         """Optimizer, update, batches and loop."""
         settings, (rank, size) = self.config.training, self.world.data_parallel
-        batches = StepBatches.of(settings, self.rows(self.train_rows), rank=rank, world=size)
+        batches: StepSource[PreferenceBatch]
+        if self.sources is None:
+            plan, learned_from = RunPlan(), comparisons_digest(self.train_rows)
+            batches = StepBatches.of(settings, self.rows(self.train_rows), rank=rank, world=size)
+        else:
+            rounds = plan_of(self.config, num_prompts=len(self.sources.prompts), rank=rank, world=size)
+            rewards = self.rewards(self.sources)
+            learned_from = self.sources.digest(with_columns=rewards.read_rows)
+            plan = RunPlan(steps=rounds.iterations * rounds.minibatches)
+            writer = self.round_writer(self.sources, rounds, rewards)
+            self.states["rounds"] = batches = RoundBatches(rounds, writer, self.rows)
         if self.validation_rows:
             self.validation_batches = self.rows(self.validation_rows)
         return self.fit_of(
+            plan=plan,
             update=self.update_of(self.model),
-            batches=PreferenceBatches(batches, self.objective, self.world),
+            batches=self.followed(PreferenceBatches(batches, self.objective, self.world)),
             objective=with_router_loss(self.objective, self.backbone, settings.router_aux_loss),
             validation=self._validation() if self.validation_rows else None,
-            identity=of_comparisons(
-                self.config, comparisons_digest(self.train_rows), self.encoder, base=self.pretrained.fingerprint
-            ),
+            identity=of_comparisons(self.config, learned_from, self.encoder, base=self._base()),
             facts=self.facts(),
+            method_state=self.method_state,
         )
+
+    def rewards(self, sources: OnlineSources) -> Rewards:
+        """The reward that compares the policy's own answers."""
+        config, judge = self.config, ensemble_of(self.judges)
+        assert config.online is not None
+        description = descriptions_together([each.description for each in sources.rewards])
+        return Rewards.of(judge, description, config.reward, config.online, self.device)
+
+    def round_writer(
+        self, sources: OnlineSources, plan: RolloutPlan, rewards: Rewards
+    ) -> Callable[[int], list[EncodedComparison]]:
+        """Writes the comparisons of a round with the policy, and logs what it wrote."""
+        config, data_parallel = self.config, self.world.data_parallel
+        assert config.online is not None
+        with self.trained.whole():
+            engine = LocalRollouts(
+                Engine(self.model.model.causal, self.pretrained.tokenizer), data_parallel=data_parallel
+            )
+        self.progress.say(engine.summary)
+        origins, gather = sources.encoder.origins, self.world.gather_data_parallel
+        collector = Collector(engine, None, rewards, device=self.device, origins=origins, gather=gather)
+        stops = self.encoder.template.stop_tokens
+        sampling = sampling_of(config.online, stop_token_ids=stops, seed=config.training.seed)
+        writer = RoundWriter(collector, plan, sources.prompts, sampling, self._record_round)
+
+        def write(number: int) -> list[EncodedComparison]:
+            with self.trained.whole():
+                return writer(number)
+
+        return write
+
+    def _record_round(self, metrics: Mapping[str, float], seconds: float) -> None:
+        self.fit.record("rollout", metrics, {"seconds": seconds})
+        shown = [name for name in ("reward", "pairs", "no_signal", "response_length") if name in metrics]
+        figures = " · ".join(f"{name} {figure(metrics[name])}" for name in shown)
+        self.progress.say(f"round {int(metrics['iteration']) + 1}: {figures}")
+
+    def _base(self) -> str:
+        """The fingerprints of the policy's weights and of the reward models'."""
+        judged_by = [] if self.sources is None else self.sources.fingerprints
+        return ", rewards ".join([self.pretrained.fingerprint, *judged_by])
+
+    def followed(self, batches: Any) -> Any:
+        """The batches, after whose steps the reference moves if it does."""
+        copied = self.states.get("reference")
+        return FollowedBatches(batches, copied) if isinstance(copied, ReferenceCopy) and copied.every else batches
+
+    @property
+    def method_state(self) -> MethodStates | None:
+        """What a checkpoint has beyond weights and optimizer."""
+        return MethodStates(self.states) if self.states else None
 
     def facts(self) -> dict[str, Any]:
         """The account of rows and tokens, for the log."""

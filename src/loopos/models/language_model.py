@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from loopos.config.diagnostics import UserError
-from loopos.functional.language_loss import LogitShape, next_token_loss_sum, token_logprobs
+from loopos.functional.language_loss import LogitShape, TokenLogprobs, next_token_loss_sum, token_logprobs
 from loopos.functional.packing import PackedLayout
 from loopos.models.backbone import Backbone, headless
 from loopos.models.quantized import exact_activations
@@ -54,11 +54,20 @@ class LanguageModel(nn.Module):
         hidden = self.backbone(ids, layout)
         return next_token_loss_sum(hidden[targets - 1], self.output_embedding, ids[targets], weights, shape=self.shape)
 
-    def logprobs(self, hidden: Tensor, targets: Tensor, *, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
+    def logprobs(
+        self, hidden: Tensor, targets: Tensor, *, temperature: float = 1.0, collisions: bool = False
+    ) -> TokenLogprobs:
         """Log-probabilities of the tokens `targets` `[M]` after hidden states `[M, d]` of this model, and the entropies
-        of their distributions, in fp32 and nats; temperature divides the logits.
+        of their distributions, in fp32 and nats; temperature divides the logits. collisions: as in `token_logprobs`.
         """
-        return token_logprobs(hidden, self.output_embedding, targets, temperature=temperature, shape=self.shape)
+        return token_logprobs(
+            hidden,
+            self.output_embedding,
+            targets,
+            temperature=temperature,
+            shape=self.shape,
+            collisions=collisions,
+        )
 
 
 def trained_tokens(layout: PackedLayout, weights: Tensor | None) -> tuple[Tensor, Tensor | None]:

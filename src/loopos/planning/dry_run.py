@@ -12,6 +12,7 @@ from typing import Any
 
 from loopos.config.figures import as_bytes, as_time
 from loopos.config.methods import method_row
+from loopos.config.preference import PreferenceConfig
 from loopos.config.sections import TrainingSection
 from loopos.data.batches import Batch, Cursor, PackedRows, StepBatches
 from loopos.data.tokens import Encoded
@@ -19,7 +20,16 @@ from loopos.planning import estimate
 from loopos.planning import policy as policy_plan
 from loopos.planning.machine import Machine, free_bytes, measured_rates
 from loopos.planning.shapes import Model, meta_model
-from loopos.planning.work import AnyConfig, Work, open_prompts, planned_reward_shape, trained_reward_shapes, work_of
+from loopos.planning.work import (
+    AnyConfig,
+    Work,
+    open_prompts,
+    open_reward_shapes,
+    planned_reward_shape,
+    trained_reward_shapes,
+    work_of,
+)
+from loopos.rl import preference_rounds
 from loopos.training.precision import pick_device, resolve
 
 
@@ -173,6 +183,10 @@ def _offline_plan(config: AnyConfig, *, trust_remote_code: bool) -> dict[str, An
     model = meta_model(training, work.architecture, head=work.head, trust_remote_code=trust_remote_code)
     batches = StepBatches.of(training, PackedRows(work.train, None, machine.device), rank=0, world=1)
     planned = training.num_epochs * batches.steps_an_epoch
+    left_out = {}
+    if isinstance(config, PreferenceConfig) and config.online is not None:
+        rounds = preference_rounds.plan_of(config, num_prompts=len(work.train), rank=0, world=1)
+        planned, left_out = rounds.iterations * rounds.minibatches, {"left_out": ["writing and scoring answers"]}
     steps = planned if training.max_steps is None else min(planned, training.max_steps)
     epochs = steps / batches.steps_an_epoch
     largest, longest = largest_batch(batches)
@@ -208,6 +222,7 @@ def _offline_plan(config: AnyConfig, *, trust_remote_code: bool) -> dict[str, An
             "seconds": seconds,
             "operations_a_second": machine.operations_a_second,
             "bytes_a_second": machine.bytes_a_second,
+            **left_out,
         },
     }
 
@@ -281,24 +296,47 @@ def storage(
             number_bytes=2 if half else 4,
             trains_output=model.trains_output,
         )
+    moves = False
+    if isinstance(config, PreferenceConfig):
+        if config.copies_reference:
+            memory["reference"] = estimate.copy_bytes(model.parameters, half_precision=half)
+            moves = config.preference.sync_reference is not None
+        if config.data.reward_models:
+            memory["reward models"] = (2 if half else 4) * reward_parameters(config)
     disk = estimate.disk_bytes(
         model.parameters,
         half_precision=half,
-        optimizer_state=state,
+        # A reference that moves is in the checkpoint.
+        optimizer_state=state + (4 * model.parameters.trained if moves else 0),
         checkpoints=work.trainings * (training.keep_last + int(has_best)) + 1,
     )
     return memory, disk
 
 
 def generation_bytes(config: Any, model: Model, longest: int, number_bytes: int) -> int:
-    """Keys and values while validation answers problems; they use the memory that training's buffers have freed."""
-    if not config.generates:
+    """Keys and values while validation answers problems, or the policy writes the answers of a round; they use the
+    memory that training's buffers have freed.
+    """
+    if isinstance(config, PreferenceConfig) and config.online is not None:
+        answers = preference_rounds.plan_of(config, num_prompts=1, rank=0, world=1).batch_size
+        rows, columns = min(_GENERATED_TOGETHER, answers), longest
+    elif config.generates:
+        rows, columns = generated_rows(config), longest + config.generation.max_new_tokens
+    else:
         return 0
-    rows = generated_rows(config)
-    columns = longest + config.generation.max_new_tokens
     return estimate.cache_bytes(
         model.shape, layers=model.num_layers, rows=rows, columns=columns, number_bytes=number_bytes
     )
+
+
+def reward_parameters(config: PreferenceConfig) -> int:
+    """Parameters of the reward models that compare the policy's answers."""
+    whole = config.training.model_copy(update={"trainable": "all", "freeze_layers": 0, "unfreeze_step": None})
+    models = (
+        meta_model(whole, each.architecture, head=each.heads, trust_remote_code=False)
+        for each in open_reward_shapes(config)
+    )
+    return sum(model.parameters.total for model in models)
 
 
 def generated_rows(config: Any) -> int:

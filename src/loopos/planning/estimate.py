@@ -137,6 +137,11 @@ def memory_bytes(
     }
 
 
+def copy_bytes(parameters: Parameters, *, half_precision: bool) -> int:
+    """A second copy of the weights that train (a reference of its own): fp32, and the run's format beside it."""
+    return (_FP32 + 2 if half_precision else _FP32) * parameters.trained
+
+
 def gradient_bytes(largest: int, *, half_precision: bool) -> int:
     """The gradient of this many parameters while it is computed: in the run's format, and in fp32 beside weights of 2
     bytes before it is added to the sum.

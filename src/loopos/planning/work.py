@@ -18,15 +18,22 @@ from loopos.config.diagnostics import UserError
 from loopos.config.fine_tuning import FineTuningConfig
 from loopos.config.methods import method_row
 from loopos.config.ppo import PpoConfig
+from loopos.config.preference import PreferenceConfig
 from loopos.config.pretraining import PretrainingConfig
 from loopos.config.reward_model import RewardModelConfig
 from loopos.config.sections import LoraSection
 from loopos.config.sft import SftConfig
 from loopos.data.labeled import LabeledData, load_labeled
-from loopos.data.preference_data import PreferenceData, load_comparisons, load_prompts, load_thumbs
+from loopos.data.preference_data import (
+    PreferenceData,
+    load_comparisons,
+    load_prompts,
+    load_prompts_to_compare,
+    load_thumbs,
+)
 from loopos.data.preference_tokens import EncodedComparison, PreferenceEncoder
-from loopos.data.preferences import Comparison
-from loopos.data.prompts import Prompt
+from loopos.data.preferences import Comparison, Pair
+from loopos.data.prompts import Prompt, distinct_prompts
 from loopos.data.reading import DataReport
 from loopos.data.supervised import SupervisedData, load_supervised
 from loopos.data.supervised_tokens import SupervisedEncoder
@@ -106,7 +113,8 @@ def open_comparisons(config: Any, *, trust_remote_code: bool) -> ComparisonInput
     does.
     """
     has_thumbs = "thumbs" in method_row(config.computation.method).reads
-    load = load_thumbs if has_thumbs else load_comparisons
+    by_prompts = getattr(config.data, "prompts", None) is not None
+    load = load_thumbs if has_thumbs else load_prompts_to_compare if by_prompts else load_comparisons
     data: PreferenceData[Any] = load(config.data, config.data.source, seed=config.training.seed)
     thumbs = [each.desirable for each in data.train] if has_thumbs else None
     if has_thumbs:
@@ -142,7 +150,9 @@ def _opened(config: Any, trust_remote_code: bool) -> tuple[PreTrainedConfig, Pre
     return architecture, tokenizer, longest(tokenizer, positions, max_length)
 
 
-def trained_reward_shapes(config: PpoConfig, tokenizer: PreTrainedTokenizerBase) -> list[RewardShape]:
+def trained_reward_shapes(
+    config: PpoConfig | PreferenceConfig, tokenizer: PreTrainedTokenizerBase
+) -> list[RewardShape]:
     """The shapes of a config's reward models. An adapter is assumed to be over the policy's weights if the names of the
     weights match: training compares the weights themselves. Raises `UserError`.
     """
@@ -154,6 +164,12 @@ def trained_reward_shapes(config: PpoConfig, tokenizer: PreTrainedTokenizerBase)
         lora = _adapter(model.adapter) if model.adapter is not None and over_policy else None
         found.append(RewardShape(load_config(model), len(model.description["score_mean"]), lora))
     return found
+
+
+def open_reward_shapes(config: PreferenceConfig) -> list[RewardShape]:
+    """The shapes of the reward models that compare a policy's own answers. Raises `UserError`."""
+    tokenizer = open_tokenizer(resolve(config.data.pretrained_weights), config.data.tokenizer)
+    return trained_reward_shapes(config, tokenizer)
 
 
 def planned_reward_shape(config: RewardModelConfig, architecture: PreTrainedConfig) -> RewardShape:
@@ -173,7 +189,7 @@ def _adapter(folder: Path) -> LoraSection:
         raise UserError(f"{file}: not a readable adapter: {problem}") from problem
 
 
-AnyConfig: TypeAlias = FineTuningConfig | SftConfig | PretrainingConfig | RewardModelConfig
+AnyConfig: TypeAlias = FineTuningConfig | SftConfig | PretrainingConfig | RewardModelConfig | PreferenceConfig
 """The configs of methods that train on rows of a data set; PPO, which generates its own, is in `policy`."""
 
 
@@ -273,7 +289,16 @@ def _supervised_work(config: SftConfig, *, trust_remote_code: bool) -> Work:
 def _comparison_work(config: Any, *, trust_remote_code: bool) -> Work:
     """Of a reward model, or of a language model that learns from comparisons."""
     inputs = open_comparisons(config, trust_remote_code=trust_remote_code)
-    examples, report = inputs.encoder.comparisons(inputs.data.train)
+    if (online := getattr(config, "online", None)) is not None:
+        # The policy's own answers, of the maximum length.
+        encoder = inputs.encoder.leaving_room(online.max_new_tokens)
+        prompts, report = encoder.prompts(distinct_prompts(inputs.data.train))
+        answers = [[0] * online.max_new_tokens] * 2
+        examples = [EncodedComparison(ids, answers, (Pair(0, 1),), index) for index, ids in enumerate(prompts)]
+        report.lengths = [len(ids) + online.max_new_tokens for ids in prompts]
+        report.responses, report.pairs = 2 * len(examples), len(examples)
+    else:
+        examples, report = inputs.encoder.comparisons(inputs.data.train)
     validation_pairs: list[EncodedComparison] = []
     if config.validates and inputs.data.validation:
         validation_pairs, _ = inputs.encoder.comparisons(inputs.data.validation)

@@ -67,13 +67,22 @@ class Rollout:
         return float(kl_terms(wrote, self.reference_logprobs, estimator).sum())
 
 
+@dataclass(frozen=True)
+class ScoredResponse:
+    """One response. `score`: Σ of the weighted rewards; `parts`: its terms."""
+
+    response: Response
+    score: float
+    parts: dict[str, float]
+
+
 class Collector:
     """Generates and scores responses with the current models."""
 
     def __init__(
         self,
         engine: RolloutEngine,
-        roles: Roles,
+        roles: Roles | None,
         rewards: Rewards,
         *,
         device: torch.device,
@@ -81,9 +90,10 @@ class Collector:
         reused: ReusedForward | None = None,
         gather: Callable[[object], list[object]] = lambda value: [value],
     ) -> None:
-        """origins: prompt ids → the prompt's text and source; without it the text is decoded from the ids. reused:
-        stores the forward pass over an iteration's responses for its first optimizer step. gather(value): the values of
-        all ranks; the engine generates only this rank's part.
+        """roles: None where only `answers` and `scored_answers` are called. origins: prompt ids → the prompt's text and
+        source; without it the text is decoded from the ids. reused: stores the forward pass over an iteration's
+        responses for its first optimizer step. gather(value): the values of all ranks; the engine generates only this
+        rank's part.
         """
         self.engine, self.roles, self.rewards, self.device = engine, roles, rewards, device
         self._origins, self._reused, self._gather = origins, reused, gather
@@ -98,6 +108,14 @@ class Collector:
         """n responses to every prompt, from all ranks, without scores."""
         written, n = [response for response, _ in self._generated(request)[0]], request.n
         found: list[list[Response]] = self._of_all([written[first : first + n] for first in range(0, len(written), n)])
+        return found
+
+    def scored_answers(self, request: Request) -> list[list[ScoredResponse]]:
+        """`answers`, with their scores."""
+        n = request.n
+        scored = self._with_scores([response for response, _ in self._generated(request)[0]])
+        found: list[list[ScoredResponse]]
+        found = self._of_all([scored[first : first + n] for first in range(0, len(scored), n)])
         return found
 
     def _of_all(self, own: list[Any]) -> list[Any]:
@@ -122,23 +140,32 @@ class Collector:
         self, written: Sequence[tuple[Response, Tensor]], staleness: int, iteration: int | None
     ) -> list[Rollout]:
         responses = [response for response, _ in written]
-        scores = self.rewards(responses)
+        scored = self._with_scores(responses)
         passes = self._passes(responses, iteration)
         return [
             Rollout(
-                response,
-                scores["total"][index],
-                {name: values[index] for name, values in scores.items() if name != "total"},
+                each.response,
+                each.score,
+                each.parts,
                 engine_logprobs=engine_logprobs,
                 staleness=staleness,
                 **{name: column[index] for name, column in passes.items()},
             )
-            for index, (response, engine_logprobs) in enumerate(written)
+            for index, (each, (_, engine_logprobs)) in enumerate(zip(scored, written, strict=True))
+        ]
+
+    def _with_scores(self, responses: Sequence[Response]) -> list[ScoredResponse]:
+        scores = self.rewards(responses)
+        parts = [name for name in scores if name != "total"]
+        return [
+            ScoredResponse(response, scores["total"][index], {name: scores[name][index] for name in parts})
+            for index, response in enumerate(responses)
         ]
 
     @torch.no_grad()
     def _passes(self, responses: Sequence[Response], iteration: int | None) -> dict[str, list[Tensor]]:
         """Name → `[L]` of each response, by forward passes like those of training."""
+        assert self.roles is not None, "rollouts have roles"
         rows = ResponseRows([r.prompt_ids for r in responses], [r.ids for r in responses], self.device)
         found: dict[str, list[Tensor]] = {}
         first = None
@@ -208,32 +235,46 @@ def rollout_metrics(
     """Metrics of an iteration, as docs/metrics.md defines them; kl in nats per response, entropy in nats per token.
     Raises `NonFiniteOutputs`.
     """
-    tokens = [rollout.response.ids for rollout in rollouts]
     mismatch = torch.cat([each.logprobs - each.engine_logprobs for each in rollouts])
     metrics = {
-        "reward": statistics.fmean(rollout.score for rollout in rollouts),
-        "reward_std": statistics.pstdev(rollout.score for rollout in rollouts),
+        **answer_metrics(rollouts),
         **_kl_mean(rollouts, estimator),
         "entropy": float(torch.cat([rollout.entropies for rollout in rollouts]).mean()),
-        "response_length": length_mean(tokens),
-        "eos_rate": statistics.fmean(rollout.response.ended for rollout in rollouts),
-        "repetition": repetition(tokens),
         "logprob_mismatch": float(mismatch.abs().mean()),
         **_importance(rollouts, mismatch, importance_cap),
+    }
+    _require_finite(metrics, len(rollouts))
+    return metrics
+
+
+def answer_metrics(answers: Sequence[Rollout | ScoredResponse]) -> dict[str, float]:
+    """Metrics of responses and their scores, as docs/metrics.md defines them. Raises `NonFiniteOutputs`."""
+    tokens = [answer.response.ids for answer in answers]
+    metrics = {
+        "reward": statistics.fmean(answer.score for answer in answers),
+        "reward_std": statistics.pstdev(answer.score for answer in answers),
+        "response_length": length_mean(tokens),
+        "eos_rate": statistics.fmean(answer.response.ended for answer in answers),
+        "repetition": repetition(tokens),
     }
     distinct = distinct_n(tokens, 2)
     if distinct is not None:
         metrics["distinct_2"] = distinct
-    for name in rollouts[0].parts:
-        metrics[f"score_{name}"] = statistics.fmean(rollout.parts[name] for rollout in rollouts)
+    for name in answers[0].parts:
+        metrics[f"score_{name}"] = statistics.fmean(answer.parts[name] for answer in answers)
+    _require_finite(metrics, len(answers))
+    return metrics
+
+
+def _require_finite(metrics: Mapping[str, float], number: int) -> None:
+    """Raises `NonFiniteOutputs` for metrics of `number` responses that are not finite."""
     unusable = {name: value for name, value in metrics.items() if not math.isfinite(value)}
     if unusable:
         named = ", ".join(f"{name} is {value}" for name, value in unusable.items())
         raise NonFiniteOutputs(
-            f"metrics of {len(rollouts)} responses are not finite: {named}; lower training.learning_rate, "
+            f"metrics of {number} responses are not finite: {named}; lower training.learning_rate, "
             "or bound the rewards with reward.score_clip"
         )
-    return metrics
 
 
 def variance_explained(values: Tensor | None, returns: Tensor | None) -> dict[str, float]:

@@ -59,7 +59,7 @@ class ActorCritic(nn.Module):
         `positions` `[M]`, each before its token; None without a critic. ids `[T]` → three of `[M]` in fp32.
         """
         hidden = self.policy.backbone(ids, layout)[positions]
-        logprobs, entropies = self.policy.logprobs(hidden, targets, temperature=self.temperature)
+        logprobs, entropies, _ = self.policy.logprobs(hidden, targets, temperature=self.temperature)
         if self.critic is None:
             return logprobs, entropies, None
         states = hidden if self.shares_states else self.critic.backbone(ids, layout)[positions]
@@ -108,10 +108,15 @@ class Roles:
 
     def cast_frozen(self, number_format: torch.dtype | None) -> None:
         """Casts frozen weights, except heads, to a number format; None leaves them unchanged."""
-        for module in self.frozen if number_format is not None else ():
-            for name, parameter in module.named_parameters():
-                if not name.startswith("head."):
-                    parameter.data = parameter.data.to(number_format)
+        for module in self.frozen:
+            cast_frozen(module, number_format)
+
+
+def cast_frozen(module: nn.Module, number_format: torch.dtype | None) -> None:
+    """Casts the weights of a frozen model, except its head, to a number format; None leaves them unchanged."""
+    for name, parameter in module.named_parameters() if number_format is not None else ():
+        if not name.startswith("head."):
+            parameter.data = parameter.data.to(number_format)
 
 
 @dataclass(frozen=True)
@@ -184,7 +189,7 @@ def _whole_models(
     return Roles(
         ActorCritic(policy, critic, shares_states=shares_states, temperature=plan.temperature),
         None if reference is None else Reference(reference, reference.backbone, temperature=plan.temperature),
-        _ensemble(members),
+        ensemble_of(members),
         (*([reference] if reference is not None else []), *members),
         tuple(initially_frozen),
         f"models: {copies} {'copy' if copies == 1 else 'copies'} of the weights: policy"
@@ -255,7 +260,7 @@ def _one_backbone(
     return Roles(
         ActorCritic(policy, critic, shares_states=plan.value_model == "shared", temperature=plan.temperature),
         reference,
-        _ensemble(members),
+        ensemble_of(members),
         tuple(member.requires_grad_(False) for member in members),
         (),
         _shared_summary(members, 1 + adapters.count(None) + has_own_critic, plan),
@@ -283,7 +288,8 @@ def _reward_adapter(backbone: Backbone, reward: OpenedReward, adapter: Path, *, 
     return model
 
 
-def _ensemble(members: Sequence[PooledModel]) -> PooledModel | RewardEnsemble | None:
+def ensemble_of(members: Sequence[PooledModel]) -> PooledModel | RewardEnsemble | None:
+    """Reward models as one; None without any."""
     if not members:
         return None
     return members[0] if len(members) == 1 else RewardEnsemble(members)

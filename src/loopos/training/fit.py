@@ -10,11 +10,11 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Generic, Protocol, TypeVar
+from typing import Generic
 
 from loopos.config.diagnostics import Interrupted
 from loopos.config.sections import MethodConfig, TrainingSection
-from loopos.data.batches import Cursor
+from loopos.data.batches import BatchT, StepSource
 from loopos.storage.durable import JSON, explain_disk_full
 from loopos.storage.json_files import save_json
 from loopos.training import checkpoint
@@ -129,46 +129,6 @@ class StopCriteria:
         if reason == CALLBACK and self.callbacks:
             return True
         return position.step >= self.total_steps or self.gives_up() == reason
-
-
-class Counted(Protocol):
-    """What the loop reads from a batch."""
-
-    @property
-    def num_tokens(self) -> int: ...
-
-    @property
-    def rows(self) -> tuple[int, ...]: ...
-
-
-BatchT = TypeVar("BatchT", bound=Counted)
-
-
-class StepSource(Protocol[BatchT]):
-    """Provides the batches of each step: a data set (`StepBatches`) or the policy's own rollouts (`RolloutBatches`)."""
-
-    @property
-    def num_rows(self) -> int: ...
-
-    @property
-    def rows_a_step(self) -> int: ...
-
-    @property
-    def steps_an_epoch(self) -> int: ...
-
-    def step(self, cursor: Cursor) -> list[BatchT]:
-        """This rank's micro-batches for the step at `cursor`."""
-        ...
-
-    def idle(self) -> BatchT:
-        """A batch for a process that has no rows in this step but must join the collective calls. Called after
-        `step`.
-        """
-        ...
-
-    def after(self, cursor: Cursor, losses: Mapping[str, float]) -> Cursor:
-        """The cursor after a step with these losses."""
-        ...
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -273,8 +273,9 @@ def of_preferences(
 
 def of_comparisons(config: PreferenceConfig, rows: str, encoder: PreferenceEncoder, *, base: str) -> Identity:
     """Identity of a policy trained on comparisons or thumbs, and the losses. rows: their digest."""
-    key = "preference_data" if config.data.preference_data else "training_data"
-    section = config.preference
+    names = [*config.data.source_keys, "prompts"]
+    key = next(name for name in names if getattr(config.data, name) is not None)
+    section, sync, online = config.preference, config.preference.sync_reference, config.online
     learned = (
         "label_smoothing",
         "simpo_margin",
@@ -293,6 +294,11 @@ def of_comparisons(config: PreferenceConfig, rows: str, encoder: PreferenceEncod
         **setting("preference.loss", dict(config.losses)),
         **setting("preference.beta", config.beta),
         **{f"preference.{name}": Trait(getattr(section, name), (f"preference.{name}",)) for name in learned},
+        **setting("preference.wpo", section.wpo, if_absent=False),
+        **(setting("reward", config.reward.model_dump(mode="json")) if online is not None else {}),
+        **setting("online.every", None if online is None else online.every),
+        **setting("online.responses_per_prompt", None if online is None else online.responses_per_prompt),
+        **setting("preference.sync_reference", None if sync is None else sync.model_dump(mode="json")),
     }
 
 

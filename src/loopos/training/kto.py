@@ -47,7 +47,7 @@ class KtoObjective:
         }
 
     def loss(self, batch: AnswerBatch) -> Mapping[str, Tensor]:
-        logprobs, entropies = self.policy(batch.ids, batch.layout, batch.positions, batch.targets)
+        logprobs, entropies, _ = self.policy(batch.ids, batch.layout, batch.positions, batch.targets)
         reference = self._reference(batch, logprobs)
         whole = batch.per_answer(logprobs)
         ratios = whole - batch.per_answer(reference)
@@ -74,12 +74,12 @@ class KtoObjective:
         outputs = self.policy(batch.ids, batch.layout, batch.positions, batch.targets)
         if batch.reference is None and self.reference is not None:
             self.reference(batch)
-        return torch.stack([each.sum() for each in outputs]).sum() * 0.0
+        return (outputs.logprobs.sum() + outputs.entropies.sum()) * 0.0
 
     @torch.no_grad()
     def ratios(self, batch: AnswerBatch) -> Tensor:
         """log π/ρ of the answers of a batch, `[N]`, without gradient."""
-        logprobs, _ = self.policy(batch.ids, batch.layout, batch.positions, batch.targets)
+        logprobs = self.policy(batch.ids, batch.layout, batch.positions, batch.targets).logprobs
         return batch.per_answer(logprobs - self._reference(batch, logprobs))
 
     def _reference(self, batch: AnswerBatch, logprobs: Tensor) -> Tensor:

@@ -17,11 +17,12 @@ from loopos.config.registry import loaded
 from loopos.config.variants import LOSSES
 from loopos.data.batches import Cursor, DerivedBatches
 from loopos.data.response_batches import PreferenceBatch
+from loopos.functional.language_loss import TokenLogprobs
 from loopos.functional.packing import PackedLayout
-from loopos.functional.preference_losses import LossSettings, Pairs
+from loopos.functional.preference_losses import LossSettings, Pairs, wpo_weights
 from loopos.training.distributed import World
 
-Logprobs = Callable[[Tensor, PackedLayout, Tensor, Tensor], tuple[Tensor, Tensor]]
+Logprobs = Callable[[Tensor, PackedLayout, Tensor, Tensor], TokenLogprobs]
 """(ids `[T]`, layout, positions `[M]`, targets `[M]`) → log-probabilities and entropies of the targets, `[M]` each."""
 
 SFT = "sft"
@@ -39,7 +40,9 @@ class PreferenceObjective:
     `losses`: name → weight; a name is a row of `config.variants.LOSSES`. `reference`: computes the
     log-probabilities of the reference for batches that hold none. In the first step the policy is the reference: its
     log-probabilities are then the policy's own, so that all rewards are exactly 0 in any packing. `length_alpha`:
-    weight of the tokens beyond the length of a pair's shorter response (LD-DPO: Liu et al. 2024, equation 8).
+    weight of the tokens beyond the length of a pair's shorter response (LD-DPO: Liu et al. 2024, equation 8). `wpo`:
+    every loss of a pair is multiplied by w(c)·w(r) of `wpo_weights`, for which the policy returns collisions; the
+    counts stay those of the pairs (Zhou et al. 2024).
     """
 
     policy: Logprobs
@@ -47,6 +50,7 @@ class PreferenceObjective:
     settings: LossSettings
     reference: Callable[[PreferenceBatch], Tensor] | None = None
     length_alpha: float = 1.0
+    wpo: bool = False
 
     @property
     def needs_reference(self) -> bool:
@@ -71,6 +75,8 @@ class PreferenceObjective:
         counts = dict.fromkeys((*_BY_PAIR, *_BY_RESPONSE), weight)
         counts |= {"logprob_per_token_chosen": chosen_tokens, "logprob_per_token_rejected": rejected_tokens}
         counts["entropy"] = float(len(batch.targets))
+        if self.wpo:
+            counts["wpo_weight"] = weight
         for name in self.losses:
             counts[self._name(name)] = chosen_tokens if name == SFT else weight
         return counts
@@ -79,21 +85,28 @@ class PreferenceObjective:
         return "loss" if len(self.losses) == 1 else loss
 
     def loss(self, batch: PreferenceBatch) -> Mapping[str, Tensor]:
-        logprobs, entropies = self.policy(batch.ids, batch.layout, batch.positions, batch.targets)
+        outputs = self.policy(batch.ids, batch.layout, batch.positions, batch.targets)
+        logprobs = outputs.logprobs
         reference = self._reference(batch, logprobs)
         found = self.pairs(batch, logprobs, reference)
-        sums = {self._name(name): self._sum(name, batch, found, logprobs) for name in self.losses}
-        return sums | self._reported(batch, found, logprobs.detach()) | {"entropy": entropies.detach().sum()}
+        reported = {"entropy": outputs.entropies.detach().sum()}
+        weights = batch.pairs.weights
+        if self.wpo:
+            factors = self._wpo(batch, outputs)
+            weights = weights * factors
+            reported["wpo_weight"] = weights.sum()
+        sums = {self._name(name): self._sum(name, batch, found, logprobs, weights) for name in self.losses}
+        return sums | self._reported(batch, found, logprobs.detach()) | reported
 
     def idle(self, batch: PreferenceBatch) -> Tensor:
         outputs = self.policy(batch.ids, batch.layout, batch.positions, batch.targets)
         if self.needs_reference and batch.reference is None and self.reference is not None:
             self.reference(batch)
-        return torch.stack([each.sum() for each in outputs]).sum() * 0.0
+        return (outputs.logprobs.sum() + outputs.entropies.sum()) * 0.0
 
     def score(self, batch: PreferenceBatch) -> Pairs:
         """The pairs of a batch under the current weights."""
-        logprobs, _ = self.policy(batch.ids, batch.layout, batch.positions, batch.targets)
+        logprobs = self.policy(batch.ids, batch.layout, batch.positions, batch.targets).logprobs
         return self.pairs(batch, logprobs, self._reference(batch, logprobs))
 
     def _reference(self, batch: PreferenceBatch, logprobs: Tensor) -> Tensor | None:
@@ -143,8 +156,15 @@ class PreferenceObjective:
             sides.append(head + self.length_alpha * (whole[side] - head))
         return sides[0], sides[1]
 
-    def _sum(self, name: str, batch: PreferenceBatch, pairs: Pairs, logprobs: Tensor) -> Tensor:
-        weights = batch.pairs.weights
+    @staticmethod
+    def _wpo(batch: PreferenceBatch, outputs: TokenLogprobs) -> Tensor:
+        """w(c)·w(r) of each pair, `[P]`."""
+        assert outputs.collisions is not None, "a policy with WPO returns collisions"
+        weights = wpo_weights(outputs.logprobs, outputs.collisions, batch.response, batch.lengths)
+        return weights[batch.pairs.better] * weights[batch.pairs.worse]
+
+    def _sum(self, name: str, batch: PreferenceBatch, pairs: Pairs, logprobs: Tensor, weights: Tensor) -> Tensor:
+        """Σ of a loss over the pairs. weights: of the pairs, `[P]`."""
         if name == SFT and self.length_alpha != 1.0:
             # A likelihood has no shorter response: every token of the chosen one counts.
             pairs = replace(pairs, chosen=batch.per_response(logprobs)[batch.pairs.better])

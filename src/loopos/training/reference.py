@@ -1,7 +1,8 @@
 """The reference of preference optimization: log-probabilities of the weights that training starts from.
 
 Under LoRA the reference is the model without the adapters that train, run beside each step. Otherwise its
-log-probabilities are computed once, before the first step, and kept in a file, so that no second model is held.
+log-probabilities are computed once, before the first step, and kept in a file, so that no second model is held. A
+reference that moves, or that is asked about responses nobody knew before, has its own copy of the trained weights.
 Letters: M tokens of responses.
 """
 
@@ -10,20 +11,22 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.func import functional_call
 
 from loopos.config.diagnostics import UserError
-from loopos.data.batches import Rows, in_step
+from loopos.data.batches import BatchT, Cursor, DerivedBatches, Rows, in_step
 from loopos.functional.packing import PackedLayout
 from loopos.storage.durable import explain_disk_full, fsync_path
 from loopos.storage.tensor_files import read_tensors, save_tensors
 from loopos.training.distributed import World
+from loopos.training.precision import MasterWeights
 from loopos.training.preference_objective import Logprobs
 
 # Tokens of one forward pass.
@@ -43,6 +46,8 @@ class ScoredBatch(Protocol):
     def targets(self) -> Tensor: ...
     @property
     def rows(self) -> tuple[int, ...]: ...
+    @property
+    def num_tokens(self) -> int: ...
 
 
 @torch.no_grad()
@@ -134,3 +139,82 @@ def cached_logprobs(
     world.wait()
     say(f"reference: log-probabilities of {len(values):,} rows computed once and kept in {cache.folder}")
     return values
+
+
+class ReferenceCopy:
+    """A reference ρ with its own copy of the weights that train; what stays frozen is shared with the policy π. At
+    first it is the policy. With `every`, it moves after every so many steps, weight by weight: ρ ← α·π + (1 − α)·ρ
+    (TR-DPO: Gorbatovski et al. 2024, equation 8). Under LoRA the weights are the matrices A and B, and ΔW = B·A follows
+    from the mixed ones. The sums are fp32; the passes take the policy's number format.
+    """
+
+    def __init__(
+        self, policy: nn.Module, master_weights: MasterWeights, *, every: int | None = None, alpha: float = 1.0
+    ) -> None:
+        """policy: computes `Logprobs`. Raises `UserError` for a sharded policy."""
+        if master_weights.sharding is not None:
+            raise UserError(
+                "preference.sync_reference, preference.reference: a copy of the trained weights needs them whole in "
+                'each process, and this model is sharded; expected distributed.mode "replicate", or no copy'
+            )
+        self.every, self.alpha = every, alpha
+        self._policy, self._trained = policy, master_weights.parameters
+        own = dict(policy.named_parameters())
+        self._weights = {name: weight.detach().clone() for name, weight in self._trained.items()}
+        # Parameters, as the fast path of adapters tells other tensors apart. In fp32 they share the memory of the sums.
+        self._copies: dict[str, Tensor] = {
+            name: nn.Parameter(weight.to(own[name].dtype), requires_grad=False)
+            for name, weight in self._weights.items()
+        }
+
+    @torch.no_grad()
+    def __call__(self, batch: ScoredBatch) -> Tensor:
+        """Log-probabilities of the targets of a batch, `[M]`."""
+        arguments = (batch.ids, batch.layout, batch.positions, batch.targets)
+        logprobs: Tensor = functional_call(self._policy, self._copies, arguments).logprobs
+        return logprobs
+
+    @torch.no_grad()
+    def follow(self, before: int, after: int) -> None:
+        """Moves if a multiple of `every` lies between the numbers of steps before and after an update."""
+        if self.every is None or after // self.every == before // self.every:
+            return
+        for name, weight in self._weights.items():
+            weight.mul_(1.0 - self.alpha).add_(self._trained[name], alpha=self.alpha)
+        self._take_over()
+
+    def _take_over(self) -> None:
+        for name, copied in self._copies.items():
+            if copied.dtype != torch.float32:
+                copied.data.copy_(self._weights[name])
+
+    def synchronize(self, world: World) -> None:
+        """All ranks have the same copy."""
+
+    def tensors(self) -> Mapping[str, Tensor]:
+        """The copy, for a checkpoint; one that never moves is that of the start."""
+        return {} if self.every is None else self._weights
+
+    def state(self) -> dict[str, Any]:
+        return {}
+
+    @torch.no_grad()
+    def load(self, tensors: Mapping[str, Tensor], state: Mapping[str, Any]) -> None:
+        """Restores `tensors`."""
+        for name, tensor in tensors.items():
+            self._weights[name].copy_(tensor)
+        self._take_over()
+
+
+@dataclass(frozen=True)
+class FollowedBatches(DerivedBatches[BatchT]):
+    """Batches after whose steps the reference may move: before a validation and a checkpoint of the same step."""
+
+    reference: ReferenceCopy
+
+    def after(self, cursor: Cursor, losses: Mapping[str, float]) -> Cursor:
+        """The cursor of the next step."""
+        following = self.batches.after(cursor, losses)
+        before, after = (each.epoch * self.steps_an_epoch + each.step for each in (cursor, following))
+        self.reference.follow(before, after)
+        return following

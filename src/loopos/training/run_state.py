@@ -55,6 +55,28 @@ class MethodState(Protocol):
     def load(self, tensors: Mapping[str, Tensor], state: Mapping[str, Any]) -> None: ...
 
 
+@dataclass(frozen=True)
+class MethodStates:
+    """Several states of a method as one, by name."""
+
+    parts: Mapping[str, MethodState]
+
+    def synchronize(self, world: World) -> None:
+        for part in self.parts.values():
+            part.synchronize(world)
+
+    def tensors(self) -> Mapping[str, Tensor]:
+        return {f"{name}.{key}": tensor for name, part in self.parts.items() for key, tensor in part.tensors().items()}
+
+    def state(self) -> dict[str, Any]:
+        return {name: part.state() for name, part in self.parts.items()}
+
+    def load(self, tensors: Mapping[str, Tensor], state: Mapping[str, Any]) -> None:
+        for name, part in self.parts.items():
+            own = {key.removeprefix(f"{name}."): each for key, each in tensors.items() if key.startswith(f"{name}.")}
+            part.load(own, state[name])
+
+
 @dataclass
 class RunState:
     """All state in a run's checkpoints. `identity`: what must be the same in a resumed run."""
