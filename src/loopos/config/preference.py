@@ -294,7 +294,8 @@ class PreferenceConfig(MethodConfig):
         if self.computation.method == KTO and self.preference.loss is not None:
             fields = ("preference.loss", "computation.method")
             yield Problem(fields, f"{self.preference.loss!r} with the method kto", "no such key: KTO is one loss")
-        ranked = [name for name in self.losses if name in LOSSES and LOSSES[name].ranks]
+        known = [name for name in self.losses if ":" in name or name in LOSSES]
+        ranked = [name for name in known if LOSSES[name].ranks]
         if self.weighs_pairs and ranked:
             hint = "it compares ranks of all pairs of a step, among which a weight has no pair"
             yield Problem(("preference.wpo", "preference.loss"), f'true with the loss "{ranked[0]}"', "false", hint)
@@ -304,8 +305,10 @@ class PreferenceConfig(MethodConfig):
         elif self.preference.reference == "adapter" and self.trains_rows:
             hint = "their rows train beside the adapters, so the weights without adapters are not the reference"
             yield Problem(("preference.reference", "data.new_tokens"), '"adapter" with new tokens', '"cached"', hint)
-        yield from self._check_copy()
-        yield from self._check_online()
+        # Whether there is a reference is unknown with an unknown loss.
+        if len(known) == len(self.losses):
+            yield from self._check_copy()
+            yield from self._check_online()
 
     def _check_copy(self) -> Iterator[Problem]:
         """Check that a reference with its own weights is possible."""
