@@ -267,6 +267,9 @@ def shortened(arguments: list[str]) -> list[str]:
         return [*arguments, *sizes, *SHORTER.get(rest[0], SHORT)]
     if command in ("generate", "winrate") and "--max-new-tokens" not in rest:
         return [*arguments, "--max-new-tokens", "4", "--device", "cpu"]
+    if command == "sample":
+        # So few tokens never end by themselves.
+        return [*arguments, "--max-new-tokens", "4", "--allow-cut", "--device", "cpu"]
     if command == "evaluate" and any(word in rest for word in ("--strategy", "--samples")):
         return [*arguments, "--max-new-tokens", "4", "--limit", "2"]
     if command == "evaluate" and "--window" in rest:
