@@ -15,19 +15,30 @@ from loopos.config.methods import method_row
 from loopos.storage.events import fingerprint, read
 from loopos.training.progress import RunProgress
 
+_LORA = {"trainable": "lora", "lora": {"rank": 4, "dropout": 0.1}}
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "full": ("dpo", {}),
-    "lora": ("dpo", {"trainable": "lora", "lora": {"rank": 4, "dropout": 0.1}}),
+    "lora": ("dpo", _LORA),
     "kto": ("kto", {}),
+    "answers": ("dpo", {**_LORA, "metric": "win_rate"}),
+}
+ANSWERS: dict[str, Any] = {
+    "evaluation": {"prompts": 5, "judge": "preference_runs:length_of"},
+    "generation": {"max_new_tokens": 6},
 }
 
 
 def bits_of(run: Path) -> dict[str, str]:
-    """SHA-256 of the last checkpoint, the exported model, the cached reference and the metrics."""
+    """SHA-256 of the last checkpoint, the exported model, the cached reference, the answers and the metrics."""
     last = max((run / "checkpoints").glob("step-*"))
     files = [*sorted(last.glob("*.safetensors")), run / "model" / "model.safetensors"]
     files += sorted((run / "reference").glob("*"))
-    return {**{f"{f.parent.name}/{f.name}": digest(f) for f in files}, "metrics": fingerprint(run / "events.jsonl")}
+    answers = {f.name: digest(f) for f in run.glob("samples.jsonl")}
+    return {
+        **{f"{f.parent.name}/{f.name}": digest(f) for f in files},
+        **answers,
+        "metrics": fingerprint(run / "events.jsonl"),
+    }
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -38,7 +49,8 @@ def test_killed_at_random_moments(variant: str, pico_folder: Path, tmp_path: Pat
     rows = thumbs(60) if method == "kto" else None
 
     def build(name: str) -> Any:
-        return preference_config(tmp_path / name, pico_folder, method, rows=rows, training=settings)
+        sections = ANSWERS if variant == "answers" else {}
+        return preference_config(tmp_path / name, pico_folder, method, rows=rows, training=settings, **sections)
 
     def train(config: Any, *, resume: bool) -> None:
         method_row(method).trainer_class(config, progress=RunProgress(quiet=True)).train(resume=resume)
@@ -48,7 +60,8 @@ def test_killed_at_random_moments(variant: str, pico_folder: Path, tmp_path: Pat
     seconds = time.monotonic() - began
     expected = bits_of(tmp_path / "whole")
     assert sum(event["event"] == "step" for event in read(tmp_path / "whole" / "events.jsonl")) >= 16
-    assert any("reference" in name for name in expected) == (variant != "lora")
+    assert any("reference" in name for name in expected) == (variant in ("full", "kto"))
+    assert any("samples" in name for name in expected) == (variant == "answers")
     config = build("killed")
     check_kills_leave_no_trace(
         lambda: train(config, resume=True), tmp_path / "killed", bits_of, expected,

@@ -17,6 +17,7 @@ from loopos.config.learning_rates import rate_notes
 from loopos.config.preferences import PreferenceRole, check_text_files, text_effects, validation_notes
 from loopos.config.registry import choices, did_you_mean
 from loopos.config.reward_model import EXAMPLE_LINES, EXAMPLE_ROW, PreferenceDataSection
+from loopos.config.rl import PreferenceEvaluationSection, ResponseSection, check_judge
 from loopos.config.sections import (
     ComputationSection,
     DistributedSection,
@@ -28,9 +29,11 @@ from loopos.config.sections import (
 )
 from loopos.config.variants import LOSSES, PREFERENCE
 
-PreferenceMetric = Annotated[Literal["loss", "accuracy", "reward_margin"], MAY_BE_OWN, AS_IT_IS]
-"""Validation metrics: the loss, the share of pairs whose chosen response has the larger implicit reward, and the mean
-difference of the rewards."""
+JUDGED_METRICS = ("win_rate", "judge")
+"""Validation metrics of generated answers."""
+PreferenceMetric = Annotated[Literal["loss", "accuracy", "reward_margin", "win_rate", "judge"], MAY_BE_OWN, AS_IT_IS]
+"""Validation metrics: the loss, the share of pairs whose chosen response has the larger implicit reward, the mean
+difference of the rewards; and of generated answers the win rate against the start and the judge's mean score."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -157,6 +160,12 @@ class PreferenceConfig(MethodConfig):
     preference: PreferenceSection = Field(
         default_factory=PreferenceSection, description="what is learned from a comparison"
     )
+    generation: ResponseSection = Field(
+        default_factory=ResponseSection, description="how answers to validation prompts are sampled"
+    )
+    evaluation: PreferenceEvaluationSection | None = Field(
+        default=None, description="answers to validation prompts while training; null generates none"
+    )
     distributed: DistributedSection = Field(
         default_factory=DistributedSection, description="how the run is distributed over processes"
     )
@@ -190,6 +199,10 @@ class PreferenceConfig(MethodConfig):
         """Whether validation ever runs."""
         return self.data.has_validation and self.training.validate_every != "never"
 
+    @property
+    def generates(self) -> bool:
+        return self.validates and self.evaluation is not None
+
     def check(self) -> Iterator[Problem]:
         model, training, data = self.model, self.training, self.data
         yield from checks.check_weights_and_sizes(model, data.pretrained_weights, data.tokenizer)
@@ -212,6 +225,7 @@ class PreferenceConfig(MethodConfig):
         if self.computation.method == KTO and self.preference.loss is not None:
             fields = ("preference.loss", "computation.method")
             yield Problem(fields, f"{self.preference.loss!r} with the method kto", "no such key: KTO is one loss")
+        yield from _check_answers(self)
         if self.preference.reference == "adapter" and training.trainable != "lora":
             fields = ("preference.reference", "training.trainable")
             yield Problem(fields, f'"adapter" with trainable {training.trainable}', 'trainable "lora", or "cached"')
@@ -221,6 +235,8 @@ class PreferenceConfig(MethodConfig):
         yield from check_text_files(
             self.data, {"preference_data": rows, "training_data": rows, "validation_data": rows}
         )
+        if self.evaluation is not None:
+            yield from check_judge(self.evaluation)
 
     def _effects(self) -> dict[str, tuple[bool, str]]:
         """Key of `preference` → whether it has an effect, and why not. A loss of the user may read every key."""
@@ -247,7 +263,39 @@ class PreferenceConfig(MethodConfig):
 
     def notes(self) -> list[str]:
         data, training = self.data, self.training
-        effects = {**checks.effects(training), **text_effects(data), **self._effects()}
+        effects = {**checks.effects(training), **text_effects(data), **self._effects(), **_answer_effects(self)}
         notes = checks.without_effect(self, effects) + rate_notes(self, "policy")
+        if self.evaluation is not None and not self.validates:
+            notes.append("evaluation has no effect: nothing is validated, so no prompts are answered")
         source = data.preference_data or data.training_data
         return notes + validation_notes(training, data, source, validates=self.validates)
+
+
+def _check_answers(config: PreferenceConfig) -> Iterator[Problem]:
+    """Refuse metrics of generated answers that some validations do not measure."""
+    training, evaluation = config.training, config.evaluation
+    named = {"training.metric": training.metric}
+    if training.early_stopping is not None:
+        named["training.early_stopping.metric"] = training.early_stopping.metric
+    for field, metric in named.items():
+        if metric not in JUDGED_METRICS:
+            continue
+        if evaluation is None or evaluation.judge is None:
+            expected = "evaluation.judge, a reward model or a function that scores the answers"
+            yield Problem((field, "evaluation.judge"), f'"{metric}" without a judge', expected)
+        elif evaluation.every > 1:
+            actual = f'"{metric}", which is not part of every validation'
+            yield Problem((field, "evaluation.every"), actual, "evaluation.every 1")
+        if metric == "win_rate" and not training.validate_at_start:
+            actual = '"win_rate" without the answers of the start'
+            yield Problem((field, "training.validate_at_start"), actual, "training.validate_at_start true")
+
+
+def _answer_effects(config: PreferenceConfig) -> dict[str, tuple[bool, str]]:
+    """Keys of generated answers that may have no effect → whether they have one, and the reason if not."""
+    unanswered = (config.generates, "no validation prompts are answered (there is no section evaluation)")
+    lora = config.training.trainable == "lora"
+    return {
+        **{f"generation.{key}": unanswered for key in ("max_new_tokens", "temperature", "top_k", "top_p", "stop")},
+        "evaluation.reference_copy": (not lora, "with lora the start is the model without its adapters"),
+    }

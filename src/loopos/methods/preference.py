@@ -21,6 +21,7 @@ from loopos.data.batches import ComparisonRows, StepBatches, in_step
 from loopos.data.digest import comparisons_digest
 from loopos.data.preference_data import PreferenceData, load_comparisons
 from loopos.data.preference_tokens import EncodedComparison, PreferenceEncoder
+from loopos.data.preferences import Comparison
 from loopos.data.response_batches import PreferenceBatch, PreferenceRows
 from loopos.functional.packing import PackedLayout
 from loopos.functional.preference_losses import LossSettings
@@ -29,15 +30,30 @@ from loopos.models.adapters import AdapterView, set_trained_language_model
 from loopos.models.attention import prompt_runs_once
 from loopos.models.folders import export_language_model
 from loopos.models.language_model import LanguageModel
+from loopos.rl.preference_check import (
+    GeneratedAnswers,
+    GeneratingPolicy,
+    PreferenceState,
+    ValidationPrompts,
+    start_copy,
+)
+from loopos.rl.preference_monitor import PreferenceMonitor
 from loopos.rl.roles import Reference, without_dropout
 from loopos.training.fit import Fit
 from loopos.training.identity import of_comparisons
 from loopos.training.objectives import with_router_loss
 from loopos.training.preference_objective import PreferenceBatches, PreferenceObjective, ranked
+from loopos.training.progress import write_samples
 from loopos.training.reference import ReferenceCache, cached_logprobs
 from loopos.training.validation import Validation
 
-DIRECTIONS: dict[str, Direction] = {"loss": "min", "accuracy": "max", "reward_margin": "max"}
+DIRECTIONS: dict[str, Direction] = {
+    "loss": "min",
+    "accuracy": "max",
+    "reward_margin": "max",
+    "win_rate": "max",
+    "judge": "max",
+}
 # Tokens of one forward pass of validation.
 VALIDATION_TOKENS = 2048
 
@@ -90,6 +106,7 @@ class PreferenceTrainer(Trainer[PreferenceConfig]):
         """The policy, what trains, the number format, and where the reference comes from."""
         settings = self.config.training
         self.choose_precision()
+        start = start_copy(self.pretrained, self.config, self.precision)
         language_model = LanguageModel(self.pretrained.model, attention=self.config.model.attention)
         self.backbone = backbone = language_model.backbone
         self.shares_prompts = self.device.type == "cpu" and backbone.supports_shared_prefixes
@@ -99,10 +116,35 @@ class PreferenceTrainer(Trainer[PreferenceConfig]):
             language_model.causal.activation_checkpointing_enable()
         without_dropout(language_model)
         self.model = Policy(language_model)
-        self.train_weights(self.model, initially_frozen=initially_frozen)
+        frozen = () if start is None else (start,)
+        self.train_weights(self.model, initially_frozen=initially_frozen, frozen=frozen)
         self.progress.say(self.trained.summary())
         self.objective = self.build_objective()
+        self.monitor, self.generated = PreferenceMonitor(self.config), self.build_answers(start)
         return self.model
+
+    def build_answers(self, start: LanguageModel | None) -> GeneratedAnswers | None:
+        """What validation generates; None where it generates nothing. start: a copy of the starting weights."""
+        config, rows = self.config, self.validation_comparisons()
+        if config.evaluation is None or not rows:
+            return None
+        longest = None if self.max_length is None else self.max_length - config.generation.max_new_tokens
+        prompts = ValidationPrompts.of(rows, number=config.evaluation.prompts, longest=longest)
+        stops = self.encoder.template.stop_tokens
+        policy = GeneratingPolicy(self.model.model, self.pretrained.tokenizer, tuple(stops), start)
+        with self.trained.whole():
+            answers = GeneratedAnswers(config, prompts, policy, device=self.device, world=self.world)
+        self.progress.say(answers.summary)
+        return answers
+
+    def validation_comparisons(self) -> list[tuple[list[int], Comparison, int | None]]:
+        """Of each validation row the prompt's ids, the row, and the index of the preferred response."""
+        examples = self.data.validation
+        return [(each.prompt, examples[each.index], each.pairs[0].better) for each in self.validation_rows]
+
+    def method_state(self) -> PreferenceState:
+        """What a checkpoint holds besides weights and optimizer."""
+        return PreferenceState(self.monitor, self.generated, self.progress.warn)
 
     @property
     def caches_reference(self) -> bool:
@@ -177,13 +219,14 @@ class PreferenceTrainer(Trainer[PreferenceConfig]):
             self.validation_batches = self.rows(self.validation_rows)
         return self.fit_of(
             update=self.update_of(self.model),
-            batches=PreferenceBatches(batches, self.objective, self.world),
+            batches=PreferenceBatches(batches, self.objective, self.world, observe=self.monitor.step),
             objective=with_router_loss(self.objective, self.backbone, settings.router_aux_loss),
             validation=self._validation() if self.validation_rows else None,
             identity=of_comparisons(
                 self.config, comparisons_digest(self.train_rows), self.encoder, base=self.pretrained.fingerprint
             ),
             facts=self.facts(),
+            method_state=self.method_state(),
         )
 
     def facts(self) -> dict[str, Any]:
@@ -204,13 +247,34 @@ class PreferenceTrainer(Trainer[PreferenceConfig]):
 
     @torch.no_grad()
     def validate(self) -> dict[str, float]:
-        """The losses and implicit rewards of the validation comparisons."""
+        """Losses and implicit rewards of the validation rows, and metrics of generated answers; new notes are made."""
         was_training = self.model.training
         self.model.eval()
-        metrics = self.means(self._validation_batches(*self.world.data_parallel))
+        metrics = {**self.rewarded(), **self.answered()}
         self.model.train(was_training)
+        for note in self.monitor.validation(metrics):
+            self.progress.warn(f"note: {note.message}")
+            self.fit.record("note", note.as_json(), {})
+        return metrics
+
+    def rewarded(self) -> dict[str, float]:
+        """The losses and implicit rewards of the validation comparisons."""
+        metrics = self.means(self._validation_batches(*self.world.data_parallel))
         if "loss" not in metrics:
             metrics["loss"] = sum(weight * metrics[name] for name, weight in self.objective.weights.items())
+        return metrics
+
+    def answered(self) -> dict[str, float]:
+        """Metrics of answers to the validation prompts, where this validation generates some; the answers go to
+        samples.jsonl.
+        """
+        if self.generated is None or not self.generates_now():
+            return {}
+        step = self.fit.position.step
+        with self.trained.whole():
+            metrics, records = self.generated.measure(is_start=step == 0)
+        if self.world.is_first:
+            write_samples(self.run_dir / "samples.jsonl", step, records)
         return metrics
 
     def means(self, batches: Iterable[tuple[Any, bool]]) -> dict[str, float]:

@@ -12,12 +12,12 @@ import statistics
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from types import MappingProxyType
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from loopos.config.rl import RolloutSection
+from loopos.config.rl import ResponseSection
 from loopos.data.batches import in_order
 from loopos.data.preference_tokens import Origin
 from loopos.evaluation.outputs import NonFiniteOutputs
@@ -35,7 +35,7 @@ from loopos.generation.completions import decoded
 from loopos.generation.settings import SamplingParams
 from loopos.rl.experience import ResponseRows, ReusedForward
 from loopos.rl.rewards import Response, Rewards
-from loopos.rl.roles import Roles
+from loopos.rl.roles import ActorCritic, Reference
 from loopos.rl.workers.protocol import Request, RolloutEngine
 
 # Tokens per forward pass without gradients.
@@ -44,9 +44,10 @@ _TOKENS = 2048
 
 @dataclass(frozen=True)
 class Rollout:
-    """One response. `score`: Σ of the weighted rewards; `parts`: its terms. `[L]` on CPU: `logprobs` (current policy),
-    `engine_logprobs` (from generation), `entropies` (nats), and `reference_logprobs` and `values` where the run has a
-    reference and a critic. `staleness`: number of iterations by which the generating policy is older.
+    """One response. `score`: Σ of the weighted rewards, 0 without any; `parts`: its terms. `[L]` on CPU: `logprobs`
+    (current policy), `engine_logprobs` (from generation), `entropies` (nats), and `reference_logprobs` and `values`
+    where the run has a reference and a critic. `staleness`: number of iterations by which the generating policy is
+    older.
     """
 
     response: Response
@@ -67,21 +68,31 @@ class Rollout:
         return float(kl_terms(wrote, self.reference_logprobs, estimator).sum())
 
 
+class Models(Protocol):
+    """The policy, with a value model or without, and what its KL is measured to."""
+
+    @property
+    def actor_critic(self) -> ActorCritic: ...
+    @property
+    def reference(self) -> Reference | None: ...
+
+
 class Collector:
     """Generates and scores responses with the current models."""
 
     def __init__(
         self,
         engine: RolloutEngine,
-        roles: Roles,
-        rewards: Rewards,
+        roles: Models,
+        rewards: Rewards | None,
         *,
         device: torch.device,
         origins: Mapping[tuple[int, ...], Origin] = MappingProxyType({}),
         reused: ReusedForward | None = None,
         gather: Callable[[object], list[object]] = lambda value: [value],
     ) -> None:
-        """origins: prompt ids → the prompt's text and source; without it the text is decoded from the ids. reused:
+        """rewards: None where only a judge scores. origins: prompt ids → the prompt's text and source; without it the
+        text is decoded from the ids. reused:
         stores the forward pass over an iteration's responses for its first optimizer step. gather(value): the values of
         all ranks; the engine generates only this rank's part.
         """
@@ -122,7 +133,7 @@ class Collector:
         self, written: Sequence[tuple[Response, Tensor]], staleness: int, iteration: int | None
     ) -> list[Rollout]:
         responses = [response for response, _ in written]
-        scores = self.rewards(responses)
+        scores = {"total": [0.0] * len(responses)} if self.rewards is None else self.rewards(responses)
         passes = self._passes(responses, iteration)
         return [
             Rollout(
@@ -162,7 +173,7 @@ class Collector:
         return found
 
 
-def sampling_of(section: RolloutSection, *, stop_token_ids: Collection[int], seed: int) -> SamplingParams:
+def sampling_of(section: ResponseSection, *, stop_token_ids: Collection[int], seed: int) -> SamplingParams:
     """The sampling settings and stop criteria of responses."""
     return SamplingParams(
         temperature=section.temperature,
@@ -203,16 +214,20 @@ def _kl_mean(rollouts: Sequence[Rollout], estimator: KlEstimator) -> dict[str, f
 
 
 def rollout_metrics(
-    rollouts: Sequence[Rollout], *, estimator: KlEstimator, importance_cap: float | None = None
+    rollouts: Sequence[Rollout],
+    *,
+    estimator: KlEstimator,
+    importance_cap: float | None = None,
+    is_rewarded: bool = True,
 ) -> dict[str, float]:
     """Metrics of an iteration, as docs/metrics.md defines them; kl in nats per response, entropy in nats per token.
-    Raises `NonFiniteOutputs`.
+    is_rewarded: whether the scores are rewards. Raises `NonFiniteOutputs`.
     """
     tokens = [rollout.response.ids for rollout in rollouts]
     mismatch = torch.cat([each.logprobs - each.engine_logprobs for each in rollouts])
+    scores = [rollout.score for rollout in rollouts]
     metrics = {
-        "reward": statistics.fmean(rollout.score for rollout in rollouts),
-        "reward_std": statistics.pstdev(rollout.score for rollout in rollouts),
+        **({"reward": statistics.fmean(scores), "reward_std": statistics.pstdev(scores)} if is_rewarded else {}),
         **_kl_mean(rollouts, estimator),
         "entropy": float(torch.cat([rollout.entropies for rollout in rollouts]).mean()),
         "response_length": length_mean(tokens),
@@ -230,8 +245,8 @@ def rollout_metrics(
     if unusable:
         named = ", ".join(f"{name} is {value}" for name, value in unusable.items())
         raise NonFiniteOutputs(
-            f"metrics of {len(rollouts)} responses are not finite: {named}; lower training.learning_rate, "
-            "or bound the rewards with reward.score_clip"
+            f"metrics of {len(rollouts)} responses are not finite: {named}; lower training.learning_rate"
+            + (", or bound the rewards with reward.score_clip" if is_rewarded else "")
         )
     return metrics
 
@@ -290,22 +305,25 @@ class PolicyCheck:
 
     def measure(self, *, is_start: bool) -> tuple[dict[str, float], list[dict[str, Any]]]:
         """Metrics and one record per prompt, the same on every rank. "judge": the judge's mean score. "win_rate": the
-        fraction of prompts whose response the judge scores higher than the response before training; ties count half.
-        "reward_win_rate": the same by reward. is_start: store these responses as the baseline; without a baseline there
-        are no win rates.
+        fraction of prompts whose response the judge scores higher than the response before training, with its 95%
+        interval "win_rate_low" to "win_rate_high"; ties count half. "reward_win_rate": the same by reward. is_start:
+        store these responses as the baseline; without a baseline there are no win rates.
         """
         rollouts = self.collector(request_of(self.prompts, self.sampling))
-        metrics = rollout_metrics(rollouts, estimator=self.estimator)
+        is_rewarded = self.collector.rewards is not None
+        metrics = rollout_metrics(rollouts, estimator=self.estimator, is_rewarded=is_rewarded)
         if self.kl_limit is not None:
             metrics["reward_within_kl"] = metrics["reward"] if metrics["kl"] <= self.kl_limit else -math.inf
-        scores = {"reward": [rollout.score for rollout in rollouts]}
+        scores = {"reward": [rollout.score for rollout in rollouts]} if is_rewarded else {}
         if self.judge is not None:
             scores["judge"] = self.judge([rollout.response for rollout in rollouts])
             metrics["judge"] = statistics.fmean(scores["judge"])
         if self._first:
-            metrics["reward_win_rate"] = win_rate(scores["reward"], self._first["reward"]).rate
+            if is_rewarded:
+                metrics["reward_win_rate"] = win_rate(scores["reward"], self._first["reward"]).rate
             if self.judge is not None:
-                metrics["win_rate"] = win_rate(scores["judge"], self._first["judge"]).rate
+                won = win_rate(scores["judge"], self._first["judge"])
+                metrics |= {"win_rate": won.rate, "win_rate_low": won.low, "win_rate_high": won.high}
         if is_start:
             self._first = scores
         records = [
@@ -325,8 +343,10 @@ class PolicyCheck:
         if not numbers:
             return []
         every = sorted({1, *numbers})
+        rewards = self.collector.rewards
+        assert rewards is not None, "the best of n is chosen by rewards"
         answers = self.collector.answers(request_of(self.prompts, self.sampling, every[-1]))
-        return best_of_n(answers, lambda responses: self.collector.rewards(responses)["total"], every, self.judge)
+        return best_of_n(answers, lambda responses: rewards(responses)["total"], every, self.judge)
 
     def state(self) -> dict[str, Any]:
         """State for a checkpoint: the scores of the responses before training."""
