@@ -375,7 +375,7 @@ def test_a_broken_row_is_reported_with_file_and_line(tmp_path: Path, reward_run:
 
 def test_a_reward_model_predicts_no_labels_and_generates_no_text(home: Path, reward_run: Path, invoke: Invoke) -> None:
     rows = home / "comparisons.jsonl"
-    for words in (("predict", reward_run, rows), ("evaluate", reward_run, rows), ("generate", reward_run, "-p", "hi"),
+    for words in (("predict", reward_run, rows), ("generate", reward_run, "-p", "hi"),
                   ("predict", reward_run / "model", rows), ("chat", reward_run)):  # fmt: skip
         result = invoke(*words, text="hi\n")
         assert result.exit_code == 2, words
