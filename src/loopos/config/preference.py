@@ -203,6 +203,15 @@ class PreferenceConfig(MethodConfig):
     def generates(self) -> bool:
         return self.validates and self.evaluation is not None
 
+    @property
+    def num_generated(self) -> int:
+        return 0 if self.evaluation is None else self.evaluation.prompts
+
+    @property
+    def copies_start(self) -> bool:
+        section = self.evaluation if self.generates else None
+        return section is not None and section.reference_copy and self.training.trainable != "lora"
+
     def check(self) -> Iterator[Problem]:
         model, training, data = self.model, self.training, self.data
         yield from checks.check_weights_and_sizes(model, data.pretrained_weights, data.tokenizer)

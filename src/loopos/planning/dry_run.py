@@ -273,6 +273,8 @@ def storage(
         reloads_best=has_best,
         merges=training.trainable == "lora",
     )
+    if config.copies_start:
+        memory["reference"] = memory["weights"]
     if work.head is None:
         memory["buffers"] = max(memory["buffers"], generation_bytes(config, model, longest, 2 if half else 4))
         memory["logits"] = estimate.logit_bytes(
@@ -291,7 +293,7 @@ def storage(
 
 
 def generation_bytes(config: Any, model: Model, longest: int, number_bytes: int) -> int:
-    """Keys and values while validation answers problems; they use the memory that training's buffers have freed."""
+    """Keys and values while validation generates answers; they use the memory that training's buffers have freed."""
     if not config.generates:
         return 0
     rows = generated_rows(config)
@@ -302,8 +304,8 @@ def generation_bytes(config: Any, model: Model, longest: int, number_bytes: int)
 
 
 def generated_rows(config: Any) -> int:
-    """Chains that validation generates together."""
-    return min(_GENERATED_TOGETHER, int(config.evaluation.problems) * int(config.generation.chains))
+    """Answers that validation generates together."""
+    return min(_GENERATED_TOGETHER, int(config.num_generated))
 
 
 def largest_batch(batches: StepBatches[Batch]) -> tuple[int, int]:

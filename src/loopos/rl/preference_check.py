@@ -45,8 +45,7 @@ def start_copy(pretrained: Pretrained, config: PreferenceConfig, precision: str)
     """A frozen copy of the weights that training starts from, where `evaluation.reference_copy` asks for one and all
     weights train; call it before any weight changes.
     """
-    section = config.evaluation
-    if not config.generates or section is None or not section.reference_copy or config.training.trainable == "lora":
+    if not config.copies_start:
         return None
     causal = copy.deepcopy(pretrained.model).requires_grad_(False)
     cast_parameters(causal, NUMBER_FORMATS["bf16" if precision == "bf16" else "fp32"])
