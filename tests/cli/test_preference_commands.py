@@ -191,6 +191,31 @@ def test_the_roles_of_a_dry_run_are_those_that_training_builds(
 
 
 @pytest.mark.usefixtures("known_rates")
+def test_a_dry_run_of_dpo_counts_generated_answers_and_the_copy_of_the_start(
+    home: Path, pico_folder: Path, invoke: Invoke
+) -> None:
+    def memory(**sections: Any) -> dict[str, int]:
+        content = {
+            "computation": {"mode": "posttraining", "method": "dpo"},
+            "training": {"learning_rate": 1e-5, "batch_size": 1, "precision": "fp32", "device": "cpu"},
+            "data": {"pretrained_weights": str(pico_folder), "output_dir": str(home / "dpo"), "validation_share": 0.25,
+                     "preference_data": str(home / "comparisons.jsonl")},
+            **sections,
+        }  # fmt: skip
+        file = home / "dpo.json"
+        file.write_text(json.dumps(content), encoding="utf-8")
+        found: dict[str, int] = json.loads(invoke("train", file, "--dry-run", "--json").stdout)["memory"]
+        return found
+
+    plain = memory()
+    copied = memory(evaluation={"reference_copy": True, "prompts": 64}, generation={"max_new_tokens": 200})
+    assert "reference" not in plain
+    assert copied["reference"] == plain["weights"]
+    # Keys and values of 2 layers and 16 numbers each, in fp32, of 64 rows of more than 200 tokens.
+    assert copied["buffers"] > max(plain["buffers"], 64 * 200 * 2 * 2 * 16 * 4)
+
+
+@pytest.mark.usefixtures("known_rates")
 def test_a_dry_run_of_ppo_counts_prompts_iterations_and_steps(
     home: Path, reward_run: Path, config: Write, invoke: Invoke
 ) -> None:
@@ -375,7 +400,7 @@ def test_a_broken_row_is_reported_with_file_and_line(tmp_path: Path, reward_run:
 
 def test_a_reward_model_predicts_no_labels_and_generates_no_text(home: Path, reward_run: Path, invoke: Invoke) -> None:
     rows = home / "comparisons.jsonl"
-    for words in (("predict", reward_run, rows), ("evaluate", reward_run, rows), ("generate", reward_run, "-p", "hi"),
+    for words in (("predict", reward_run, rows), ("generate", reward_run, "-p", "hi"),
                   ("predict", reward_run / "model", rows), ("chat", reward_run)):  # fmt: skip
         result = invoke(*words, text="hi\n")
         assert result.exit_code == 2, words

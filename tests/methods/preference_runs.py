@@ -72,7 +72,7 @@ def preference_config(
             "computation": {"mode": "posttraining", "method": method},
             "training": {**training, **sections.get("training", {})},
             "data": {**data, "validation_share": 0.2, **sections.get("data", {})},
-            "preference": sections.get("preference", {}),
+            **{name: section for name, section in sections.items() if name not in ("training", "data")},
         }
     )
 

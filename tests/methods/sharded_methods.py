@@ -91,10 +91,17 @@ def _ppo(run: Path, weights: Path, settings: dict[str, Any]) -> Any:
     return ppo_config(run, weights, functions=functions, training=training)
 
 
-def _preference(method: str, run: Path, weights: Path, settings: dict[str, Any]) -> Any:
+def _preference(method: str, run: Path, weights: Path, settings: dict[str, Any], **sections: Any) -> Any:
     rows = thumbs(40) if method == "kto" else None
     training = {"learning_rate": 0.05, "num_epochs": 2, **settings}
-    return preference_config(run, weights, method, rows=rows, training=training)
+    return preference_config(run, weights, method, rows=rows, training=training, **sections)
+
+
+# One prompt more than two processes, so that their parts differ.
+_ANSWERS: dict[str, Any] = {
+    "evaluation": {"prompts": 3, "judge": "preference_runs:length_of", "reference_copy": True},
+    "generation": {"max_new_tokens": 6},
+}
 
 
 _MADE: Mapping[str, Any] = {
@@ -104,6 +111,7 @@ _MADE: Mapping[str, Any] = {
     "reward_model": _reward_model,
     "dpo": partial(_preference, "dpo"),
     "kto": partial(_preference, "kto"),
+    "dpo with answers": partial(_preference, "dpo", **_ANSWERS),
     "ppo": _ppo,
 }
 METHODS = tuple(_MADE)

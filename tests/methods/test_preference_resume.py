@@ -15,6 +15,7 @@ from loopos.config.methods import method_row
 from loopos.storage.events import fingerprint, read
 from loopos.training.progress import RunProgress
 
+_LORA = {"trainable": "lora", "lora": {"rank": 4, "dropout": 0.1}}
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "full": ("dpo", {}),
     # Plain LoRA: test_kill_and_resume.py.
@@ -22,6 +23,7 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "kto": ("kto", {}),
     "moving reference": ("dpo", {"precision": "bf16"}),
     "online": ("dpo", {"trainable": "lora", "lora": {"rank": 4}, "num_epochs": 6}),
+    "answers": ("dpo", {**_LORA, "metric": "win_rate"}),
 }
 SECTIONS: dict[str, dict[str, Any]] = {
     "moving reference": {"preference": {"sync_reference": {"every": 3, "alpha": 0.6}}},
@@ -31,15 +33,24 @@ SECTIONS: dict[str, dict[str, Any]] = {
         "reward": {"functions": [{"name": "preference_runs:length_of"}]},
         "preference": {"sync_reference": {"every": 4, "alpha": 0.5}},
     },
+    "answers": {
+        "evaluation": {"prompts": 5, "judge": "preference_runs:length_of"},
+        "generation": {"max_new_tokens": 6},
+    },
 }
 
 
 def bits_of(run: Path) -> dict[str, str]:
-    """SHA-256 of the last checkpoint, the exported model, the cached reference and the metrics."""
+    """SHA-256 of the last checkpoint, the exported model, the cached reference, the answers and the metrics."""
     last = max((run / "checkpoints").glob("step-*"))
     files = [*sorted(last.glob("*.safetensors")), run / "model" / "model.safetensors"]
     files += sorted((run / "reference").glob("*"))
-    return {**{f"{f.parent.name}/{f.name}": digest(f) for f in files}, "metrics": fingerprint(run / "events.jsonl")}
+    answers = {f.name: digest(f) for f in run.glob("samples.jsonl")}
+    return {
+        **{f"{f.parent.name}/{f.name}": digest(f) for f in files},
+        **answers,
+        "metrics": fingerprint(run / "events.jsonl"),
+    }
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -62,6 +73,7 @@ def test_killed_at_random_moments(variant: str, pico_folder: Path, tmp_path: Pat
     expected = bits_of(tmp_path / "whole")
     assert sum(event["event"] == "step" for event in read(tmp_path / "whole" / "events.jsonl")) >= 16
     assert any("reference/" in name for name in expected) == (variant in ("full", "kto"))
+    assert any("samples" in name for name in expected) == (variant == "answers")
     config = build("killed")
     check_kills_leave_no_trace(
         lambda: train(config, resume=True), tmp_path / "killed", bits_of, expected,

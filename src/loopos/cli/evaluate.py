@@ -2,7 +2,8 @@
 
 Prints tables or one JSON object; progress goes to standard error. A model with a head: metrics, figures of each class,
 and with -o every row, most confident mistakes first. A language model on rows: accuracy of answers to problems, and the
-loss of rows, measured by `language_report`; with -o one record per problem. Rows that exceed the model's positions are
+loss of rows, measured by `language_report`; with -o one record per problem. Comparisons, and reward models, are left to
+`evaluate_comparisons`. Rows that exceed the model's positions are
 dropped and counted by reason; a row that one metric cannot use can still count for another.
 """
 
@@ -19,6 +20,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from loopos.cli import evaluate_comparisons
 from loopos.cli.answers import (
     confusion_table,
     json_lines,
@@ -61,6 +63,7 @@ from loopos.cli.sampling_options import (
 )
 from loopos.config.diagnostics import MissingRequirement, UserError, printable_json
 from loopos.config.figures import as_time
+from loopos.config.paths import expanded
 
 if TYPE_CHECKING:
     from loopos.config.keys import Strategy
@@ -71,7 +74,10 @@ if TYPE_CHECKING:
 METRICS = ("accuracy", "loss", "perplexity")
 OF_TEXT = ("window", "stride")
 """Options that apply only to plain text."""
-_OF_LANGUAGE = ("metric", "strategy", "samples", "pass_k", "checker", "limit", "output", "precision", *OF_TEXT)
+_OF_LANGUAGE = (
+    *("metric", "strategy", "samples", "pass_k", "checker", "reference", "limit", "output", "precision"),
+    *OF_TEXT,
+)
 _OF_TASKS = ("task_folder", "num_fewshot", "chat")
 _LINE_EVERY_SECONDS = 10.0
 _MOST_CLASSES_ON_SCREEN = 30
@@ -106,6 +112,15 @@ class EvaluateOptions:
     )
     sampling: Annotated[SamplingOptions, Subset(("temperature", "top_k", "top_p", "max_new_tokens", "seed"))]
     limits: StepOptions
+    reference: Annotated[
+        str | None,
+        typer.Option(
+            "--reference",
+            metavar="MODEL",
+            help="For comparisons: reference of a policy's implicit rewards, or none; default: where its run began.",
+            parser=expanded,
+        ),
+    ] = None
     limit: Limit = None
     window: Window = None
     stride: Stride = None
@@ -155,6 +170,21 @@ class EvaluateOptions:
         others = (*self.sampling.changed(), *self.limits.changed())
         return self.changed(_OF_LANGUAGE) + [option(name) for name in others]
 
+    def of_comparisons(self) -> evaluate_comparisons.ComparisonOptions:
+        """Those that apply to comparisons, and the names of all that were used."""
+        return evaluate_comparisons.ComparisonOptions(
+            of_language=self.language(),
+            reference=self.reference,
+            limit=self.limit,
+            output=self.output,
+            report=self.report,
+            skip_bad_rows=self.skip_bad_rows,
+            device=self.device,
+            precision=self.precision,
+            json=self.json,
+            verbose=self.verbose,
+        )
+
 
 def run(location: Model, options: EvaluateOptions, source: Data = None) -> int:
     """Measures and prints. Raises `UserError`."""
@@ -163,20 +193,25 @@ def run(location: Model, options: EvaluateOptions, source: Data = None) -> int:
     refuse([f"{name}: only for tasks; add --tasks" for name in options.changed(_OF_TASKS)])
     if source is None:
         raise UserError("got no data; expected a data file, or --tasks with names of lm-eval tasks")
-    from loopos.cli.opened_models import is_task_model, refuse_reward_model
+    from loopos.cli.opened_models import is_task_model
     from loopos.data.rows import is_plain_text
     from loopos.models.resolve import resolve_trained
 
     columns, rules = parse_columns(options.columns), text_rules(options.encoding)
     # A hub id is looked up once the options are known to be right.
     model = resolve_trained(location, looks_up=False)
+    if model.kind == "reward":
+        return evaluate_comparisons.run(model, source, columns, rules, options.of_comparisons())
     if not is_task_model(model):
-        refuse([f"--report: only for models with a head; {location} is a language model"] * bool(options.report))
         # Running text, by its content or because an option for text was used.
-        if options.changed(OF_TEXT) or is_plain_text(source, rules):
+        is_text = bool(options.changed(OF_TEXT)) or is_plain_text(source, rules)
+        if not is_text and evaluate_comparisons.applies_to(source, columns, rules, options.of_comparisons()):
+            return evaluate_comparisons.run(model, source, columns, rules, options.of_comparisons())
+        problem = f"--report: only for models with a head and for comparisons; {location} is a language model"
+        refuse([problem] * bool(options.report))
+        if is_text:
             return _run_on_text(model, source, rules, options)
         return _run_on_language_rows(model, source, columns, rules, options)
-    refuse_reward_model(model)
     idle = [name for name in options.language() if name != "--output"]
     refuse([f"{name}: only for language models; {location} is a model with a head" for name in idle])
     return _run_on_head(model, source, columns, rules, options)

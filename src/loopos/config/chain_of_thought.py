@@ -130,6 +130,10 @@ class ChainOfThoughtConfig(SftConfig):
     def generates(self) -> bool:
         return self.validates and self.evaluation.problems > 0
 
+    @property
+    def num_generated(self) -> int:
+        return self.evaluation.problems * self.generation.chains
+
     def check(self) -> Iterator[Problem]:
         yield from super().check()
         yield from _check_step_format(self.data)

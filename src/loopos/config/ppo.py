@@ -24,6 +24,7 @@ from loopos.config.rl import (
     PpoTrainingSection,
     RolloutEngineSection,
     RolloutSection,
+    check_judge,
     check_reward,
     check_rollout,
     rollout_effects,
@@ -151,13 +152,6 @@ class PpoConfig(MethodConfig):
             notes.append("evaluation.judge is data.reward_model: it cannot detect that the reward model is exploited")
         source = data.prompts or data.training_data
         return notes + validation_notes(training, data, source, validates=self.validates)
-
-
-def check_judge(evaluation: PpoEvaluationSection) -> Iterator[Problem]:
-    """Check the folder of another reward model."""
-    if evaluation.judge is not None and not evaluation.judge_is_function:
-        for problem in check_reward_model("evaluation.judge", evaluation.judge):
-            yield Problem(problem.fields, problem.actual, f'"module:function", or {problem.expected}', problem.hint)
 
 
 def _check_answers(config: PpoConfig) -> Iterator[Problem]:

@@ -23,7 +23,14 @@ from loopos.config.preferences import (
 )
 from loopos.config.registry import choices, did_you_mean
 from loopos.config.reward_model import EXAMPLE_LINES, EXAMPLE_ROW, PreferenceDataSection
-from loopos.config.rl import OnlineSection, PpoRewardSection, check_reward
+from loopos.config.rl import (
+    OnlineSection,
+    PpoRewardSection,
+    PreferenceEvaluationSection,
+    ResponseSection,
+    check_judge,
+    check_reward,
+)
 from loopos.config.sections import (
     ComputationSection,
     DistributedSection,
@@ -35,9 +42,11 @@ from loopos.config.sections import (
 )
 from loopos.config.variants import LOSSES, PREFERENCE
 
-PreferenceMetric = Annotated[Literal["loss", "accuracy", "reward_margin"], MAY_BE_OWN, AS_IT_IS]
-"""Validation metrics: the loss, the share of pairs whose chosen response has the larger implicit reward, and the mean
-difference of the rewards."""
+JUDGED_METRICS = ("win_rate", "judge")
+"""Validation metrics of generated answers."""
+PreferenceMetric = Annotated[Literal["loss", "accuracy", "reward_margin", "win_rate", "judge"], MAY_BE_OWN, AS_IT_IS]
+"""Validation metrics: the loss, the share of pairs whose chosen response has the larger implicit reward, the mean
+difference of the rewards; and of generated answers the win rate against the start and the judge's mean score."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -215,6 +224,12 @@ class PreferenceConfig(MethodConfig):
     reward: PpoRewardSection = Field(
         default_factory=PpoRewardSection, description="with online, the reward that compares answers"
     )
+    generation: ResponseSection = Field(
+        default_factory=ResponseSection, description="how answers to validation prompts are sampled"
+    )
+    evaluation: PreferenceEvaluationSection | None = Field(
+        default=None, description="answers to validation prompts while training; null generates none"
+    )
     distributed: DistributedSection = Field(
         default_factory=DistributedSection, description="how the run is distributed over processes"
     )
@@ -257,8 +272,8 @@ class PreferenceConfig(MethodConfig):
     @property
     def caches_reference(self) -> bool:
         """Whether the reference's log-probabilities are computed once and kept."""
-        chosen, by_adapter = self.preference.reference, self.training.trainable == "lora" and not self.trains_rows
-        cached = chosen == "cached" or (chosen == "auto" and not by_adapter)
+        chosen = self.preference.reference
+        cached = chosen == "cached" or (chosen == "auto" and not self.starts_without_adapters)
         return self.needs_reference and not self.copies_reference and cached
 
     @property
@@ -270,6 +285,24 @@ class PreferenceConfig(MethodConfig):
     def validates(self) -> bool:
         """Whether validation ever runs."""
         return self.data.has_validation and self.training.validate_every != "never"
+
+    @property
+    def generates(self) -> bool:
+        return self.validates and self.evaluation is not None
+
+    @property
+    def num_generated(self) -> int:
+        return 0 if self.evaluation is None else self.evaluation.prompts
+
+    @property
+    def copies_start(self) -> bool:
+        section = self.evaluation if self.generates else None
+        return section is not None and section.reference_copy and not self.starts_without_adapters
+
+    @property
+    def starts_without_adapters(self) -> bool:
+        """Whether the model without its adapters is the one that training starts from."""
+        return self.training.trainable == "lora" and not self.trains_rows
 
     def check(self) -> Iterator[Problem]:
         model, training, data = self.model, self.training, self.data
@@ -299,6 +332,7 @@ class PreferenceConfig(MethodConfig):
         if self.weighs_pairs and ranked:
             hint = "it compares ranks of all pairs of a step, among which a weight has no pair"
             yield Problem(("preference.wpo", "preference.loss"), f'true with the loss "{ranked[0]}"', "false", hint)
+        yield from _check_answers(self)
         if self.preference.reference == "adapter" and training.trainable != "lora":
             fields = ("preference.reference", "training.trainable")
             yield Problem(fields, f'"adapter" with trainable {training.trainable}', 'trainable "lora", or "cached"')
@@ -367,6 +401,8 @@ class PreferenceConfig(MethodConfig):
             if checks.same_path(path, data.output_dir):
                 fields = ("data.output_dir", field)
                 yield Problem(fields, f'"{data.output_dir}", the folder of the reward model', "another folder")
+        if self.evaluation is not None:
+            yield from check_judge(self.evaluation)
 
     def _effects(self) -> dict[str, tuple[bool, str]]:
         """Key of `preference` → whether it has an effect, and why not. A loss of the user may read every key."""
@@ -397,9 +433,43 @@ class PreferenceConfig(MethodConfig):
 
     def notes(self) -> list[str]:
         data, training = self.data, self.training
-        effects = {**checks.effects(training), **text_effects(data), **self._effects()}
+        effects = {**checks.effects(training), **text_effects(data), **self._effects(), **_answer_effects(self)}
         notes = checks.without_effect(self, effects) + rate_notes(self, "policy")
+        if self.evaluation is not None and not self.validates:
+            notes.append("evaluation has no effect: nothing is validated, so no prompts are answered")
         source = data.preference_data or data.training_data
         if self.online is not None and self.validates and training.validate_every == "epoch":
             notes.append(f"training.validate_every is epoch: with online, after every {self.online.every} steps")
         return notes + validation_notes(training, data, source, validates=self.validates)
+
+
+def _check_answers(config: PreferenceConfig) -> Iterator[Problem]:
+    """Refuse metrics of generated answers that some validations do not measure."""
+    training, evaluation = config.training, config.evaluation
+    named = {"training.metric": training.metric}
+    if training.early_stopping is not None:
+        named["training.early_stopping.metric"] = training.early_stopping.metric
+    for field, metric in named.items():
+        if metric not in JUDGED_METRICS:
+            continue
+        if evaluation is None or evaluation.judge is None:
+            expected = "evaluation.judge, a reward model or a function that scores the answers"
+            yield Problem((field, "evaluation.judge"), f'"{metric}" without a judge', expected)
+        elif evaluation.every > 1:
+            actual = f'"{metric}", which is not part of every validation'
+            yield Problem((field, "evaluation.every"), actual, "evaluation.every 1")
+        if metric == "win_rate" and not training.validate_at_start:
+            actual = '"win_rate" without the answers of the start'
+            yield Problem((field, "training.validate_at_start"), actual, "training.validate_at_start true")
+
+
+def _answer_effects(config: PreferenceConfig) -> dict[str, tuple[bool, str]]:
+    """Keys of generated answers that may have no effect → whether they have one, and the reason if not."""
+    unanswered = (config.generates, "no validation prompts are answered (there is no section evaluation)")
+    return {
+        **{f"generation.{key}": unanswered for key in ("max_new_tokens", "temperature", "top_k", "top_p", "stop")},
+        "evaluation.reference_copy": (
+            not config.starts_without_adapters,
+            "with lora the start is the model without its adapters",
+        ),
+    }

@@ -26,7 +26,7 @@ from loopos.config.keys import (
     VariantName,
     Warmup,
 )
-from loopos.config.preferences import PreferenceTextSection
+from loopos.config.preferences import PreferenceTextSection, check_reward_model
 from loopos.config.sections import EarlyStoppingSection, LanguageTrainingSection
 from loopos.config.variants import ALGORITHMS, REWARDS
 
@@ -138,12 +138,9 @@ class PpoTrainingSection(LanguageTrainingSection):
         return self.kl_estimator or ("k2" if self.kl_in == "loss" else "k1")
 
 
-class RolloutSection(Section):
-    """How responses are generated."""
+class ResponseSection(Section):
+    """How a policy's responses are sampled."""
 
-    responses_per_prompt: Count = Field(
-        default=1, description="responses to each prompt of an iteration; training.batch_size counts responses"
-    )
     max_new_tokens: Count = Field(default=64, description="longest response (tokens)")
     temperature: AboveZero = Field(default=1.0, description="divisor of the logits of policy and reference")
     top_k: Count | None = Field(default=None, description="sample from the k most likely tokens; null is all")
@@ -151,6 +148,14 @@ class RolloutSection(Section):
         default=1.0, description="sample from the smallest set of tokens with this total probability"
     )
     stop: list[Text] = Field(default=[], description="texts that end a response, besides the end token")
+
+
+class RolloutSection(ResponseSection):
+    """How responses are generated."""
+
+    responses_per_prompt: Count = Field(
+        default=1, description="responses to each prompt of an iteration; training.batch_size counts responses"
+    )
     missing_end_penalty: ZeroOrMore | None = Field(
         default=None, description="subtracted from the score of a response without its end (reward); null is none"
     )
@@ -251,8 +256,8 @@ class GuardSection(Section):
     stop: bool = Field(default=False, description="stop training at an alert")
 
 
-class PpoEvaluationSection(Section):
-    """How the policy is evaluated while training."""
+class JudgedAnswersSection(Section):
+    """How a policy's answers to validation prompts are judged while training."""
 
     prompts: Annotated[int, Field(ge=0)] = Field(
         default=64, description="validation prompts to answer; 0 is no validation"
@@ -260,16 +265,45 @@ class PpoEvaluationSection(Section):
     judge: Location | None = Field(
         default=None, description='independent scorer: "module:function", or the folder of another reward model'
     )
-    best_of: list[Count] = Field(default=[], description="compare with best-of-n of the initial policy, for these n")
-    kl_limit: AboveZero | None = Field(
-        default=None, description="KL (nats a response) above which a checkpoint is never the best; null is none"
-    )
     samples: Count = Field(default=3, description="prompts whose answers before and after are shown in the report")
 
     @property
     def judge_is_function(self) -> bool:
         """Whether the judge is a function rather than a reward model."""
         return self.judge is not None and re.fullmatch(_FUNCTION, self.judge) is not None
+
+
+class PpoEvaluationSection(JudgedAnswersSection):
+    """How the policy is evaluated while training."""
+
+    best_of: list[Count] = Field(default=[], description="compare with best-of-n of the initial policy, for these n")
+    kl_limit: AboveZero | None = Field(
+        default=None, description="KL (nats a response) above which a checkpoint is never the best; null is none"
+    )
+
+
+class PreferenceEvaluationSection(JudgedAnswersSection):
+    """Which validation prompts a policy of preference optimization answers, and who judges the answers."""
+
+    prompts: Count = Field(default=64, description="distinct validation prompts to answer")
+    judge: Location | None = Field(
+        default=None,
+        description='scorer of the answers: "module:function", or the folder of a reward model; null measures no win '
+        "rate",
+    )
+    every: Count = Field(default=1, description="answer the prompts in every n-th validation")
+    kl_report: KlEstimator = Field(default="k1", description="estimator of the KL to the start that is logged")
+    reference_copy: bool = Field(
+        default=False,
+        description="hold a second copy of the weights, those of the start, to measure the KL where all weights train",
+    )
+
+
+def check_judge(evaluation: JudgedAnswersSection) -> Iterator[Problem]:
+    """Check the folder of another reward model."""
+    if evaluation.judge is not None and not evaluation.judge_is_function:
+        for problem in check_reward_model("evaluation.judge", evaluation.judge):
+            yield Problem(problem.fields, problem.actual, f'"module:function", or {problem.expected}', problem.hint)
 
 
 class RolloutEngineSection(Section):

@@ -14,7 +14,7 @@ from pydantic import Field
 
 from loopos.config.diagnostics import Problem
 from loopos.config.keys import Count, Location
-from loopos.config.ppo import EXAMPLE_PROMPT, PpoConfig, check_judge
+from loopos.config.ppo import EXAMPLE_PROMPT, PpoConfig
 from loopos.config.preferences import RewardSection, check_text_files
 from loopos.config.reward_model import (
     EXAMPLE_LINES,
@@ -31,6 +31,7 @@ from loopos.config.rl import (
     PpoTrainingSection,
     RolloutEngineSection,
     RolloutSection,
+    check_judge,
 )
 from loopos.config.sections import ComputationSection, DistributedSection, LanguageModelSection, MethodConfig
 

@@ -336,6 +336,16 @@ class MethodConfig(Section):
         """Whether validation generates answers."""
         return False
 
+    @property
+    def num_generated(self) -> int:
+        """Answers that a validation generates at most."""
+        return 0
+
+    @property
+    def copies_start(self) -> bool:
+        """Whether a run of one model holds a second copy of its weights, those of the start."""
+        return False
+
     def check(self) -> Iterator[Problem]:
         """Contradictions between keys."""
         return iter(())

@@ -71,6 +71,11 @@ class AnswerBatch:
     def num_tokens(self) -> int:
         return self.layout.num_tokens
 
+    @property
+    def lengths(self) -> Tensor:
+        """Tokens of each answer, `[N]` fp32."""
+        return self.per_answer(torch.ones(len(self.targets), device=self.ids.device))
+
     def per_answer(self, values: Tensor) -> Tensor:
         """Sums of values `[M]` by answer, `[N]` fp32."""
         total = torch.zeros(len(self.rows), dtype=torch.float32, device=values.device)

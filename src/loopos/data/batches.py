@@ -8,7 +8,7 @@ device supports it.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
 from typing import Generic, Protocol, TypeVar
@@ -214,9 +214,12 @@ class StepBatches(Generic[BatchT]):
 
 @dataclass(frozen=True)
 class DerivedBatches(Generic[BatchT]):
-    """The steps of `batches`; a subclass overrides `step` to add what a step needs before its losses, or `after`."""
+    """The steps of `batches`; a subclass overrides `step` to add what a step needs before its losses, or `after`.
+    observe: takes the named means of each step.
+    """
 
     batches: StepSource[BatchT]
+    observe: Callable[[Mapping[str, float]], None] = field(default=lambda losses: None, kw_only=True)
 
     @property
     def num_rows(self) -> int:
@@ -240,6 +243,7 @@ class DerivedBatches(Generic[BatchT]):
 
     def after(self, cursor: Cursor, losses: Mapping[str, float]) -> Cursor:
         """The cursor of the next step."""
+        self.observe(losses)
         return self.batches.after(cursor, losses)
 
 

@@ -82,6 +82,26 @@ def check_supervised(
     _check_one(source, _supervised(columns, remembered), rules)
 
 
+def check_comparisons(source: str, columns: Mapping[str, str], rules: TextRules = PLAIN_RULES) -> None:
+    """Raises `DataError` where a source lacks the columns of comparisons."""
+    _check_one(source, _preferences(columns), rules)
+
+
+def holds_comparisons(source: str, columns: Mapping[str, str], rules: TextRules = PLAIN_RULES) -> bool:
+    """Whether the first rows of a source are comparisons; False for rows that cannot be read, which the check of what
+    they are taken for reports.
+    """
+    try:
+        reader = read(source, rules=rules)
+        if reader.location.kind != "files":
+            return False
+        with closing(_rows(reader)) as rows:
+            sample = list(itertools.islice(rows, _SAMPLE))
+    except DataError:
+        return False
+    return bool(sample) and _problem(sample, _preferences(columns)) is None
+
+
 def _check_one(source: str, detect: Detect, rules: TextRules) -> None:
     diagnostics = _diagnostics(source, lambda: read(source, rules=rules), detect)
     if diagnostics:

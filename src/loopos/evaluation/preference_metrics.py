@@ -95,6 +95,14 @@ def preference_metrics(
     return metrics
 
 
+def brier_score(better: ArrayLike, worse: ArrayLike, probabilities: ArrayLike | None = None) -> float:
+    """Mean of (σ(Δ) − p)² of the scores `better` [P] and `worse` [P] (Brier 1950); 0.25 is knowing nothing.
+    `probabilities` [P]: p, default 1. Raises ValueError on empty, non-finite or misshapen input.
+    """
+    high, low = _scores(better, worse)
+    return float(((_sigmoid(high - low) - _chances(probabilities, len(high))) ** 2).mean())
+
+
 def margin_buckets(
     better: ArrayLike, worse: ArrayLike, margins: ArrayLike, *, edges: ArrayLike | None = None
 ) -> list[Bucket]:

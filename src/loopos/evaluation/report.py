@@ -46,7 +46,7 @@ def samples_blocks(run: RunFolder) -> list[Block]:
     steps = sorted({each["step"] for each in records})
     if not steps:
         return []
-    shown = run.config.get("evaluation", {}).get("samples")
+    shown = (run.config.get("evaluation") or {}).get("samples")
     most = shown if isinstance(shown, int) and shown > 0 else _SHOWN
     first, last = ([each for each in records if each["step"] == step] for step in (steps[0], steps[-1]))
     title = "Answers before and after" if steps[0] == 0 and len(steps) > 1 else "Answers"
@@ -60,13 +60,13 @@ def samples_blocks(run: RunFolder) -> list[Block]:
         reference = _first_of(record, "reference", "expected", "wanted")
         if reference:
             rows.append(("in the data", "", _short(reference)))
-        named = next((name for name in ("reward", "is_right") if name in record), "")
+        named = next((name for name in ("reward", "is_right", "judge") if name in record), "")
         parts.append(Grid(("", named, "answer"), rows))
     return parts
 
 
 def _row(name: str, record: Mapping[str, Any]) -> tuple[str, str, str]:
-    reward, right = number(record.get("reward")), record.get("is_right")
+    reward, right = number(record.get("reward", record.get("judge"))), record.get("is_right")
     scored = figure(reward) if reward is not None else {True: "right", False: "wrong"}.get(right, "")  # type: ignore[arg-type]
     return name, scored, _short(_first_of(record, "response", "text", "answer"))
 
@@ -116,6 +116,7 @@ def report_blocks(run: RunFolder) -> list[Block]:
     parts = opening(run)
     if validations:
         parts += [Heading("Validation"), _against_start(run, validations), *_validation_table(validations)]
+    parts += _notes(run.events)
     policy = policy_blocks(run)
     curves = _curves(steps, [] if policy else validations)
     if curves:
@@ -167,6 +168,12 @@ def _validation_table(validations: Sequence[Event]) -> list[Block]:
         parts.append(Paragraph(f"{len(listed)} of {len(validations)} validations."))
     meanings = [f"{name}: {METRIC_MEANING[name]}" for name in names if name in METRIC_MEANING]
     return [*parts, Paragraph(f"{'. '.join(meanings)}.")] if meanings else parts
+
+
+def _notes(events: Sequence[Event]) -> list[Block]:
+    """What the run noted about itself, at which step."""
+    found = [f"Step {each['step']}: {each['metrics']['message']}." for each in events if each["event"] == "note"]
+    return [Heading("Notes"), *map(Paragraph, found)] if found else []
 
 
 def _cell(value: float | None) -> str:

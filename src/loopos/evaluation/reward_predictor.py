@@ -19,7 +19,7 @@ from loopos.data.batches import ComparisonRows, PackedRows, in_order, in_step
 from loopos.data.conversations import ASSISTANT, Message
 from loopos.data.decoding import PLAIN_RULES, TextRules
 from loopos.data.preference_tokens import EncodedComparison, encode_comparisons
-from loopos.data.preferences import Comparison
+from loopos.data.preferences import Comparison, read_comparisons
 from loopos.data.prompts import PromptContent
 from loopos.data.prompts import prompt_text as text_of
 from loopos.data.responses_to_score import read_responses
@@ -27,6 +27,7 @@ from loopos.data.rows import Row
 from loopos.data.supervised_tokens import OverLength, RowPolicy
 from loopos.data.templates import ChatTemplate
 from loopos.data.tokens import Encoded
+from loopos.evaluation.comparison_judgment import ComparisonJudgment
 from loopos.evaluation.outputs import NonFiniteOutputs
 from loopos.evaluation.preference_report import measured
 from loopos.functional.packing import PackedLayout
@@ -180,6 +181,35 @@ class RewardPredictor:
         examples, _ = read_responses(reader, columns, as_text=bool(self.opened.description["text"]))
         return self.score(examples, on_bad_row=on_bad_row)
 
+    def judge_comparisons(
+        self,
+        source: str,
+        columns: Mapping[str, str],
+        *,
+        max_rows: int | None = None,
+        on_bad_row: Literal["error", "skip"] = "error",
+        rules: TextRules = PLAIN_RULES,
+    ) -> ComparisonJudgment:
+        """The comparisons of a file, measured. Rows over the model's maximum length are dropped and counted. Raises
+        `DataError`, also for rows without preferences.
+        """
+        reader = rows.read(source, max_rows=max_rows, on_bad_row=on_bad_row, rules=rules)
+        examples, found = read_comparisons(reader, columns, as_text=bool(self.opened.description["text"]))
+        encoded, tokens = encode_comparisons(
+            self.opened.tokenizer,
+            examples,
+            template=self.template,
+            max_length=self.opened.description["max_length"],
+            policy=RowPolicy("drop", max_dropped_share=1.0, on_bad_row=on_bad_row),
+        )
+        raw = comparison_scores(self.model, self._rows(encoded))
+        scores = [self._normalized(raw[position]) for position in range(len(encoded))]
+        return ComparisonJudgment(examples, encoded, scores, "score", {**found.dropped, **tokens.dropped})
+
+    def _normalized(self, raw: Sequence[Sequence[float]]) -> list[float]:
+        scores: list[float] = self.normalization(torch.tensor(raw), ensemble_penalty=self.ensemble_penalty).tolist()
+        return scores
+
     def score(self, examples: Sequence[Comparison], *, on_bad_row: Literal["error", "skip"] = "error") -> Scored:
         """Scores of the responses of rows, in order; a row longer than the model's maximum length is an error."""
         encoded, _ = encode_comparisons(
@@ -190,8 +220,7 @@ class RewardPredictor:
             policy=RowPolicy("error", on_bad_row=on_bad_row),
         )
         raw = comparison_scores(self.model, self._rows(encoded))
-        scores = [self.normalization(torch.tensor(raw[position]), ensemble_penalty=self.ensemble_penalty).tolist()
-                  for position in range(len(encoded))]  # fmt: skip
+        scores = [self._normalized(raw[position]) for position in range(len(encoded))]
         is_single = all(len(example.responses) == 1 for example in examples)
         found = []
         for row, each, heads in zip(encoded, scores, (raw[position] for position in range(len(encoded))), strict=True):
@@ -257,7 +286,7 @@ class RewardPredictor:
         judged = {}
         for position, row in enumerate(encoded):
             heads = raw[position]
-            score = float(self.normalization(torch.tensor(heads), ensemble_penalty=self.ensemble_penalty)[0])
+            score = self._normalized(heads)[0]
             spread = self._spread(heads)[0] if len(heads[0]) > 1 else None
             judged[row.index] = Judged(score, spread, row.num_tokens)
         return judged

@@ -221,6 +221,16 @@ class Trainer(ABC, Generic[ConfigT]):
         best, stops = (self.metrics.direction(name, known) for name in metrics)
         return Validation(self.validate, metrics[0], best, metrics[1], stops, num_rows, digest, self.metrics.directions)
 
+    def generates_now(self) -> bool:
+        """Whether this validation generates answers, by `evaluation.every`: counted by the step, so that a resumed run
+        generates at the same validations.
+        """
+        settings, position = self.config.training, self.fit.position
+        every = settings.validate_every
+        number = position.cursor.epoch if isinstance(every, str) else position.step // every
+        is_due: bool = position.step >= self.fit.total_steps or number % self.config.evaluation.every == 0
+        return is_due
+
     def with_own_metrics(self, metrics: Mapping[str, float], predictions: Any, targets: Any) -> dict[str, float]:
         """`metrics` and those of the user's functions, the same on every process."""
         with preserve_random_states():

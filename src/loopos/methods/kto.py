@@ -9,23 +9,19 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
-import torch
-
 from loopos.data.answer_batches import AnswerBatch, AnswerRows, EncodedAnswer, with_mismatched
 from loopos.data.batches import StepBatches, in_step
 from loopos.data.digest import answers_digest
 from loopos.data.preference_data import load_thumbs
 from loopos.data.preference_tokens import PreferenceEncoder
+from loopos.data.preferences import Comparison
 from loopos.data.reading import DataReport
 from loopos.data.thumbs import Thumbs
-from loopos.methods.base import Direction
-from loopos.methods.preference import VALIDATION_TOKENS, PreferenceTrainer
+from loopos.methods.preference import DIRECTIONS, VALIDATION_TOKENS, PreferenceTrainer
 from loopos.training.fit import Fit
 from loopos.training.identity import of_comparisons
 from loopos.training.kto import KtoBatches, KtoObjective
 from loopos.training.objectives import with_router_loss
-
-DIRECTIONS: dict[str, Direction] = {"loss": "min", "reward_margin": "max"}
 
 
 class KtoTrainer(PreferenceTrainer):
@@ -98,7 +94,9 @@ class KtoTrainer(PreferenceTrainer):
         digest = answers_digest(self.train_answers)
         return self.fit_of(
             update=self.update_of(self.model),
-            batches=self.followed(KtoBatches(batches, mismatched, self.objective, self.world)),
+            batches=self.followed(
+                KtoBatches(batches, mismatched, self.objective, self.world, observe=self.monitor.step)
+            ),
             objective=with_router_loss(self.objective, self.backbone, settings.router_aux_loss),
             validation=self.validation_of(
                 self.watched("loss"),
@@ -113,13 +111,19 @@ class KtoTrainer(PreferenceTrainer):
             method_state=self.method_state,
         )
 
-    @torch.no_grad()
-    def validate(self) -> dict[str, float]:
+    def validation_comparisons(self) -> list[tuple[list[int], Comparison, int | None]]:
+        examples: Sequence[Thumbs] = self.data.validation
+        found = []
+        for each in self.validation_answers:
+            thumbs = examples[each.index]
+            good = next((number for number, desirable in enumerate(thumbs.desirable) if desirable), None)
+            found.append((each.prompt, thumbs.comparison, good))
+        return found
+
+    def rewarded(self) -> dict[str, float]:
         """The loss and the implicit rewards of the validation answers; the baseline is taken over all of them."""
         rank, size = self.world.data_parallel
         rows, mismatched = self.validation_parts
-        was_training = self.model.training
-        self.model.eval()
         ratios: list[float] = []
         for batch, counts in in_step(mismatched, tokens=VALIDATION_TOKENS, rank=rank, world=size):
             own = self.objective.ratios(batch).tolist()
@@ -129,6 +133,5 @@ class KtoTrainer(PreferenceTrainer):
         baseline = max(0.0, sum(every) / len(every))
         batches = in_step(rows, tokens=VALIDATION_TOKENS, rank=rank, world=size)
         metrics = self.means((replace(batch, baseline=baseline), counts) for batch, counts in batches)
-        self.model.train(was_training)
         metrics["reward_margin"] = metrics["rewards_desirable"] - metrics["rewards_undesirable"]
         return metrics

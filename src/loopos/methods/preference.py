@@ -22,6 +22,7 @@ from loopos.data.batches import ComparisonRows, StepBatches, StepSource, in_step
 from loopos.data.digest import comparisons_digest
 from loopos.data.preference_data import PreferenceData, load_comparisons, load_prompts_to_compare
 from loopos.data.preference_tokens import EncodedComparison, PreferenceEncoder
+from loopos.data.preferences import Comparison
 from loopos.data.response_batches import PreferenceBatch, PreferenceRows
 from loopos.functional.language_loss import TokenLogprobs
 from loopos.functional.packing import PackedLayout
@@ -35,6 +36,14 @@ from loopos.models.folders import descriptions_together, export_language_model
 from loopos.models.language_model import LanguageModel
 from loopos.models.load import NUMBER_FORMATS
 from loopos.rl.collector import Collector, sampling_of
+from loopos.rl.preference_check import (
+    GeneratedAnswers,
+    GeneratingPolicy,
+    PreferenceState,
+    ValidationPrompts,
+    start_copy,
+)
+from loopos.rl.preference_monitor import PreferenceMonitor
 from loopos.rl.preference_rounds import OnlineSources, RoundBatches, RoundWriter, plan_of
 from loopos.rl.rewards import Rewards
 from loopos.rl.roles import Reference, cast_frozen, ensemble_of, without_dropout
@@ -44,11 +53,18 @@ from loopos.training.fit import Fit, RunPlan
 from loopos.training.identity import of_comparisons
 from loopos.training.objectives import with_router_loss
 from loopos.training.preference_objective import PreferenceBatches, PreferenceObjective, ranked
+from loopos.training.progress import write_samples
 from loopos.training.reference import FollowedBatches, ReferenceCache, ReferenceCopy, cached_logprobs
 from loopos.training.run_state import MethodState, MethodStates
 from loopos.training.validation import Validation
 
-DIRECTIONS: dict[str, Direction] = {"loss": "min", "accuracy": "max", "reward_margin": "max"}
+DIRECTIONS: dict[str, Direction] = {
+    "loss": "min",
+    "accuracy": "max",
+    "reward_margin": "max",
+    "win_rate": "max",
+    "judge": "max",
+}
 # Tokens of one forward pass of validation.
 VALIDATION_TOKENS = 2048
 
@@ -110,6 +126,7 @@ class PreferenceTrainer(Trainer[PreferenceConfig]):
         """The policy, what trains, the number format, and where the reference comes from."""
         settings = self.config.training
         self.choose_precision()
+        start = start_copy(self.pretrained, self.config, self.precision)
         language_model = LanguageModel(self.pretrained.model, attention=self.config.model.attention)
         self.backbone = backbone = language_model.backbone
         self.shares_prompts = self.device.type == "cpu" and backbone.supports_shared_prefixes
@@ -126,11 +143,33 @@ class PreferenceTrainer(Trainer[PreferenceConfig]):
         for judge in self.judges:
             without_dropout(judge.requires_grad_(False))
             cast_frozen(judge, NUMBER_FORMATS["bf16"] if self.precision == "bf16" else None)
+        frozen = [*self.judges, *([] if start is None else [start])]
         rows = self.rows_that_train(self.pretrained)
-        self.train_weights(self.model, initially_frozen=initially_frozen, frozen=self.judges, rows=rows)
+        self.train_weights(self.model, initially_frozen=initially_frozen, frozen=frozen, rows=rows)
         self.progress.say(self.trained.summary())
         self.objective = self.build_objective()
+        self.monitor, self.generated = PreferenceMonitor(self.config), self.build_answers(start)
+        self.states["validation"] = PreferenceState(self.monitor, self.generated, self.progress.warn)
         return self.model
+
+    def build_answers(self, start: LanguageModel | None) -> GeneratedAnswers | None:
+        """What validation generates; None where it generates nothing. start: a copy of the starting weights."""
+        config, rows = self.config, self.validation_comparisons()
+        if config.evaluation is None or not rows:
+            return None
+        longest = None if self.max_length is None else self.max_length - config.generation.max_new_tokens
+        prompts = ValidationPrompts.of(rows, number=config.evaluation.prompts, longest=longest)
+        stops = self.encoder.template.stop_tokens
+        policy = GeneratingPolicy(self.model.model, self.pretrained.tokenizer, tuple(stops), start)
+        with self.trained.whole():
+            answers = GeneratedAnswers(config, prompts, policy, device=self.device, world=self.world)
+        self.progress.say(answers.summary)
+        return answers
+
+    def validation_comparisons(self) -> list[tuple[list[int], Comparison, int | None]]:
+        """Of each validation row the prompt's ids, the row, and the index of the preferred response."""
+        examples = self.data.validation
+        return [(each.prompt, examples[each.index], each.pairs[0].better) for each in self.validation_rows]
 
     def reference(self) -> Callable[[Any], Tensor] | None:
         """Computes the reference's log-probabilities of a batch: by its own copy of the weights, or without the
@@ -220,7 +259,7 @@ class PreferenceTrainer(Trainer[PreferenceConfig]):
         return self.fit_of(
             plan=plan,
             update=self.update_of(self.model),
-            batches=self.followed(PreferenceBatches(batches, self.objective, self.world)),
+            batches=self.followed(PreferenceBatches(batches, self.objective, self.world, observe=self.monitor.step)),
             objective=with_router_loss(self.objective, self.backbone, settings.router_aux_loss),
             validation=self._validation() if self.validation_rows else None,
             identity=of_comparisons(self.config, learned_from, self.encoder, base=self._base()),
@@ -275,9 +314,9 @@ class PreferenceTrainer(Trainer[PreferenceConfig]):
         return FollowedBatches(batches, copied) if isinstance(copied, ReferenceCopy) and copied.every else batches
 
     @property
-    def method_state(self) -> MethodStates | None:
+    def method_state(self) -> MethodStates:
         """What a checkpoint has beyond weights and optimizer."""
-        return MethodStates(self.states) if self.states else None
+        return MethodStates(self.states)
 
     def facts(self) -> dict[str, Any]:
         """The account of rows and tokens, for the log."""
@@ -297,13 +336,34 @@ class PreferenceTrainer(Trainer[PreferenceConfig]):
 
     @torch.no_grad()
     def validate(self) -> dict[str, float]:
-        """The losses and implicit rewards of the validation comparisons."""
+        """Losses and implicit rewards of the validation rows, and metrics of generated answers; new notes are made."""
         was_training = self.model.training
         self.model.eval()
-        metrics = self.means(self._validation_batches(*self.world.data_parallel))
+        metrics = {**self.rewarded(), **self.answered()}
         self.model.train(was_training)
+        for note in self.monitor.validation(metrics):
+            self.progress.warn(f"note: {note.message}")
+            self.fit.record("note", note.as_json(), {})
+        return metrics
+
+    def rewarded(self) -> dict[str, float]:
+        """The losses and implicit rewards of the validation comparisons."""
+        metrics = self.means(self._validation_batches(*self.world.data_parallel))
         if "loss" not in metrics:
             metrics["loss"] = sum(weight * metrics[name] for name, weight in self.objective.weights.items())
+        return metrics
+
+    def answered(self) -> dict[str, float]:
+        """Metrics of answers to the validation prompts, where this validation generates some; the answers go to
+        samples.jsonl.
+        """
+        if self.generated is None or not self.generates_now():
+            return {}
+        step = self.fit.position.step
+        with self.trained.whole():
+            metrics, records = self.generated.measure(is_start=step == 0)
+        if self.world.is_first:
+            write_samples(self.run_dir / "samples.jsonl", step, records)
         return metrics
 
     def means(self, batches: Iterable[tuple[Any, bool]]) -> dict[str, float]:

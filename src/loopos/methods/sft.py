@@ -154,7 +154,7 @@ class SftTrainer(Trainer[SftConfigT]):
         samples for the report.
         """
         loss = mean_loss(NextToken(self.model), self.validation_rows, device=self.device, world=self.world)
-        if self.answers is None or not self._generates_now():
+        if self.answers is None or not self.generates_now():
             return {"loss": loss}
         with self.trained.whole():
             metrics, records = self.generated(self.answers)
@@ -168,13 +168,6 @@ class SftTrainer(Trainer[SftConfigT]):
         """Metrics of generated answers, and the answers for samples.jsonl; the same on every process."""
         world = self.world
         return {}, answers.samples(self.chats, shard=world.data_parallel, gather=world.gather_data_parallel)
-
-    def _generates_now(self) -> bool:
-        """Counted by the step, so that a resumed run generates at the same validations."""
-        settings, position = self.config.training, self.fit.position
-        every = settings.validate_every
-        number = position.cursor.epoch if isinstance(every, str) else position.step // every
-        return position.step >= self.fit.total_steps or number % self.config.evaluation.every == 0
 
     def exported(self) -> LanguageModel:
         return self.model

@@ -148,7 +148,7 @@ def check_same_tokens(policy: PreTrainedTokenizerBase, other: PreTrainedTokenize
     if policy.get_vocab() != other.get_vocab():
         raise UserError(
             f"{key}: its tokenizer has other tokens than the policy's ({len(other)} and {len(policy)}); expected a "
-            "reward model trained from weights with the policy's tokenizer"
+            "model trained from weights with the policy's tokenizer"
         )
 
 

@@ -288,6 +288,8 @@ def storage(
         reloads_best=has_best,
         merges=training.trainable == "lora",
     )
+    if config.copies_start:
+        memory["reference"] = memory["weights"]
     if work.head is None:
         memory["buffers"] = max(memory["buffers"], generation_bytes(config, model, longest, 2 if half else 4))
         memory["logits"] = estimate.logit_bytes(
@@ -314,18 +316,23 @@ def storage(
 
 
 def generation_bytes(config: Any, model: Model, longest: int, number_bytes: int) -> int:
-    """Keys and values while validation answers problems, or the policy writes the answers of a round; they use the
-    memory that training's buffers have freed.
+    """Keys and values while validation generates answers, or the policy writes those of a round; they use the memory
+    that training's buffers have freed.
     """
+    generated: list[tuple[int, int]] = []
     if isinstance(config, PreferenceConfig) and config.online is not None:
         answers = preference_rounds.plan_of(config, num_prompts=1, rank=0, world=1).batch_size
-        rows, columns = min(_GENERATED_TOGETHER, answers), longest
-    elif config.generates:
-        rows, columns = generated_rows(config), longest + config.generation.max_new_tokens
-    else:
-        return 0
-    return estimate.cache_bytes(
-        model.shape, layers=model.num_layers, rows=rows, columns=columns, number_bytes=number_bytes
+        generated.append((min(_GENERATED_TOGETHER, answers), longest))
+    if config.generates:
+        generated.append((generated_rows(config), longest + config.generation.max_new_tokens))
+    return max(
+        (
+            estimate.cache_bytes(
+                model.shape, layers=model.num_layers, rows=rows, columns=columns, number_bytes=number_bytes
+            )
+            for rows, columns in generated
+        ),
+        default=0,
     )
 
 
@@ -340,8 +347,8 @@ def reward_parameters(config: PreferenceConfig) -> int:
 
 
 def generated_rows(config: Any) -> int:
-    """Chains that validation generates together."""
-    return min(_GENERATED_TOGETHER, int(config.evaluation.problems) * int(config.generation.chains))
+    """Answers that validation generates together."""
+    return min(_GENERATED_TOGETHER, int(config.num_generated))
 
 
 def largest_batch(batches: StepBatches[Batch]) -> tuple[int, int]:

@@ -12,12 +12,12 @@ import statistics
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from types import MappingProxyType
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from loopos.config.rl import RolloutSection
+from loopos.config.rl import ResponseSection
 from loopos.data.batches import in_order
 from loopos.data.preference_tokens import Origin
 from loopos.evaluation.outputs import NonFiniteOutputs
@@ -35,7 +35,7 @@ from loopos.generation.completions import decoded
 from loopos.generation.settings import SamplingParams
 from loopos.rl.experience import ResponseRows, ReusedForward
 from loopos.rl.rewards import Response, Rewards
-from loopos.rl.roles import Roles
+from loopos.rl.roles import ActorCritic, Reference
 from loopos.rl.workers.protocol import Request, RolloutEngine
 
 # Tokens per forward pass without gradients.
@@ -44,9 +44,10 @@ _TOKENS = 2048
 
 @dataclass(frozen=True)
 class Rollout:
-    """One response. `score`: Σ of the weighted rewards; `parts`: its terms. `[L]` on CPU: `logprobs` (current policy),
-    `engine_logprobs` (from generation), `entropies` (nats), and `reference_logprobs` and `values` where the run has a
-    reference and a critic. `staleness`: number of iterations by which the generating policy is older.
+    """One response. `score`: Σ of the weighted rewards, 0 without any; `parts`: its terms. `[L]` on CPU: `logprobs`
+    (current policy), `engine_logprobs` (from generation), `entropies` (nats), and `reference_logprobs` and `values`
+    where the run has a reference and a critic. `staleness`: number of iterations by which the generating policy is
+    older.
     """
 
     response: Response
@@ -76,24 +77,33 @@ class ScoredResponse:
     parts: dict[str, float]
 
 
+class Models(Protocol):
+    """The policy, with a value model or without, and what its KL is measured to."""
+
+    @property
+    def actor_critic(self) -> ActorCritic: ...
+    @property
+    def reference(self) -> Reference | None: ...
+
+
 class Collector:
     """Generates and scores responses with the current models."""
 
     def __init__(
         self,
         engine: RolloutEngine,
-        roles: Roles | None,
-        rewards: Rewards,
+        roles: Models | None,
+        rewards: Rewards | None,
         *,
         device: torch.device,
         origins: Mapping[tuple[int, ...], Origin] = MappingProxyType({}),
         reused: ReusedForward | None = None,
         gather: Callable[[object], list[object]] = lambda value: [value],
     ) -> None:
-        """roles: None where only `answers` and `scored_answers` are called. origins: prompt ids → the prompt's text and
-        source; without it the text is decoded from the ids. reused: stores the forward pass over an iteration's
-        responses for its first optimizer step. gather(value): the values of all ranks; the engine generates only this
-        rank's part.
+        """roles: None where only `answers` and `scored_answers` are called. rewards: None where only a judge scores.
+        origins: prompt ids → the prompt's text and source; without it the text is decoded from the ids. reused: stores
+        the forward pass over an iteration's responses for its first optimizer step. gather(value): the values of all
+        ranks; the engine generates only this rank's part.
         """
         self.engine, self.roles, self.rewards, self.device = engine, roles, rewards, device
         self._origins, self._reused, self._gather = origins, reused, gather
@@ -155,7 +165,7 @@ class Collector:
         ]
 
     def _with_scores(self, responses: Sequence[Response]) -> list[ScoredResponse]:
-        scores = self.rewards(responses)
+        scores = {"total": [0.0] * len(responses)} if self.rewards is None else self.rewards(responses)
         parts = [name for name in scores if name != "total"]
         return [
             ScoredResponse(response, scores["total"][index], {name: scores[name][index] for name in parts})
@@ -189,7 +199,7 @@ class Collector:
         return found
 
 
-def sampling_of(section: RolloutSection, *, stop_token_ids: Collection[int], seed: int) -> SamplingParams:
+def sampling_of(section: ResponseSection, *, stop_token_ids: Collection[int], seed: int) -> SamplingParams:
     """The sampling settings and stop criteria of responses."""
     return SamplingParams(
         temperature=section.temperature,
@@ -230,29 +240,34 @@ def _kl_mean(rollouts: Sequence[Rollout], estimator: KlEstimator) -> dict[str, f
 
 
 def rollout_metrics(
-    rollouts: Sequence[Rollout], *, estimator: KlEstimator, importance_cap: float | None = None
+    rollouts: Sequence[Rollout],
+    *,
+    estimator: KlEstimator,
+    importance_cap: float | None = None,
+    is_rewarded: bool = True,
 ) -> dict[str, float]:
     """Metrics of an iteration, as docs/metrics.md defines them; kl in nats per response, entropy in nats per token.
-    Raises `NonFiniteOutputs`.
+    is_rewarded: whether the scores are rewards. Raises `NonFiniteOutputs`.
     """
     mismatch = torch.cat([each.logprobs - each.engine_logprobs for each in rollouts])
     metrics = {
-        **answer_metrics(rollouts),
+        **answer_metrics(rollouts, is_rewarded=is_rewarded),
         **_kl_mean(rollouts, estimator),
         "entropy": float(torch.cat([rollout.entropies for rollout in rollouts]).mean()),
         "logprob_mismatch": float(mismatch.abs().mean()),
         **_importance(rollouts, mismatch, importance_cap),
     }
-    _require_finite(metrics, len(rollouts))
+    _require_finite(metrics, len(rollouts), is_rewarded=is_rewarded)
     return metrics
 
 
-def answer_metrics(answers: Sequence[Rollout | ScoredResponse]) -> dict[str, float]:
-    """Metrics of responses and their scores, as docs/metrics.md defines them. Raises `NonFiniteOutputs`."""
-    tokens = [answer.response.ids for answer in answers]
+def answer_metrics(answers: Sequence[Rollout | ScoredResponse], *, is_rewarded: bool = True) -> dict[str, float]:
+    """Metrics of responses and their scores, as docs/metrics.md defines them. is_rewarded: whether the scores are
+    rewards. Raises `NonFiniteOutputs`.
+    """
+    tokens, scores = [answer.response.ids for answer in answers], [answer.score for answer in answers]
     metrics = {
-        "reward": statistics.fmean(answer.score for answer in answers),
-        "reward_std": statistics.pstdev(answer.score for answer in answers),
+        **({"reward": statistics.fmean(scores), "reward_std": statistics.pstdev(scores)} if is_rewarded else {}),
         "response_length": length_mean(tokens),
         "eos_rate": statistics.fmean(answer.response.ended for answer in answers),
         "repetition": repetition(tokens),
@@ -262,18 +277,18 @@ def answer_metrics(answers: Sequence[Rollout | ScoredResponse]) -> dict[str, flo
         metrics["distinct_2"] = distinct
     for name in answers[0].parts:
         metrics[f"score_{name}"] = statistics.fmean(answer.parts[name] for answer in answers)
-    _require_finite(metrics, len(answers))
+    _require_finite(metrics, len(answers), is_rewarded=is_rewarded)
     return metrics
 
 
-def _require_finite(metrics: Mapping[str, float], number: int) -> None:
+def _require_finite(metrics: Mapping[str, float], number: int, *, is_rewarded: bool) -> None:
     """Raises `NonFiniteOutputs` for metrics of `number` responses that are not finite."""
     unusable = {name: value for name, value in metrics.items() if not math.isfinite(value)}
     if unusable:
         named = ", ".join(f"{name} is {value}" for name, value in unusable.items())
         raise NonFiniteOutputs(
-            f"metrics of {number} responses are not finite: {named}; lower training.learning_rate, "
-            "or bound the rewards with reward.score_clip"
+            f"metrics of {number} responses are not finite: {named}; lower training.learning_rate"
+            + (", or bound the rewards with reward.score_clip" if is_rewarded else "")
         )
 
 
@@ -331,22 +346,25 @@ class PolicyCheck:
 
     def measure(self, *, is_start: bool) -> tuple[dict[str, float], list[dict[str, Any]]]:
         """Metrics and one record per prompt, the same on every rank. "judge": the judge's mean score. "win_rate": the
-        fraction of prompts whose response the judge scores higher than the response before training; ties count half.
-        "reward_win_rate": the same by reward. is_start: store these responses as the baseline; without a baseline there
-        are no win rates.
+        fraction of prompts whose response the judge scores higher than the response before training, with its 95%
+        interval "win_rate_low" to "win_rate_high"; ties count half. "reward_win_rate": the same by reward. is_start:
+        store these responses as the baseline; without a baseline there are no win rates.
         """
         rollouts = self.collector(request_of(self.prompts, self.sampling))
-        metrics = rollout_metrics(rollouts, estimator=self.estimator)
+        is_rewarded = self.collector.rewards is not None
+        metrics = rollout_metrics(rollouts, estimator=self.estimator, is_rewarded=is_rewarded)
         if self.kl_limit is not None:
             metrics["reward_within_kl"] = metrics["reward"] if metrics["kl"] <= self.kl_limit else -math.inf
-        scores = {"reward": [rollout.score for rollout in rollouts]}
+        scores = {"reward": [rollout.score for rollout in rollouts]} if is_rewarded else {}
         if self.judge is not None:
             scores["judge"] = self.judge([rollout.response for rollout in rollouts])
             metrics["judge"] = statistics.fmean(scores["judge"])
         if self._first:
-            metrics["reward_win_rate"] = win_rate(scores["reward"], self._first["reward"]).rate
+            if is_rewarded:
+                metrics["reward_win_rate"] = win_rate(scores["reward"], self._first["reward"]).rate
             if self.judge is not None:
-                metrics["win_rate"] = win_rate(scores["judge"], self._first["judge"]).rate
+                won = win_rate(scores["judge"], self._first["judge"])
+                metrics |= {"win_rate": won.rate, "win_rate_low": won.low, "win_rate_high": won.high}
         if is_start:
             self._first = scores
         records = [
@@ -366,8 +384,10 @@ class PolicyCheck:
         if not numbers:
             return []
         every = sorted({1, *numbers})
+        rewards = self.collector.rewards
+        assert rewards is not None, "the best of n is chosen by rewards"
         answers = self.collector.answers(request_of(self.prompts, self.sampling, every[-1]))
-        return best_of_n(answers, lambda responses: self.collector.rewards(responses)["total"], every, self.judge)
+        return best_of_n(answers, lambda responses: rewards(responses)["total"], every, self.judge)
 
     def state(self) -> dict[str, Any]:
         """State for a checkpoint: the scores of the responses before training."""

@@ -20,8 +20,8 @@ from loopos.training.preference_objective import Logprobs
 
 @dataclass(frozen=True)
 class KtoObjective:
-    """The mean of `kto_losses` over the answers of a step. Reported beside it: β·log π/ρ of desirable and undesirable
-    answers, and the baseline.
+    """The mean of `kto_losses` over the answers of a step. Reported beside it: rewards β·log π/ρ, log-probabilities and
+    lengths of desirable and undesirable answers, the baseline, and the share of answers on the right side of it.
     """
 
     policy: Logprobs
@@ -36,15 +36,12 @@ class KtoObjective:
 
     def counts(self, batch: AnswerBatch) -> Mapping[str, float]:
         number, good = float(len(batch.rows)), float(batch.desirable.sum())
-        return {
-            "loss": number,
-            "kl": number,
-            "rewards_desirable": good,
-            "rewards_undesirable": number - good,
-            "logprob_desirable": good,
-            "logprob_undesirable": number - good,
-            "entropy": float(len(batch.targets)),
-        }
+        tokens, good_tokens = float(len(batch.targets)), float((batch.lengths * batch.desirable).sum())
+        counts = {"loss": number, "kl": number, "accuracy": number, "entropy": tokens}
+        for name in ("rewards", "logprob", "length"):
+            counts |= {f"{name}_desirable": good, f"{name}_undesirable": number - good}
+        counts["logprob_per_token_desirable"] = good_tokens
+        return counts | {"logprob_per_token_undesirable": tokens - good_tokens}
 
     def loss(self, batch: AnswerBatch) -> Mapping[str, Tensor]:
         logprobs, entropies, _ = self.policy(batch.ids, batch.layout, batch.positions, batch.targets)
@@ -60,15 +57,19 @@ class KtoObjective:
             undesirable_weight=self.undesirable_weight,
         )
         rewards, good = (self.beta * ratios).detach(), batch.desirable.float()
-        return {
+        sides = torch.sign(rewards - self.beta * batch.baseline) * (2.0 * good - 1.0)
+        sums = {
             "loss": losses.sum(),
             "kl": ratios.new_tensor(batch.baseline * len(batch.rows)),
-            "rewards_desirable": (rewards * good).sum(),
-            "rewards_undesirable": (rewards * (1.0 - good)).sum(),
-            "logprob_desirable": (whole.detach() * good).sum(),
-            "logprob_undesirable": (whole.detach() * (1.0 - good)).sum(),
+            "accuracy": ((sides + 1.0) / 2.0).sum(),
             "entropy": entropies.detach().sum(),
         }
+        logprobs = whole.detach()
+        columns = {"rewards": rewards, "logprob": logprobs, "length": batch.lengths, "logprob_per_token": logprobs}
+        for name, column in columns.items():
+            sums[f"{name}_desirable"] = (column * good).sum()
+            sums[f"{name}_undesirable"] = (column * (1.0 - good)).sum()
+        return sums
 
     def idle(self, batch: AnswerBatch) -> Tensor:
         outputs = self.policy(batch.ids, batch.layout, batch.positions, batch.targets)

@@ -191,7 +191,8 @@ class RunState:
         self.update.master_weights.load(found.tensors["weights"])
         self.update.optimizer.load(found.tensors.get("optimizer", {}), self.update.master_weights.rows)
         self.update.loss_scale, self.update.steps_since_overflow = state["loss_scale"], state["steps_since_overflow"]
-        if self.method_state is not None:
+        # Runs of an older version may have none for this method.
+        if self.method_state is not None and state["carried"] is not None:
             self.method_state.load(found.tensors.get("carried", {}), state["carried"])
         rank = str(self.world.rank)
         if rank not in state["random"]:

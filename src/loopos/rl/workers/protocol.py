@@ -79,7 +79,8 @@ class LocalRollouts:
         rank, ranks = self._data_parallel
         indices = range(rank, len(request.prompts), ranks)
         own = request.of(indices)
-        completions = self._engine.generate(own.prompts, own.settings, n=request.n)
+        # A rank may have no prompts.
+        completions = self._engine.generate(own.prompts, own.settings, n=request.n) if own.prompts else []
         return Written([replace(each, prompt_index=indices[each.prompt_index]) for each in completions])
 
     def timing(self) -> dict[str, float]:
