@@ -252,6 +252,18 @@ def test_what_cannot_be_is_refused(settings: dict[str, Any], message: str) -> No
     assert message in str(problem.value)
 
 
+@pytest.mark.parametrize("variant", ["pissa", "olora", "dora"])
+def test_a_plan_counts_the_same_parameters(variant: str) -> None:
+    """On shapes without numbers, as `loopos plan` and `--dry-run` build the model."""
+    with torch.device("meta"):
+        shapes = AutoModelForCausalLM.from_config(tiny("llama").config, dtype=torch.float32)
+    add_lora(headless(shapes), LoraSection(rank=4, alpha=12.0, **VARIANTS[variant][0]), seed=1)
+    model = adapted("llama", **VARIANTS[variant][0])
+    assert {name: each.shape for name, each in shapes.named_parameters()} == {
+        name: each.shape for name, each in model.named_parameters()
+    }
+
+
 def test_olora_over_transposed_weights_is_refused() -> None:
     with pytest.raises(UserError, match=r'training.lora.init_lora_weights: got "olora" for .* expected "pissa"'):
         adapted("gpt2", init_lora_weights="olora")

@@ -120,6 +120,9 @@ def add_lora(model: PreTrainedModel, lora: LoraSection, *, seed: int, name: str 
     """
     model.requires_grad_(False)
     config = _lora_config(model, lora)
+    if next(model.parameters()).is_meta:
+        # Shapes without numbers, of which a plan counts the parameters, cannot be decomposed.
+        config = dataclasses.replace(config, init_lora_weights=True)
     try:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
@@ -156,13 +159,13 @@ def copy_adapter(model: PreTrainedModel, name: str) -> None:
     """Adds a frozen copy of the trained adapter as it is now under another name, in place. As `RESIDUAL` it is only
     B·A.
     """
-    own = peft_config_of(model)
-    dora = own.use_dora and name != RESIDUAL
-    _inject(dataclasses.replace(own, init_lora_weights=True, lora_dropout=0.0, use_dora=dora), model, name)
+    config = peft_config_of(model)
+    dora = config.use_dora and name != RESIDUAL
+    _inject(dataclasses.replace(config, init_lora_weights=True, lora_dropout=0.0, use_dora=dora), model, name)
     parameters = dict(model.named_parameters())
     for key, parameter in parameters.items():
-        if f".{name}." in key:
-            parameter.copy_(parameters[key.replace(f".{name}.", f".{ADAPTER}.")])
+        if f".{name}." in key and not (own := parameters[key.replace(f".{name}.", f".{ADAPTER}.")]).is_meta:
+            parameter.copy_(own)
     activate(model, [ADAPTER])
 
 
