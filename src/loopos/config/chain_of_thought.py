@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from typing import Annotated, ClassVar, Literal, TypeAlias
+from typing import Annotated, ClassVar, TypeAlias
 
 from pydantic import AfterValidator, Field, WithJsonSchema
 
 from loopos.config.diagnostics import Problem
-from loopos.config.keys import EXAMPLES, STRATEGY, Count, Location, Section, Strategy, Text
-from loopos.config.sections import LANGUAGE_METRICS
+from loopos.config.keys import EXAMPLES, STRATEGY, Count, Location, Section, Strategy
+from loopos.config.sections import LANGUAGE_METRICS, StepFormatName, StepFormatSection
 from loopos.config.sft import SftConfig, SftDataSection, SftEvaluationSection, SftGenerationSection
 
 EXAMPLE_ROW = '{"problem": "What is 17 + 26?", "reasoning": ["7 + 6 = 13, carry 1", "1 + 2 + 1 = 4"], "answer": "43"}'
@@ -40,15 +40,6 @@ Checker: TypeAlias = Annotated[
 ]
 
 
-class StepFormatSection(Section):
-    r"""How reasoning is written: opening, each step and the delimiter, closing, the marker, the answer."""
-
-    opening: str = Field(default="<think>\n", description="text before the first step")
-    closing: str = Field(default="</think>\n", description="text behind the last step's delimiter")
-    delimiter: Text = Field(default="\n", description="text that ends each step")
-    answer_marker: str = Field(default="", description="text before the answer")
-
-
 class ReasoningDataSection(SftDataSection):
     """Where the weights and the demonstrations come from, how they are read, and where the run goes."""
 
@@ -62,7 +53,7 @@ class ReasoningDataSection(SftDataSection):
     training_data: Location | None = Field(  # type: ignore[assignment]
         default=None, description="another name of reasoning_examples"
     )
-    step_format: Literal["think", "hashes", "lines"] | StepFormatSection = Field(
+    step_format: StepFormatName | StepFormatSection = Field(
         default="think", description="how steps and answer are written"
     )
 

@@ -238,6 +238,7 @@ FORMATS: Registry[FormatRow] = Registry(
         pairs="prompt, chosen and rejected; implicit pairs lack the prompt",
         judged_pairs="prompt, response_1, response_2 and preference",
         groups="prompt, responses, and scores or ranking",
+        steps="prompt, completions (the steps) and labels",
         prompts="prompt",
     ),
     decorator="register_format",

@@ -10,10 +10,10 @@ the end token; there are no pads. The report states read = used + dropped.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import NamedTuple
+from typing import NamedTuple, Protocol, TypeAlias, TypeVar
 
 from transformers import PreTrainedTokenizerBase
 
@@ -23,6 +23,7 @@ from loopos.data.piece_tokens import SegmentTokenizer
 from loopos.data.preferences import Comparison, Pair
 from loopos.data.prompts import Prompt, PromptContent, prompt_text
 from loopos.data.reading import DataReport
+from loopos.data.rows import Row
 from loopos.data.supervised_tokens import CHUNK, DEFAULT_POLICY, OVER_LENGTH, RowPolicy, finish, over_length_diagnostic
 from loopos.data.templates import ChatTemplate, Segment, TemplateRefusal
 from loopos.data.tool_schemas import Tool
@@ -68,7 +69,7 @@ def encode_comparisons(
     rows: list[EncodedComparison] = []
     dropped: Counter[str] = Counter()
     over: list[Diagnostic] = []
-    for index, (prompt, *whole), is_short in _tokenized(tokenizer, examples, template, report):
+    for index, (prompt, *whole), is_short in tokenized(tokenizer, examples, template, report, _comparison_groups):
         responses, longest = whole, max(map(len, whole))
         if max_length is not None and len(prompt) + longest > max_length:
             over.append(
@@ -113,7 +114,7 @@ def encode_prompts(
     rows: list[list[int]] = []
     dropped: Counter[str] = Counter()
     over: list[Diagnostic] = []
-    for index, (prompt,), is_short in _tokenized(tokenizer, prompts, template, report):
+    for index, (prompt,), is_short in tokenized(tokenizer, prompts, template, report, _prompt_groups):
         if max_length is not None and len(prompt) > max_length:
             over.append(over_length_diagnostic(prompts[index].row, len(prompt), max_length, at_least=is_short))
             dropped[PROMPT_OVER] += 1
@@ -127,13 +128,27 @@ def encode_prompts(
     return rows, report
 
 
-def _tokenized(
+class HasRow(Protocol):
+    """An example that knows its row."""
+
+    @property
+    def row(self) -> Row: ...
+
+
+ExampleT = TypeVar("ExampleT", bound=HasRow)
+Groups: TypeAlias = Callable[[ExampleT, ChatTemplate], list[list[Segment]]]
+"""The groups of segments of an example; raises `TemplateRefusal`."""
+
+
+def tokenized(
     tokenizer: PreTrainedTokenizerBase,
-    examples: Sequence[Comparison] | Sequence[Prompt],
+    examples: Sequence[ExampleT],
     template: ChatTemplate | None,
     report: DataReport,
+    groups_of: Groups[ExampleT],
 ) -> Iterator[tuple[int, list[list[int]], bool]]:
-    """Yield the index of each rendered example, the ids of its prompt and responses, and whether a text was shortened.
+    """Yield the index of each rendered example, the ids of each of its groups, such as prompt and responses, and
+    whether a text was shortened.
 
     Only texts far over the report's `max_length` are shortened. Refused examples become diagnostics of the report.
     """
@@ -144,8 +159,7 @@ def _tokenized(
         for index in range(first, min(first + CHUNK, len(examples))):
             example = examples[index]
             try:
-                responses = example.responses if isinstance(example, Comparison) else ()
-                found.append((index, _groups(example.prompt, responses, template, example.tools)))
+                found.append((index, groups_of(example, template)))
             except TemplateRefusal as problem:
                 expected = "messages that the template renders turn by turn"
                 row = example.row
@@ -158,6 +172,14 @@ def _tokenized(
         for (index, groups), uncut, short, segments in zip(found, whole, bounded, encoder.encode(bounded), strict=True):
             ids = iter(segments)
             yield index, [[token for _ in group for token in next(ids)] for group in groups], short is not uncut
+
+
+def _comparison_groups(example: Comparison, template: ChatTemplate) -> list[list[Segment]]:
+    return _groups(example.prompt, example.responses, template, example.tools)
+
+
+def _prompt_groups(example: Prompt, template: ChatTemplate) -> list[list[Segment]]:
+    return _groups(example.prompt, (), template, example.tools)
 
 
 def _groups(

@@ -99,6 +99,12 @@ def _preferences(columns: Mapping[str, str], *, prompts: bool = False) -> Detect
     return lambda names, source: preference_formats.detect(names, columns, source=source, prompts=prompts)
 
 
+def _judgments(columns: Mapping[str, str]) -> Detect:
+    from loopos.data import stepwise  # only reward models pay for its import
+
+    return lambda names, source: stepwise.detect(names, columns, source)
+
+
 def _thumbs(columns: Mapping[str, str]) -> Detect:
     from loopos.data import thumbs  # only one method pays for its import
 
@@ -132,6 +138,8 @@ def sources_of(config: Any) -> Iterator[tuple[str, Callable[[], RowReader], Dete
                 yield from _both(data, data.source, _supervised(columns))
             case "comparisons":
                 yield from _both(data, data.source, _preferences(columns))
+            case "judgments":
+                yield from _both(data, data.source, _judgments(columns))
             case "thumbs":
                 yield from _both(data, data.source, _thumbs(columns))
             case "prompts":
@@ -225,6 +233,10 @@ def _check_phase(config: Any) -> None:
                 from loopos.data.preference_data import load_comparisons
 
                 read_for_reuse(load_comparisons, data, data.source, seed=seed)
+            case "judgments":
+                from loopos.data.preference_data import load_judgments
+
+                read_for_reuse(load_judgments, data, data.source, seed=seed)
             case "thumbs":
                 from loopos.data.preference_data import load_thumbs
 
