@@ -209,6 +209,8 @@ WRONG: list[tuple[str, list[str], str, str]] = [
     ("reward_model", ["data.pretrained_weights=new", "data.tokenizer=a/b"], "model", "need all five sizes"),
     ("reward_model", ["data.streaming=true"], "data.streaming", "data.max_rows"),
     ("reward_model", ['data.columns={"prompt": "a", "chosen": "a"}'], "data.columns.chosen", "one role per column"),
+    ("reward_model", ["reward.process.aggregation=mean"], "reward.process.aggregation", '"product", "min" or "last"'),
+    ("reward_model", ["reward.process.step_separator="], "reward.process.step_separator", "text"),
     ("reward_model", ['data.columns={"label": "a"}'], "data.columns.label", '"prompt", "chosen"'),
     ("reward_model", ["data.chat_template=x.jinja"], "data.chat_template", '"none" or a file'),
     ("reward_model", ["data.max_dropped_share=2"], "data.max_dropped_share", "a number >= 0 and <= 1"),

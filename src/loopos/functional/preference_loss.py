@@ -59,7 +59,7 @@ def preferred(better: Tensor, worse: Tensor) -> Tensor:
 
 def step_loss(scores: Tensor, labels: Tensor) -> Tensor:
     """Negative log-likelihood of step labels, in nats: −y_i·log σ(s_i) − (1 − y_i)·log σ(−s_i) for the score s of a
-    step and the probability y that it is right (Uesato et al. 2022; Lightman et al. 2023, appendix E).
+    step and the probability y that it is right (Uesato et al. 2022; Lightman et al. 2023).
 
     It is the cross-entropy of two classes with logits (−s/2, s/2). Both `[M]` → `[M]`.
     """
