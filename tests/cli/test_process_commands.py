@@ -9,7 +9,9 @@ from typing import Any
 
 import pytest
 
+from loopos.evaluation.reward_predictor import RewardPredictor, judged_content
 from loopos.methods.reward_model import RewardModelTrainer
+from loopos.serving.heads import ScoreHead
 from loopos.training.progress import RunProgress
 from tests.cli.conftest import Invoke, write_jsonl
 from tests.methods.preference_runs import ASKED, comparisons, reward_config
@@ -56,6 +58,12 @@ def test_scores_have_a_number_for_each_step(process_run: Path, tmp_path: Path, i
     assert [each["steps"] for each in plain] == [pytest.approx(each["steps"], rel=1e-4) for each in (first, second)]
     (least, _) = lines(invoke("score", process_run, labeled, "--aggregation", "min", *CPU))
     assert least["score"] == pytest.approx(min(first["steps"]), rel=1e-4)
+    asked = judged_content(str(STEPS[0]["prompt"]), "thank you\njust wait", as_text=False)
+    [served] = ScoreHead(RewardPredictor.open(str(process_run))).answers([asked]).data
+    assert (served["score"], served["steps"]) == (
+        pytest.approx(first["score"], rel=1e-4),
+        pytest.approx(first["steps"], rel=1e-4),
+    )
     lists = [{"prompt": STEPS[0]["prompt"], "chosen": "thank you", "rejected": "thank you\njust wait"}]
     (both,) = lines(invoke("score", process_run, write_jsonl(tmp_path / "pairs.jsonl", lists), *CPU))
     assert [len(each) for each in both["steps"]] == [1, 2]

@@ -141,6 +141,7 @@ CONTRADICTIONS: list[tuple[list[str], str, str]] = [
     (["data.reasoning_examples=null"], "data.reasoning_examples", "the rows to train on"),
     (["generation.strategy=self_consistency:8"], "generation.strategy", "a temperature > 0"),
     (["generation.strategy=step_beam:2x4"], "generation.strategy", "a temperature > 0"),
+    (["generation.reward_model=scorer"], "generation.reward_model", '"best_of_n:N" or "step_beam:BxK"'),
     (["generation.strategy=self_consistency"], "generation.strategy", '"self_consistency:8"'),
     (["generation.strategy=best_of_n:0"], "generation.strategy", '"best_of_n:4"'),
     (["generation.max_thinking_tokens=256"], "generation.max_thinking_tokens", "fewer than max_new_tokens (256)"),

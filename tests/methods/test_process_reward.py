@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import re
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from preference_runs import comparisons, events_of, ppo_config, reward_config, w
 from transformers import AutoConfig, AutoModelForTokenClassification, AutoTokenizer
 from worlds import run_world, train_here
 
+from loopos.config.chain_of_thought import ChainOfThoughtConfig
 from loopos.config.diagnostics import DataError, UserError
 from loopos.config.preferences import ProcessSection
 from loopos.config.reward_model import RewardModelConfig
@@ -269,3 +271,42 @@ def test_ppo_is_rewarded_by_the_steps(process_run: Path, pico_folder: Path, tmp_
     PpoTrainer(config, progress=RunProgress(quiet=True)).train()
     [rollout] = events_of(tmp_path / "run", "rollout")
     assert 0 < rollout["reward"] < 1
+
+
+def reasoning_config(run: Path, weights: Path, strategy: str, reward_model: Path) -> ChainOfThoughtConfig:
+    rows = [{"problem": f"where is my parcel {i}", "reasoning": [RIGHT[i % 3]], "answer": str(i)} for i in range(8)]
+    file = write_rows(run.parent / "problems.jsonl", rows)
+    return ChainOfThoughtConfig.model_validate(
+        {
+            "computation": {"mode": "posttraining", "method": "chain_of_thought"},
+            "training": {"learning_rate": 1e-3, "max_steps": 1, "precision": "fp32"},
+            "data": {"pretrained_weights": str(weights), "reasoning_examples": str(file), "output_dir": str(run)},
+            "generation": {
+                "max_new_tokens": 24, "temperature": 1.0, "strategy": strategy, "max_reasoning_steps": 2,
+                "max_step_tokens": 6, "reward_model": str(reward_model),
+            },
+            "evaluation": {"problems": 2},
+        }
+    )  # fmt: skip
+
+
+def test_validation_searches_with_the_scores_of_steps(
+    process_run: Path, pico_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[ChainText] = []
+    ranked = RewardPredictor.rank_chains
+
+    def recorded(self: RewardPredictor, chains: Sequence[ChainText]) -> list[float]:
+        asked.extend(chains)
+        return ranked(self, chains)
+
+    monkeypatch.setattr(RewardPredictor, "rank_chains", recorded)
+    train_here(reasoning_config(tmp_path / "run", pico_folder, "step_beam:2x2", process_run))
+    assert any(not chain.answer and chain.steps for chain in asked), "no chain was scored before its end"
+    assert events_of(tmp_path / "run", "validation")
+    outcome = tmp_path / "outcome"
+    trained(reward_config(outcome, pico_folder, training={"max_steps": 1}))
+    with pytest.raises(UserError, match="scores whole responses, but step_beam ranks unfinished chains"):
+        train_here(reasoning_config(tmp_path / "other", pico_folder, "step_beam:2x2", outcome))
+    train_here(reasoning_config(tmp_path / "best", pico_folder, "best_of_n:2", outcome))
+    assert events_of(tmp_path / "best", "validation")

@@ -54,7 +54,9 @@ def aggregation_diagnostics(aggregation: str | None) -> Iterator[str]:
 
 def ranking_diagnostics(strategy: Strategy, reward_model: str | None, aggregation: str | None) -> Iterator[str]:
     """Conflicts between a strategy and the reward model that ranks its chains."""
-    if reward_model is not None and strategy.kind not in ("best_of_n", "step_beam"):
+    from loopos.config.keys import RANKED
+
+    if reward_model is not None and strategy.kind not in RANKED:
         yield (
             "--reward-model: ranks the chains of --strategy best_of_n:N or step_beam:BxK; use both, for example "
             "best_of_n:4"

@@ -30,7 +30,6 @@ from loopos.config.sections import (
 )
 
 EXAMPLE_ROW = '{"prompt": "Where is my parcel?", "chosen": "It leaves tonight.", "rejected": "Just wait."}'
-STEPS_ROW = '{"prompt": "What is 17 + 26?", "completions": ["7 + 6 = 13", "1 + 2 + 1 = 5"], "labels": [true, false]}'
 EXAMPLE_LINES = ", or lines: Prompt: Where is my parcel? / Chosen: It leaves tonight. / Rejected: Just wait."
 RewardMetric: TypeAlias = Annotated[
     Literal["loss", "pair_accuracy", "step_accuracy", "step_auroc", "first_error_accuracy", "first_error_f1"],

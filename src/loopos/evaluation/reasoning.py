@@ -13,7 +13,7 @@ from typing import Any, TypeAlias
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from loopos.config.diagnostics import UserError
-from loopos.config.keys import Strategy
+from loopos.config.keys import RANKED, Strategy
 from loopos.data.conversations import Conversation, Message, Question
 from loopos.data.demonstrations import Demonstration
 from loopos.data.prompts import PromptContent
@@ -34,10 +34,6 @@ from loopos.models.resolve import ModelRef, resolve_trained
 
 Ranker: TypeAlias = Callable[[Sequence[ChainText]], list[float]]
 """Chains → a score each; higher is better."""
-
-
-RANKED = ("best_of_n", "step_beam")
-"""The strategies whose chains a reward model may rank."""
 
 
 @dataclass(frozen=True)
@@ -234,7 +230,7 @@ class Reasoner:
 
     def _scores(self, contents: Sequence[PromptContent], ranker: Ranker, chains: Sequence[Chain]) -> list[float]:
         """The rewards of chains, finished or not. contents: of the prompts, by their index."""
-        return ranker([self._chain_text(contents[chain.prompt_index], chain) for chain in chains])
+        return ranker([self._chain_text(contents[chain.prompt_index], chain) for chain in chains]) if chains else []
 
     def _chain_text(self, content: PromptContent, chain: Chain) -> ChainText:
         """The chain split as the step format writes it; of an unfinished one all text is steps."""
