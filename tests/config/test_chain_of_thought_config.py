@@ -141,7 +141,6 @@ CONTRADICTIONS: list[tuple[list[str], str, str]] = [
     (["data.reasoning_examples=null"], "data.reasoning_examples", "the rows to train on"),
     (["generation.strategy=self_consistency:8"], "generation.strategy", "a temperature > 0"),
     (["generation.strategy=step_beam:2x4"], "generation.strategy", "a temperature > 0"),
-    (["generation.reward_model=scorer"], "generation.reward_model", '"best_of_n:N" or "step_beam:BxK"'),
     (["generation.strategy=self_consistency"], "generation.strategy", '"self_consistency:8"'),
     (["generation.strategy=best_of_n:0"], "generation.strategy", '"best_of_n:4"'),
     (["generation.max_thinking_tokens=256"], "generation.max_thinking_tokens", "fewer than max_new_tokens (256)"),
@@ -166,6 +165,12 @@ CONTRADICTIONS: list[tuple[list[str], str, str]] = [
     (["training.warmup=5", "training.max_steps=5"], "training.warmup", "fewer than max_steps (5)"),
     (["training.momentum=0.5"], "training.momentum", "0, or optimizer sgd or muon"),
 ]
+
+
+def test_a_reward_model_exists_and_has_chains_to_rank(chain_diagnostics: Faults) -> None:
+    strategy, folder = chain_diagnostics(GOOD, ["generation.reward_model=nowhere"])
+    assert (strategy.field, strategy.expected) == ("generation.reward_model", '"best_of_n:N" or "step_beam:BxK"')
+    assert (folder.field, folder.actual) == ("generation.reward_model", '"nowhere", which does not exist')
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,7 @@
 
 Scores of whole responses are normalized over the training responses. After Christiano et al. 2017, Stiennon et al. 2020
 and Ouyang et al. 2022; step labels (a process reward model) after Uesato et al. 2022 and Lightman et al. 2023. Which of
-the two it is, the rows tell; `reward_rows` has what differs.
+the two it is depends on the columns; `reward_rows` has what differs.
 """
 
 from __future__ import annotations
