@@ -44,8 +44,8 @@ def step_metrics(scores: Sequence[Sequence[float]], labels: Sequence[Labels]) ->
     labels above ½ · step_accuracy: the fraction of steps that s and y put on the same side of ½; undecided ones are
     half right · step_auroc: probability that a right step has a higher score than a wrong one; absent unless both occur
     · first_error_accuracy: the fraction of answers whose first wrong step is found, which includes finding none where
-    there is none; of answers whose labels determine it · first_error_f1: harmonic mean of that accuracy over answers with an
-    error and over those without (Zheng et al. 2024, ProcessBench, section 3.3); absent unless both occur. Raises
+    there is none; of answers whose labels determine it · first_error_f1: harmonic mean of that accuracy over answers
+    with an error and over those without (Zheng et al. 2024, ProcessBench); absent unless both occur. Raises
     ValueError without a labeled step.
     """
     score, label = labeled(scores, labels)
