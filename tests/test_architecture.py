@@ -40,7 +40,10 @@ ARROWS: dict[str, set[str]] = {
     "demo": set(),
 }
 # rlhf runs reward_model and then ppo; chain_of_thought is sft with steps, kto the method of preferences with other rows.
-METHODS_THAT_RUN_OTHERS = {"rlhf": {"reward_model", "ppo"}, "chain_of_thought": {"sft"}, "kto": {"preference"}}
+# reward_rows is no method, but what reward_model learns from.
+METHODS_THAT_RUN_OTHERS = {
+    "rlhf": {"reward_model", "ppo"}, "chain_of_thought": {"sft"}, "kto": {"preference"}, "reward_model": {"reward_rows"},
+}  # fmt: skip
 MOST_LINES_OF_A_FILE = 500
 MOST_LINES_OF_A_FUNCTION = 65
 # The package's own front doors: its names, the functions and the run behind them, and `python -m loopos`.

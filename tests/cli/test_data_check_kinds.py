@@ -24,6 +24,11 @@ KINDS: dict[str, tuple[list[dict[str, Any]], str, str]] = {
     ),
     "implicit pairs": ([{"chosen": "a b", "rejected": "a c"}], "implicit pairs", "trains reward_model"),
     "groups": ([{"prompt": "a?", "responses": ["b", "c"], "scores": [1, 2]}], "groups", "trains reward_model"),
+    "steps": (
+        [{"prompt": "a?", "completions": ["b", "c"], "labels": [True, False]}],
+        "steps",
+        "trains reward_model as a process reward model",
+    ),
     "chats": ([{"messages": CHAT}], "conversations", "trains sft and chain_of_thought"),
     "ShareGPT": (
         [{"conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]}],

@@ -167,6 +167,12 @@ CONTRADICTIONS: list[tuple[list[str], str, str]] = [
 ]
 
 
+def test_a_reward_model_exists_and_has_chains_to_rank(chain_diagnostics: Faults) -> None:
+    strategy, folder = chain_diagnostics(GOOD, ["generation.reward_model=nowhere"])
+    assert (strategy.field, strategy.expected) == ("generation.reward_model", '"best_of_n:N" or "step_beam:BxK"')
+    assert (folder.field, folder.actual) == ("generation.reward_model", '"nowhere", which does not exist')
+
+
 @pytest.mark.parametrize(
     ("overrides", "field", "expected"), CONTRADICTIONS, ids=[str(row[0]) for row in CONTRADICTIONS]
 )

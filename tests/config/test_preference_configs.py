@@ -194,12 +194,12 @@ def test_what_the_ratio_is_held_against(load_preference: Loads) -> None:
 WRONG: list[tuple[str, list[str], str, str]] = [
     ("reward_model", ["data.preference_data=null"], "data.preference_data", "the rows to train on"),
     ("reward_model", ["data.training_data=rows.jsonl"], "data.training_data", "one of the two"),
-    ("reward_model", ["training.metric=accuracy"], "training.metric", '"loss", "pair_accuracy" or null'),
+    ("reward_model", ["training.metric=accuracy"], "training.metric", '"loss", "pair_accuracy", "step_accuracy"'),
     (
         "reward_model",
         ['training.early_stopping={"patience": 1, "metric": "reward"}'],
         "training.early_stopping.metric",
-        '"loss", "pair_accuracy" or null',
+        '"loss", "pair_accuracy", "step_accuracy"',
     ),
     ("reward_model", ["data.validation_share=0", "training.schedule=plateau"], "training.schedule", "another schedule"),
     ("reward_model", ["training.freeze_layers=7"], "training.freeze_layers", "at most num_layers (6)"),
@@ -209,6 +209,8 @@ WRONG: list[tuple[str, list[str], str, str]] = [
     ("reward_model", ["data.pretrained_weights=new", "data.tokenizer=a/b"], "model", "need all five sizes"),
     ("reward_model", ["data.streaming=true"], "data.streaming", "data.max_rows"),
     ("reward_model", ['data.columns={"prompt": "a", "chosen": "a"}'], "data.columns.chosen", "one role per column"),
+    ("reward_model", ["reward.process.aggregation=mean"], "reward.process.aggregation", '"product", "min" or "last"'),
+    ("reward_model", ["reward.process.step_separator="], "reward.process.step_separator", "text"),
     ("reward_model", ['data.columns={"label": "a"}'], "data.columns.label", '"prompt", "chosen"'),
     ("reward_model", ["data.chat_template=x.jinja"], "data.chat_template", '"none" or a file'),
     ("reward_model", ["data.max_dropped_share=2"], "data.max_dropped_share", "a number >= 0 and <= 1"),
@@ -319,7 +321,7 @@ WRONG: list[tuple[str, list[str], str, str]] = [
         "rlhf",
         ['reward_training={"learning_rate": 1, "metric": "reward"}'],
         "reward_training.metric",
-        '"loss", "pair_accuracy" or null',
+        '"loss", "pair_accuracy", "step_accuracy"',
     ),
     (
         "rlhf",
@@ -467,7 +469,7 @@ def test_keys_without_effect_are_noted(
 
 
 @pytest.mark.parametrize(
-    ("config_class", "num_definitions"), [(RewardModelConfig, 9), (PpoConfig, 14), (RlhfConfig, 17)]
+    ("config_class", "num_definitions"), [(RewardModelConfig, 11), (PpoConfig, 14), (RlhfConfig, 19)]
 )
 def test_the_schema_describes_every_key(config_class: type[MethodConfig], num_definitions: int) -> None:
     described = schema(config_class)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import pytest
@@ -64,13 +65,17 @@ def test_self_consistency_finds_the_likelier_answer(tokenizer: PreTrainedTokeniz
     assert got.counts["3"] + got.counts["4"] == len(got.chains) == 300
 
 
+def by_answer(chains: Sequence[Chain]) -> list[float]:
+    return [float(chain.answer.text) for chain in chains]
+
+
 def test_best_of_n_ranks_by_the_score(tokenizer: PreTrainedTokenizerBase) -> None:
     model = chain_model(
         tokenizer,
         {"1": {">": 1.0}, ">": {"3": 0.8, "4": 0.15, "5": 0.05}, "3": {".": 1.0}, "4": {".": 1.0}, "5": {".": 1.0}},
     )
     engine, prompt = Engine(model, tokenizer), [identifier(tokenizer, "1")]
-    [by_number] = best_of_n(engine, [prompt], Marks(), SAMPLED, n=100, score=lambda chain: float(chain.answer.text))
+    [by_number] = best_of_n(engine, [prompt], Marks(), SAMPLED, n=100, scores=by_answer)
     assert [chain.answer.text for chain in by_number] == sorted((c.answer.text for c in by_number), reverse=True)
     assert by_number[0].answer.text == "5"
     [by_logprob] = best_of_n(engine, [prompt], Marks(), SAMPLED, n=100)
@@ -95,7 +100,14 @@ def test_step_beams_keep_the_best_steps(tokenizer: PreTrainedTokenizerBase) -> N
     engine = Engine(chain_model(tokenizer, STEPS), tokenizer, max_rows=16)
     prompts = [[identifier(tokenizer, "0")], [identifier(tokenizer, "\n")]]
     ranked = step_beam_search(
-        engine, prompts, Marks(), SAMPLED, beams=2, candidates=8, score=twos, limits=StepLimits(max_steps=4)
+        engine,
+        prompts,
+        Marks(),
+        SAMPLED,
+        beams=2,
+        candidates=8,
+        scores=lambda chains: list(map(twos, chains)),
+        limits=StepLimits(max_steps=4),
     )
     assert [chains[0].prompt_index for chains in ranked] == [0, 1]
     for chains in ranked:
@@ -108,11 +120,30 @@ def test_step_beams_keep_the_best_steps(tokenizer: PreTrainedTokenizerBase) -> N
         assert twos(best) >= twos(chains[-1])
 
 
+def test_step_beams_are_scored_together_and_each_once(tokenizer: PreTrainedTokenizerBase) -> None:
+    """One call a step for all prompts; a beam that waits, finished, is not scored again."""
+    engine = Engine(chain_model(tokenizer, STEPS), tokenizer, max_rows=16)
+    calls: list[list[tuple[int, str]]] = []
+
+    def scores(chains: Sequence[Chain]) -> list[float]:
+        calls.append([(chain.prompt_index, chain.text) for chain in chains])
+        return [twos(chain) for chain in chains]
+
+    prompts = [[identifier(tokenizer, "0")], [identifier(tokenizer, "\n")]]
+    limits = StepLimits(max_steps=3)
+    step_beam_search(engine, prompts, Marks(), SAMPLED, beams=3, candidates=8, scores=scores, limits=limits)
+    assert 3 <= len(calls) <= 4
+    assert {index for index, _ in calls[0]} == {0, 1}
+    finished = [each for call in calls[:-1] for each in call if ">9" in each[1]]
+    assert finished
+    assert len(finished) == len(set(finished))
+
+
 def test_a_beam_that_answers_early_stays_in_the_race(tokenizer: PreTrainedTokenizerBase) -> None:
     engine = Engine(chain_model(tokenizer, STEPS), tokenizer)
     [chains] = step_beam_search(
         engine, [[identifier(tokenizer, "0")]], Marks(), SAMPLED, beams=3, candidates=20,
-        score=lambda chain: -len(chain.steps), limits=StepLimits(max_steps=5),
+        scores=lambda chains: [-len(chain.steps) for chain in chains], limits=StepLimits(max_steps=5),
     )  # fmt: skip
     assert chains[0].text in ("1\n>9", "2\n>9")
     assert chains[0].forced == ()

@@ -33,6 +33,7 @@ from loopos.data.prompts import Prompt, PromptContent, prompt_text
 from loopos.data.record import MAXIMUM_DIAGNOSTICS
 from loopos.data.repeats import AnyExample, key_of_prompt, key_of_row
 from loopos.data.rows import Row, RowReader, is_plain_text, read
+from loopos.data.stepwise import Stepwise
 from loopos.data.supervised_rows import Completion, PlainText
 from loopos.data.thumbs import Thumbs
 
@@ -88,6 +89,8 @@ def ranges(examples: Sequence[Any]) -> dict[str, Range]:
                 found["response characters"] += [_size(response) for response in responses]
             case Thumbs(comparison=comparison):
                 found["response characters"] += [_size(response) for response in comparison.responses]
+            case Stepwise(steps=steps):
+                found["steps"].append(len(steps))
             case Prompt(prompt=prompt) if not isinstance(prompt, str):
                 found["messages"].append(len(prompt))
             case _:
@@ -112,6 +115,11 @@ def counts(examples: Sequence[Any]) -> dict[str, float]:
         chats = [each for each in examples if isinstance(each, Conversation)]
         with_system = sum(each.messages[0].role in ("system", "developer") for each in chats)
         return {**prompts, "with a system message": with_system}
+    if isinstance(first, Stepwise):
+        labels = [label for each in examples for label in each.labels]
+        judged = [label for label in labels if label is not None]
+        right = round(statistics.fmean(label > 0.5 for label in judged), 3)
+        return {**prompts, "steps": len(labels), "labeled steps": len(judged), "right steps": right}
     if isinstance(first, Demonstration):
         return {**prompts, "without steps": sum(not each.steps for each in examples)}
     return {} if isinstance(first, Labeled | str) else prompts
@@ -213,6 +221,7 @@ _SERVES = {
     "language": "trains sft and chain_of_thought; its prompts work in loopos generate --input and loopos winrate",
     "comparisons": "trains reward_model, dpo and its relatives, kto and rlhf; its prompts work for ppo",
     "thumbs": "trains kto; its prompts work for ppo",
+    "steps": "trains reward_model as a process reward model, and rlhf; its prompts work for ppo",
     "prompts": "only prompts: for ppo, loopos generate --input and loopos winrate",
     "lines": "one text per line: prompts for ppo, loopos generate --input and loopos winrate, texts for loopos "
     "predict, or running text for pretraining",

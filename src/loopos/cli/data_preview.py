@@ -38,6 +38,7 @@ from loopos.data.preference_tokens import (
 from loopos.data.preferences import Comparison, Pair
 from loopos.data.prompts import Prompt, distinct_prompts
 from loopos.data.rows import Row
+from loopos.data.stepwise_tokens import EncodedStepwise, encode_stepwise
 from loopos.data.supervised_rows import Example
 from loopos.data.supervised_tokens import Supervised, encode_supervised
 from loopos.data.template_checks import num_shared
@@ -45,6 +46,7 @@ from loopos.data.tokens import encode_labeled
 from loopos.models.task_layout import default_pooling
 from loopos.planning.work import (
     PromptInputs,
+    StepwiseInputs,
     open_comparisons,
     open_inputs,
     open_pretraining,
@@ -58,6 +60,7 @@ _STYLES = {POOLED: "green", UNPOOLED: "", LEARNED: "green", CONTEXT: "", CUT: "r
 _MARKS = {POOLED: ("[", "]"), UNPOOLED: ("", " "), LEARNED: ("[", "]"), CONTEXT: ("", ""), CUT: ("~", "~")}
 _LEGEND = "[learned] · bare: context, not learned · ~cut~ · | separates tokens"
 _COMPARISON_LEGEND = "[response] · bare: prompt of all responses, turns of others · ~cut~ · | separates tokens"
+_STEP_LEGEND = "[token that scores a labeled step] · bare: context · ~cut~ · | separates tokens"
 _PROMPT_LEGEND = "bare: prompt, which the policy answers · ~dropped~ · | separates tokens"
 _INDENT = " " * 10
 
@@ -227,6 +230,10 @@ def _comparisons(
     config: RewardModelConfig | PreferenceConfig, console: Console, num_rows: int, *, trust_remote_code: bool
 ) -> None:
     inputs = open_comparisons(config, trust_remote_code=trust_remote_code)
+    if isinstance(inputs, StepwiseInputs):
+        assert isinstance(config, RewardModelConfig), "only a reward model reads step labels"
+        _stepwise(config, inputs, console, num_rows)
+        return
     encoder = inputs.encoder
     if isinstance(config, PreferenceConfig) and config.online is not None:
         encoder, prompts = encoder.leaving_room(config.online.max_new_tokens), distinct_prompts(inputs.data.train)
@@ -253,6 +260,44 @@ def _comparisons(
     console.print(Text(f"train: {encoder.comparisons(inputs.data.train)[1].summary()}"))
     if config.validates and inputs.data.validation:
         console.print(Text(f"validation: {encoder.comparisons(inputs.data.validation)[1].summary()}"))
+
+
+def _stepwise(config: RewardModelConfig, inputs: StepwiseInputs, console: Console, num_rows: int) -> None:
+    """Answers with step labels."""
+    encoder = inputs.encoder
+    for example in inputs.data.train[:num_rows]:
+        console.print(_row_location(example.row))
+        try:
+            (whole,), _ = encode_stepwise(
+                encoder.tokenizer,
+                [example],
+                separator=inputs.rows.process.step_separator,
+                template=encoder.template,
+                max_length=None,
+            )
+        except DataError as error:
+            console.print(Text(f"dropped: {error}\n", style="red"))
+            continue
+        _show_steps(console, encoder, whole, config.data.over_length)
+    console.print(Text(_STEP_LEGEND))
+    for sentence in (*inputs.data.summary, encoder.template.summary):
+        console.print(Text(printable(sentence)))
+    console.print(Text(f"train: {inputs.rows.encode(inputs.data.train)[1].summary()}"))
+    if config.validates and inputs.data.validation:
+        console.print(Text(f"validation: {inputs.rows.encode(inputs.data.validation)[1].summary()}"))
+
+
+def _show_steps(console: Console, encoder: PreferenceEncoder, whole: EncodedStepwise, over_length: str) -> None:
+    """One answer: the prompt, then its steps, each with the token that scores it and its label."""
+    limit, is_over = encoder.max_length, encoder.max_length is not None and len(whole.ids) > encoder.max_length
+    ends = [end for end in whole.ends if limit is None or end < limit] if over_length == "cut" or not is_over else []
+    used = ends[-1] + 1 if ends else 0
+    scored = {end for end, label in zip(whole.ends, whole.labels, strict=True) if label is not None}
+    console.print(marked_text(encoder.tokenizer, whole.ids, fates([i in scored for i in range(len(whole.ids))], used)))
+    labels = ", ".join("none" if label is None else f"{label:g}" for label in whole.labels)
+    why = {"drop": "dropped", "error": "an error", "cut": f"cut after {len(ends)} steps"}[over_length]
+    fate = f" · {why}: over max_length {limit}" if is_over else ""
+    console.print(Text(f"{len(whole.ids)} tokens, {len(whole.ends)} steps · labels {labels}{fate}\n"))
 
 
 def _thumbs(desirable: Sequence[bool]) -> list[tuple[str, str]]:
@@ -394,6 +439,7 @@ _PREVIEWS: Mapping[str, Callable[..., None]] = {
     "text": _pretraining,
     "prompts": _prompts,
     "comparisons": _comparisons,
+    "judgments": _comparisons,
     "thumbs": _comparisons,
     "demonstrations": _supervised,
 }

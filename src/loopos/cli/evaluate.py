@@ -54,12 +54,17 @@ from loopos.cli.options import (
 from loopos.cli.outcome import note
 from loopos.cli.process import prepare_to_compute
 from loopos.cli.sampling_options import (
+    AggregationName,
+    RankingModel,
     SamplingOptions,
     StepOptions,
     StrategyName,
     chain_diagnostics,
     changed_fields,
     parsed_strategy,
+    ranker_of,
+    ranking_diagnostics,
+    require_ranking_model,
 )
 from loopos.config.diagnostics import MissingRequirement, UserError, printable_json
 from loopos.config.figures import as_time
@@ -75,8 +80,8 @@ METRICS = ("accuracy", "loss", "perplexity")
 OF_TEXT = ("window", "stride")
 """Options that apply only to plain text."""
 _OF_LANGUAGE = (
-    *("metric", "strategy", "samples", "pass_k", "checker", "reference", "limit", "output", "precision"),
-    *OF_TEXT,
+    *("metric", "strategy", "reward_model", "aggregation", "samples", "pass_k", "checker", "reference"),
+    *("limit", "output", "precision", *OF_TEXT),
 )
 _OF_TASKS = ("task_folder", "num_fewshot", "chat")
 _LINE_EVERY_SECONDS = 10.0
@@ -103,6 +108,8 @@ class EvaluateOptions:
 
     metric: tuple[str, ...] = field(default=(), metadata={"help": "accuracy, loss or perplexity; repeatable."})
     strategy: StrategyName = "single"
+    reward_model: RankingModel = None
+    aggregation: AggregationName = None
     samples: Annotated[
         int, typer.Option("--samples", "-n", help="Sampled chains per problem, for a majority vote.")
     ] = 1
@@ -300,6 +307,7 @@ def _checked_strategy(options: EvaluateOptions) -> Strategy:
     diagnostics += chain_diagnostics(
         strategy, options.strategy, samples=options.samples, temperature=options.sampling.temperature
     )
+    diagnostics += ranking_diagnostics(strategy, options.reward_model, options.aggregation)
     if strategy.kind == "single" and options.samples > 1:
         strategy = Strategy("self_consistency", options.samples)
     diagnostics += _limit_diagnostics(options)
@@ -339,6 +347,7 @@ def _run_on_language_rows(
     if options.output is not None:
         refuse_unwritable(options.output, source=source)
     require_language_model(model)
+    reward_model = require_ranking_model(strategy, options.reward_model, options.aggregation)
     remembered = model.columns
     check_supervised(source, columns, remembered=remembered, rules=rules)
     prepare_to_compute(verbose=options.verbose)
@@ -353,6 +362,7 @@ def _run_on_language_rows(
         checker=found_checker,
         settings=options.sampling.settings(),
         limits=options.limits.limits(),
+        ranker=ranker_of(reward_model, options.aggregation, options.device),
     )
     reasoner = open_reasoner(model, device=options.device, precision=options.precision, may_vote=True)
     evaluation = Evaluation(reasoner, plan, note=note)

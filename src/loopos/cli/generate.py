@@ -34,11 +34,16 @@ from loopos.cli.options import (
 from loopos.cli.outcome import note
 from loopos.cli.process import prepare_to_compute
 from loopos.cli.sampling_options import (
+    AggregationName,
+    RankingModel,
     SamplingOptions,
     StepOptions,
     StrategyName,
     chain_diagnostics,
     parsed_strategy,
+    ranker_of,
+    ranking_diagnostics,
+    require_ranking_model,
 )
 from loopos.config.paths import expanded
 
@@ -46,7 +51,7 @@ if TYPE_CHECKING:
     from loopos.cli.prompts import PromptInput
     from loopos.config.keys import Strategy
     from loopos.data.decoding import TextRules
-    from loopos.evaluation.reasoning import Ranker, Reasoner
+    from loopos.evaluation.reasoning import Reasoner
     from loopos.models.resolve import ModelRef
 
 _MOST_ROWS = 64
@@ -70,9 +75,8 @@ class GenerateOptions:
     steps: Annotated[bool, typer.Option("--steps", help="Show each step with its logprob, then the answer.")] = False
     samples: Annotated[int, typer.Option("--samples", "-n", help="Completions per prompt.")] = 1
     strategy: StrategyName = "single"
-    reward_model: Annotated[
-        str | None, typer.Option("--reward-model", help="Reward model that ranks the chains of --strategy best_of_n.")
-    ] = None
+    reward_model: RankingModel = None
+    aggregation: AggregationName = None
     num_beams: Annotated[int | None, typer.Option("--num-beams", help="Width of a token-level beam search.")] = None
     sampling: SamplingOptions
     limits: StepOptions
@@ -88,14 +92,14 @@ class GenerateOptions:
 
 def run(location: LanguageModel, options: GenerateOptions) -> int:
     """Generates and prints. Raises `UserError`."""
-    from loopos.cli.opened_models import open_reasoner, require_language_model, require_reward_model
+    from loopos.cli.opened_models import open_reasoner, require_language_model
 
     strategy = checked(options)
     columns, rules = parse_columns(options.columns), text_rules(options.encoding)
     if options.output is not None:
         refuse_unwritable(options.output, source=options.input)
     model = require_language_model(location)
-    reward_model = None if options.reward_model is None else require_reward_model(options.reward_model)
+    reward_model = require_ranking_model(strategy, options.reward_model, options.aggregation)
     _check_votes(model, options)
     prepare_to_compute(verbose=options.verbose)
     for sentence in options.sampling.notes():
@@ -149,10 +153,7 @@ def checked(options: GenerateOptions) -> Strategy:
         diagnostics.append("-p: got a blank text; expected a prompt, or --raw to start from nothing")
     if options.raw and options.system is not None:
         diagnostics.append("--system with --raw: a raw prompt has no messages; put the text into the prompt")
-    if options.reward_model is not None and strategy.kind != "best_of_n":
-        diagnostics.append(
-            "--reward-model: ranks the chains of --strategy best_of_n:N; use both, for example best_of_n:4"
-        )
+    diagnostics += ranking_diagnostics(strategy, options.reward_model, options.aggregation)
     diagnostics += device_diagnostics(options.device, options.precision)
     diagnostics += (
         chain_diagnostics(strategy, options.strategy, samples=options.samples, temperature=options.sampling.temperature)
@@ -258,7 +259,7 @@ def _reasoned(
     settings, limits, marks = options.sampling.settings(), options.limits.limits(), reasoner.step_format
     problems = [each.problem for each in prompts]
     if strategy.kind != "single" or reasoner.voters:
-        ranker = _ranker(reward_model, options)
+        ranker = ranker_of(reward_model, options.aggregation, options.device)
         found = reasoner.answer(problems, settings, strategy=strategy, limits=limits, ranker=ranker)
         texts = []
         for answered in found:
@@ -275,16 +276,6 @@ def _reasoned(
         records += [_numbered(line, number, options.samples) for number, line in enumerate(lines)]
         texts.append([described(chain, marks) if options.steps else chain.text for chain in answered.chains])
     return records, texts
-
-
-def _ranker(reward_model: ModelRef | None, options: GenerateOptions) -> Ranker | None:
-    """What best_of_n ranks by; None: the model's own logprobs."""
-    if reward_model is None:
-        return None
-    from loopos.evaluation.reward_predictor import RewardPredictor
-    from loopos.training.precision import pick_device
-
-    return RewardPredictor.open(reward_model, device=pick_device(options.device).type).rank
 
 
 def _beams(

@@ -23,7 +23,7 @@ from loopos.data.supervised_rows import Example, read_supervised
 from loopos.data.supervised_tokens import OVER_LENGTH, RowPolicy, encode_supervised
 from loopos.evaluation.answer_check import judge_all, problem_metrics, record
 from loopos.evaluation.checkers import Checker, Verdict, answer_metrics
-from loopos.evaluation.reasoning import Answered, Reasoner
+from loopos.evaluation.reasoning import Answered, Ranker, Reasoner
 from loopos.generation.settings import SamplingParams
 from loopos.generation.steps import StepLimits
 from loopos.models.language_ensemble import next_token_loss
@@ -44,6 +44,7 @@ class Plan:
     checker: Checker
     settings: SamplingParams
     limits: StepLimits
+    ranker: Ranker | None = None
 
 
 @dataclass
@@ -139,7 +140,9 @@ class Evaluation:
         began = time.monotonic()
         for first in range(0, len(examples), _GROUP):
             group: Sequence[Demonstration] = examples[first : first + _GROUP]
-            answered += self.reasoner.answer(group, plan.settings, strategy=plan.strategy, limits=plan.limits)
+            answered += self.reasoner.answer(
+                group, plan.settings, strategy=plan.strategy, limits=plan.limits, ranker=plan.ranker
+            )
             spent = time.monotonic() - began
             self.report.tokens_generated = sum(len(c.token_ids) - len(c.forced) for a in answered for c in a.chains)
             rate = self.report.tokens_generated / max(spent, 1e-9)

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from loopos.evaluation.run_folder import RunFolder
 
 # The metrics for the list, most important first; a run shows the first that it has.
-_HEADLINES = ("accuracy", "micro_f1", "mae", "pair_accuracy", "reward", "loss")
+_HEADLINES = ("accuracy", "micro_f1", "mae", "pair_accuracy", "step_accuracy", "reward", "loss")
 
 RunsFolder = Annotated[Path, typer.Argument(metavar="FOLDER", help="Folder of runs.", parser=path)]
 EverySetting = Annotated[bool, typer.Option("--all", help="Also show settings at their defaults.")]

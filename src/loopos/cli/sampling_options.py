@@ -8,16 +8,20 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import MISSING, asdict, dataclass, field, fields
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, cast, get_args
 
 import typer
 
 from loopos.cli.options import option
+from loopos.config.diagnostics import UserError
 from loopos.generation.settings import SamplingFields, SamplingParams
 
 if TYPE_CHECKING:
     from loopos.config.keys import Strategy
+    from loopos.config.preferences import Aggregation
+    from loopos.evaluation.reasoning import Ranker
     from loopos.generation.steps import StepLimits
+    from loopos.models.resolve import ModelRef
 
 # Options that matter only when tokens are sampled.
 _OF_DRAWS = ("top_k", "top_p", "min_p", "typical_p")
@@ -26,6 +30,71 @@ StrategyName = Annotated[
     str,
     typer.Option("--strategy", help="Answer strategy: single, self_consistency:8, best_of_n:4 or step_beam:2x4."),
 ]
+
+
+RankingModel = Annotated[
+    str | None,
+    typer.Option(
+        "--reward-model", help="Reward model that ranks chains: of best_of_n, or, scoring each step, of step_beam."
+    ),
+]
+AggregationName = Annotated[
+    str | None,
+    typer.Option("--aggregation", help="Score of a process reward model: product, min or last of its steps."),
+]
+
+
+def aggregation_diagnostics(aggregation: str | None) -> Iterator[str]:
+    """An unknown aggregation."""
+    from loopos.config.preferences import Aggregation
+
+    if aggregation is not None and aggregation not in get_args(Aggregation):
+        yield f"--aggregation: got {aggregation}; expected one of {', '.join(get_args(Aggregation))}"
+
+
+def ranking_diagnostics(strategy: Strategy, reward_model: str | None, aggregation: str | None) -> Iterator[str]:
+    """Conflicts between a strategy and the reward model that ranks its chains."""
+    from loopos.config.keys import RANKED
+
+    if reward_model is not None and strategy.kind not in RANKED:
+        yield (
+            "--reward-model: ranks the chains of --strategy best_of_n:N or step_beam:BxK; use both, for example "
+            "best_of_n:4"
+        )
+    if aggregation is not None and reward_model is None:
+        yield "--aggregation without --reward-model: it makes one score of those of a process reward model"
+    yield from aggregation_diagnostics(aggregation)
+
+
+def require_ranking_model(strategy: Strategy, reward_model: str | None, aggregation: str | None) -> ModelRef | None:
+    """The reward model that ranks chains; None without one. Raises `UserError` for what cannot rank those of the
+    strategy: unfinished chains need a score for each step.
+    """
+    if reward_model is None:
+        return None
+    from loopos.cli.opened_models import require_reward_model
+
+    found = require_reward_model(reward_model)
+    scores_steps = found.description.get("process") is not None
+    if strategy.kind == "step_beam" and not scores_steps:
+        raise UserError(
+            f"--reward-model {reward_model}: scores whole responses, but step_beam ranks unfinished chains; expected a "
+            "process reward model, which reward_model trains on rows with prompt, completions and labels"
+        )
+    if aggregation is not None and not scores_steps:
+        raise UserError(f"--aggregation {aggregation}: {reward_model} scores whole responses, which have no steps")
+    return found
+
+
+def ranker_of(reward_model: ModelRef | None, aggregation: str | None, device: str) -> Ranker | None:
+    """What ranks chains; None: the model's own logprobs. Imports torch."""
+    if reward_model is None:
+        return None
+    from loopos.evaluation.reward_predictor import RewardPredictor
+    from loopos.training.precision import pick_device
+
+    chosen = cast("Aggregation | None", aggregation)
+    return RewardPredictor.open(reward_model, device=pick_device(device).type, aggregation=chosen).rank_chains
 
 
 def changed_fields(options: Any) -> list[str]:

@@ -7,14 +7,29 @@ as JSON Lines and metrics to standard error; with `--json` only the metrics, as 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, cast
 
 import typer
 
 from loopos.cli.answers import json_lines, refuse_unwritable, say_json, table, write, write_whole
-from loopos.cli.options import Columns, Device, Encoding, Json, OutputFile, Verbose, argument, parse_columns, text_rules
+from loopos.cli.options import (
+    Columns,
+    Device,
+    Encoding,
+    Json,
+    OutputFile,
+    Verbose,
+    argument,
+    parse_columns,
+    refuse,
+    text_rules,
+)
 from loopos.cli.outcome import note
 from loopos.cli.process import prepare_to_compute
+from loopos.cli.sampling_options import AggregationName, aggregation_diagnostics
+
+if TYPE_CHECKING:
+    from loopos.config.preferences import Aggregation
 
 RewardModel = Annotated[
     str,
@@ -38,6 +53,7 @@ class ScoreOptions:
         float,
         typer.Option("--ensemble-penalty", min=0, help="Standard deviations of the heads to subtract from their mean."),
     ] = 0.0
+    aggregation: AggregationName = None
     device: Device = "auto"
     json: Json = False
     verbose: Verbose = False
@@ -49,6 +65,7 @@ def run(location: RewardModel, source: Comparisons, options: ScoreOptions) -> in
     from loopos.data.row_check import check_responses
 
     columns, rules = parse_columns(options.columns), text_rules(options.encoding)
+    refuse(list(aggregation_diagnostics(options.aggregation)))
     if options.output is not None:
         refuse_unwritable(options.output, source=source)
     model = require_reward_model(location)
@@ -58,7 +75,10 @@ def run(location: RewardModel, source: Comparisons, options: ScoreOptions) -> in
     from loopos.training.precision import pick_device
 
     predictor = RewardPredictor.open(
-        model, device=pick_device(options.device).type, ensemble_penalty=options.ensemble_penalty
+        model,
+        device=pick_device(options.device).type,
+        ensemble_penalty=options.ensemble_penalty,
+        aggregation=cast("Aggregation | None", options.aggregation),
     )
     scored = predictor.score_file(source, columns, on_bad_row="skip" if options.skip_bad_rows else "error", rules=rules)
     if options.json:

@@ -257,7 +257,7 @@ def _channels(
     return [f"{width - keeps} of {width} channels leave the MLP of every block"]
 
 
-_MAIN = ("perplexity", "accuracy", "micro_f1", "mae", "pair_accuracy")
+_MAIN = ("perplexity", "accuracy", "micro_f1", "mae", "pair_accuracy", "step_accuracy")
 
 
 def write_report(folder: Path, result: PruningResult) -> None:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from typing import Annotated, ClassVar, Literal, TypeAlias
+from typing import Annotated, ClassVar, TypeAlias
 
 from pydantic import AfterValidator, Field, WithJsonSchema
 
 from loopos.config.diagnostics import Problem
-from loopos.config.keys import EXAMPLES, STRATEGY, Count, Location, Section, Strategy, Text
-from loopos.config.sections import LANGUAGE_METRICS
+from loopos.config.keys import EXAMPLES, RANKED, STRATEGY, Count, Location, Section, Strategy
+from loopos.config.preferences import check_reward_model
+from loopos.config.sections import LANGUAGE_METRICS, StepFormatName, StepFormatSection
 from loopos.config.sft import SftConfig, SftDataSection, SftEvaluationSection, SftGenerationSection
 
 EXAMPLE_ROW = '{"problem": "What is 17 + 26?", "reasoning": ["7 + 6 = 13, carry 1", "1 + 2 + 1 = 4"], "answer": "43"}'
@@ -40,15 +41,6 @@ Checker: TypeAlias = Annotated[
 ]
 
 
-class StepFormatSection(Section):
-    r"""How reasoning is written: opening, each step and the delimiter, closing, the marker, the answer."""
-
-    opening: str = Field(default="<think>\n", description="text before the first step")
-    closing: str = Field(default="</think>\n", description="text behind the last step's delimiter")
-    delimiter: Text = Field(default="\n", description="text that ends each step")
-    answer_marker: str = Field(default="", description="text before the answer")
-
-
 class ReasoningDataSection(SftDataSection):
     """Where the weights and the demonstrations come from, how they are read, and where the run goes."""
 
@@ -62,7 +54,7 @@ class ReasoningDataSection(SftDataSection):
     training_data: Location | None = Field(  # type: ignore[assignment]
         default=None, description="another name of reasoning_examples"
     )
-    step_format: Literal["think", "hashes", "lines"] | StepFormatSection = Field(
+    step_format: StepFormatName | StepFormatSection = Field(
         default="think", description="how steps and answer are written"
     )
 
@@ -72,6 +64,11 @@ class ReasoningGenerationSection(SftGenerationSection):
 
     max_new_tokens: Count = Field(default=256, description="longest reasoning and answer together (tokens)")
     strategy: StrategyName = Field(default="single", description="how an answer is selected from chains")
+    reward_model: Location | None = Field(
+        default=None,
+        description="reward model that ranks the chains of best_of_n, or, scoring each step, those of step_beam; their "
+        "log-probability when absent",
+    )
     max_reasoning_steps: Count | None = Field(default=None, description="steps after which the answer is forced")
     max_step_tokens: Count | None = Field(default=None, description="longest step (tokens)")
     min_thinking_tokens: Annotated[int, Field(ge=0)] = Field(
@@ -140,6 +137,11 @@ class ChainOfThoughtConfig(SftConfig):
         yield from _check_accuracy(self)
         yield from _check_generation(self.generation)
 
+    def check_files(self) -> Iterator[Problem]:
+        yield from super().check_files()
+        if self.generation.reward_model is not None:
+            yield from check_reward_model("generation.reward_model", self.generation.reward_model)
+
     def example_row(self, source: str) -> str:
         is_text = source.lower().removesuffix(".gz").removesuffix(".zst").endswith(".txt")
         return EXAMPLE_ROW + (EXAMPLE_LINES if is_text else "")
@@ -170,6 +172,9 @@ def _check_accuracy(config: ChainOfThoughtConfig) -> Iterator[Problem]:
 
 
 def _check_generation(generation: ReasoningGenerationSection) -> Iterator[Problem]:
+    if generation.reward_model is not None and Strategy.parse(generation.strategy).kind not in RANKED:
+        fields = ("generation.reward_model", "generation.strategy")
+        yield Problem(fields, f'a reward model with "{generation.strategy}"', '"best_of_n:N" or "step_beam:BxK"')
     if generation.chains > 1 and generation.temperature == 0:
         fields = ("generation.strategy", "generation.temperature")
         actual = f'"{generation.strategy}" with temperature 0'

@@ -193,6 +193,10 @@ STRATEGY = re.compile(r"single|(self_consistency|best_of_n):([1-9][0-9]*)|step_b
 EXAMPLES = ("single", "self_consistency:8", "best_of_n:4", "step_beam:2x4")
 
 
+RANKED = ("best_of_n", "step_beam")
+"""The kinds of strategies whose chains a reward model may rank."""
+
+
 @dataclass(frozen=True, slots=True)
 class Strategy:
     """How an answer is selected: `chains` sampled per problem, or a step beam search of `beams` × `candidates`."""

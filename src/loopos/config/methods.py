@@ -16,11 +16,12 @@ if TYPE_CHECKING:
     from loopos.config.sections import MethodConfig
 
 MethodName: TypeAlias = tuple[str, str]
-Rows: TypeAlias = Literal["labeled", "demonstrations", "comparisons", "thumbs", "prompts", "text"]
+Rows: TypeAlias = Literal["labeled", "demonstrations", "comparisons", "judgments", "thumbs", "prompts", "text"]
 Models: TypeAlias = Literal["head", "scores", "language", "roles"]
 _USUAL_MODELS: Mapping[Rows, Models] = {
     "labeled": "head",
     "comparisons": "scores",
+    "judgments": "scores",
     "thumbs": "language",
     "demonstrations": "language",
     "text": "language",
@@ -33,9 +34,9 @@ Trainer = TypeVar("Trainer", bound=type[Any])
 class MethodRow:
     """`mode`: the stage of training. `config`, `trainer`: the classes. `summary`: what the method does, in a line.
     `reads`: the kinds of rows that it trains on, by which they are checked before torch is imported, shown and counted;
-    empty where that is left to the method. `model`: what is trained, by which a run is planned: a head over pooled
-    states, scalar scores of responses, a language model, or the roles of reinforcement learning; None for what the
-    first kind of rows usually trains.
+    empty where that is left to the method; judgments are comparisons, or answers with step labels. `model`: what is
+    trained, by which a run is planned: a head over pooled states, scalar scores of responses, a language model, or the
+    roles of reinforcement learning; None for what the first kind of rows usually trains.
     """
 
     mode: str
@@ -113,8 +114,8 @@ BUILTIN: Mapping[str, MethodRow] = {
         "posttraining",
         "reward_model:RewardModelConfig",
         "reward_model:RewardModelTrainer",
-        "a score of responses, learned from preferences",
-        "comparisons",
+        "a score of responses, learned from preferences or step labels",
+        "judgments",
     ),
     **{
         name: _row(
@@ -147,7 +148,7 @@ BUILTIN: Mapping[str, MethodRow] = {
         "rlhf:RlhfConfig",
         "rlhf:ReinforcementTrainer",
         "a reward model from preferences, then PPO against it",
-        "comparisons",
+        "judgments",
         "prompts",
     ),
     "autoregressive": _row(

@@ -24,7 +24,7 @@ from loopos.config.paths import (
     check_tokenizer,
     check_weights,
 )
-from loopos.config.sections import TextSourceSection, TrainingSection
+from loopos.config.sections import StepFormatName, StepFormatSection, TextSourceSection, TrainingSection
 from loopos.config.source import close_files
 from loopos.config.variants import LOSSES
 
@@ -54,6 +54,10 @@ PreferenceRole: TypeAlias = Literal[
     "choices",
     "history",
 ]
+
+
+STEP_ROLES = frozenset({"completions", "labels"})
+"""Roles of rows with step labels, which only a reward model reads."""
 
 
 class PreferenceTextSection(TextSourceSection):
@@ -86,8 +90,31 @@ class PreferenceTextSection(TextSourceSection):
     )
 
 
+Aggregation: TypeAlias = Literal["product", "min", "last"]
+"""How the score of a response follows from the probabilities of its steps: their product (Lightman et al. 2023), the
+smallest (Wang et al. 2024, Math-Shepherd), or the last (Snell et al. 2024).
+"""
+
+
+class ProcessSection(Section):
+    """How a process reward model reads the steps of a response, and what makes their scores one."""
+
+    step_separator: Text = Field(default="\n", description="text behind each step; its last token scores the step")
+    aggregation: Aggregation = Field(
+        default="product", description="score of a response: product, minimum or last of its steps' probabilities"
+    )
+    step_format: StepFormatName | StepFormatSection | None = Field(
+        default=None, description="step format of the texts to score; null splits them at step_separator"
+    )
+    answer_is_step: bool = Field(
+        default=True, description="score the answer behind the steps of a chain as its last step"
+    )
+
+
 class RewardSection(Section):
-    """What a reward model learns from a comparison (Christiano et al. 2017; Ouyang et al. 2022)."""
+    """What a reward model learns from a comparison (Christiano et al. 2017; Ouyang et al. 2022), or from step labels
+    (Uesato et al. 2022; Lightman et al. 2023).
+    """
 
     center_rewards: Annotated[float, Field(ge=0)] = Field(
         default=0.0, description="coefficient of the mean squared sum of a pair's two scores (per squared reward)"
@@ -105,6 +132,9 @@ class RewardSection(Section):
     )
     normalize_over: Count = Field(
         default=1024, description="training comparisons, drawn at random, whose responses give the mean and deviation"
+    )
+    process: ProcessSection = Field(
+        default_factory=ProcessSection, description="how steps are read and scored, for rows with step labels"
     )
 
 

@@ -9,9 +9,10 @@ from pydantic import Field
 
 from loopos.config import checks
 from loopos.config.diagnostics import Problem
-from loopos.config.keys import AS_IT_IS, MAY_BE_OWN, Location
+from loopos.config.keys import AS_IT_IS, MAY_BE_OWN, Location, Text
 from loopos.config.learning_rates import rate_notes
 from loopos.config.preferences import (
+    PreferenceRole,
     PreferenceTextSection,
     RewardSection,
     check_text_files,
@@ -30,9 +31,13 @@ from loopos.config.sections import (
 
 EXAMPLE_ROW = '{"prompt": "Where is my parcel?", "chosen": "It leaves tonight.", "rejected": "Just wait."}'
 EXAMPLE_LINES = ", or lines: Prompt: Where is my parcel? / Chosen: It leaves tonight. / Rejected: Just wait."
-RewardMetric: TypeAlias = Annotated[Literal["loss", "pair_accuracy"], MAY_BE_OWN, AS_IT_IS]
-"""Validation metrics of a reward model: the loss of the pairs (nats), and the fraction of pairs whose chosen response
-has the higher score."""
+RewardMetric: TypeAlias = Annotated[
+    Literal["loss", "pair_accuracy", "step_accuracy", "step_auroc", "first_error_accuracy", "first_error_f1"],
+    MAY_BE_OWN,
+    AS_IT_IS,
+]
+"""Validation metrics of a reward model: the loss of the pairs or steps (nats), the fraction of pairs whose chosen
+response has the higher score, and those of step labels (`evaluation.step_metrics`)."""
 
 
 class RewardEarlyStoppingSection(EarlyStoppingSection):
@@ -51,7 +56,8 @@ class RewardTrainingSection(LanguageTrainingSection):
         default=None, description="when to stop early; null is never"
     )
     metric: RewardMetric | None = Field(  # type: ignore[assignment]
-        default=None, description="metric that selects the best checkpoint; pair_accuracy when absent"
+        default=None,
+        description="metric that selects the best checkpoint; pair_accuracy when absent, step_accuracy of step labels",
     )
 
 
@@ -61,6 +67,9 @@ class PreferenceDataSection(PreferenceTextSection):
     source_keys: ClassVar[tuple[str, ...]] = ("preference_data", "training_data")
     row_keys: ClassVar[tuple[str, ...]] = ("preference_data", "training_data", "validation_data")
 
+    columns: dict[Literal[PreferenceRole, "completions", "labels"], Text | None] = Field(  # type: ignore[assignment]
+        default={}, description="column of each role; detected when absent, null for none"
+    )
     preference_data: Location | None = Field(
         default=None, description='file, folder, glob or hub id "org/name" of the preferences to train on'
     )

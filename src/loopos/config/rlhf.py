@@ -15,7 +15,7 @@ from pydantic import Field
 from loopos.config.diagnostics import Problem
 from loopos.config.keys import Count, Location
 from loopos.config.ppo import EXAMPLE_PROMPT, PpoConfig
-from loopos.config.preferences import RewardSection, check_text_files
+from loopos.config.preferences import STEP_ROLES, RewardSection, check_text_files
 from loopos.config.reward_model import (
     EXAMPLE_LINES,
     EXAMPLE_ROW,
@@ -141,6 +141,9 @@ class RlhfConfig(MethodConfig):
         own_prompts = data.prompts is not None
         shared = set(_SHARED_KEYS if own_prompts else _SHARED_KEYS + _SOURCE_KEYS)
         read = data.model_dump(include=shared, exclude_unset=True)
+        if "columns" in read:
+            # Only prompts are read here.
+            read["columns"] = {role: name for role, name in read["columns"].items() if role not in STEP_ROLES}
         values = {
             "reward_model": os.path.join(self.reward_model_dir, "model"),
             "prompts": data.prompts if own_prompts else data.preference_data,

@@ -7,7 +7,7 @@ the checks across keys, `paths` those of files.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, ClassVar, Literal, TypeAlias
 
 from pydantic import Field
 
@@ -404,6 +404,18 @@ class TextSourceSection(ReadingSection):
 
 WHOLE_MATRICES = ("muon", "adafactor")
 """Optimizers whose update of a matrix needs all of its rows."""
+
+
+StepFormatName: TypeAlias = Literal["think", "hashes", "lines"]
+
+
+class StepFormatSection(Section):
+    r"""How reasoning is written: opening, each step and the delimiter, closing, the marker, the answer."""
+
+    opening: str = Field(default="<think>\n", description="text before the first step")
+    closing: str = Field(default="</think>\n", description="text behind the last step's delimiter")
+    delimiter: Text = Field(default="\n", description="text that ends each step")
+    answer_marker: str = Field(default="", description="text before the answer")
 
 
 class DistributedSection(Section):

@@ -239,6 +239,7 @@ FORMATS: Registry[FormatRow] = Registry(
         judged_pairs="prompt, response_1, response_2 and preference",
         groups="prompt, responses, and scores or ranking",
         thumbs="prompt, completion and label, or messages and label",
+        steps="prompt, completions (the steps) and labels",
         prompts="prompt",
         openai="input, preferred_output and non_preferred_output",
         ms_swift="messages, and rejected_response or rejected_messages",

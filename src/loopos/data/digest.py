@@ -12,6 +12,7 @@ from transformers import PreTrainedTokenizerBase
 
 from loopos.data.answer_batches import EncodedAnswer
 from loopos.data.preference_tokens import EncodedComparison
+from loopos.data.stepwise_tokens import EncodedStepwise
 from loopos.data.tokens import Encoded
 
 
@@ -55,6 +56,17 @@ def answers_digest(answers: Iterable[EncodedAnswer]) -> str:
             digest.update(array("i", ids).tobytes())
         for mask in (each.mask, each.mismatched_mask):
             digest.update(array("b", mask or ()).tobytes())
+    return digest.hexdigest()
+
+
+def stepwise_digest(answers: Iterable[EncodedStepwise]) -> str:
+    """Ids, step ends and labels in their order."""
+    digest = hashlib.sha256()
+    for each in answers:
+        digest.update(array("q", [len(each.ids), len(each.ends), *each.ends]).tobytes())
+        digest.update(array("i", each.ids).tobytes())
+        # No label has the value −1.
+        digest.update(array("d", [-1.0 if label is None else label for label in each.labels]).tobytes())
     return digest.hexdigest()
 
 

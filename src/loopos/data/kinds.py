@@ -2,8 +2,8 @@
 
 Each kind is detected as its method detects it; if several fit, the more specific one wins:
 
-    comparisons > answers with a thumb > demonstrations, conversations, instructions, completions > labeled > prompts
-    > texts
+    steps > comparisons > answers with a thumb > demonstrations, conversations, instructions, completions > labeled
+    > prompts > texts
 
 But a question and an answer with a column "label" are a labeled pair of texts, a label is a thumb only where most of
 its values are thumbs, and a text next to a prompt is a generated response. Apart from `data check`, its only user,
@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias
 
 from loopos.config.diagnostics import DataError, Diagnostic
-from loopos.data import formats, preference_formats, supervised_rows, thumbs
+from loopos.data import formats, preference_formats, stepwise, supervised_rows, thumbs
 from loopos.data.columns import LABEL_TIERS, TEXT_TIERS, candidates, likely, listed, plain_name
 from loopos.data.formats import read_labeled
 from loopos.data.preferences import read_comparisons
@@ -27,7 +27,7 @@ from loopos.data.rows import Row, RowReader
 from loopos.data.step_format import NAMED_FORMATS
 from loopos.data.supervised_rows import read_supervised
 
-Family: TypeAlias = Literal["labeled", "texts", "language", "comparisons", "thumbs", "prompts"]
+Family: TypeAlias = Literal["labeled", "texts", "language", "comparisons", "steps", "thumbs", "prompts"]
 
 _OF_COMPARISONS = frozenset({"chosen", "rejected", "responses", "response_j", "response_k"})
 _EXPECTED = (
@@ -59,6 +59,10 @@ def kind_of(rows: Sequence[Row], overrides: Mapping[str, str], source: str) -> K
             return None
 
     compared = attempt("comparisons", lambda: preference_formats.detect(columns, overrides, source=source))
+    steps = stepwise.detect_steps(columns, overrides, source)
+    if steps is not None:
+        judged = stepwise.detect(columns, overrides, source)
+        return Kind("steps", judged.kind, judged.columns)
     language = attempt("language", lambda: supervised_rows.detect(columns, overrides, source=source))
     labeled = attempt("labeled", lambda: formats.detect(columns, overrides, require_label=False, source=source))
     prompts = attempt("prompts", lambda: preference_formats.detect(columns, overrides, source=source, prompts=True))
@@ -110,6 +114,9 @@ def read_kind(reader: RowReader, kind: Kind, overrides: Mapping[str, str]) -> tu
         case "thumbs":
             answers, report = thumbs.read_thumbs(reader, overrides)
             return list(answers), report
+        case "steps":
+            judged, report = stepwise.read_judgments(reader, overrides)
+            return list(judged), report
         case "prompts":
             prompts, report = read_prompts(reader, overrides)
             return list(prompts), report

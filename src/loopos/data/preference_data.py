@@ -9,6 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, Generic, TypeVar
 
+from loopos.config.diagnostics import DataError, Diagnostic
 from loopos.config.preferences import PreferenceTextSection
 from loopos.data.columns import Overrides
 from loopos.data.preferences import Comparison, read_comparisons
@@ -18,9 +19,10 @@ from loopos.data.reading import DataReport, opened, validation_source
 from loopos.data.repeats import key_of_prompt, repeats_summary
 from loopos.data.rows import RowReader
 from loopos.data.split import split_off
+from loopos.data.stepwise import Judgments, Stepwise, read_judgments
 from loopos.data.thumbs import Thumbs, read_thumbs
 
-ExampleT = TypeVar("ExampleT", Comparison, Prompt, Thumbs)
+ExampleT = TypeVar("ExampleT", Comparison, Prompt, Thumbs, Judgments)
 _Read = Callable[..., tuple[list[ExampleT], DataReport]]
 
 
@@ -40,6 +42,25 @@ def load_comparisons(data: PreferenceTextSection, source: str, *, seed: int) -> 
     fraction of the training rows. Raises `DataError`.
     """
     return _load(data, source, read_comparisons, seed=seed)
+
+
+@reusable
+def load_judgments(data: PreferenceTextSection, source: str, *, seed: int) -> PreferenceData[Judgments]:
+    """`load_comparisons` for what a reward model learns from: comparisons, or answers with step labels. Raises
+    `DataError` also where training and validation rows are not of one kind.
+    """
+    found = _load(data, source, read_judgments, seed=seed)
+    kinds = {type(example): example.row for example in (*found.train, *found.validation)}
+    if len(kinds) > 1:
+        other, actual = found.validation[0].row, "comparisons beside answers with step labels"
+        expected = "training and validation rows of one kind"
+        raise DataError([Diagnostic(other.source_label, None, None, "data.validation_data", actual, expected)])
+    return found
+
+
+def has_step_labels(data: PreferenceData[Judgments]) -> bool:
+    """Whether the rows are answers with step labels; else they are comparisons."""
+    return isinstance(data.train[0], Stepwise)
 
 
 @reusable

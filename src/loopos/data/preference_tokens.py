@@ -11,10 +11,10 @@ The report states read = used + dropped.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import NamedTuple
+from typing import NamedTuple, Protocol, TypeAlias, TypeVar
 
 from transformers import PreTrainedTokenizerBase
 
@@ -24,6 +24,7 @@ from loopos.data.piece_tokens import SegmentTokenizer
 from loopos.data.preferences import Comparison, Pair
 from loopos.data.prompts import Prompt, PromptContent, prompt_text
 from loopos.data.reading import DataReport
+from loopos.data.rows import Row
 from loopos.data.supervised_tokens import CHUNK, DEFAULT_POLICY, OVER_LENGTH, RowPolicy, finish, over_length_diagnostic
 from loopos.data.template_checks import num_shared
 from loopos.data.templates import ChatTemplate, Segment, TemplateRefusal
@@ -91,8 +92,8 @@ def encode_comparisons(
     over: list[Diagnostic] = []
     cuts_prompts = policy.over_length == "cut_prompt"
     template = template or ChatTemplate(tokenizer)
-    for index, (prompt, *whole), masks, is_short in _tokenized(
-        tokenizer, examples, template, report, whole=cuts_prompts
+    for index, (prompt, *whole), masks, is_short in tokenized(
+        tokenizer, examples, template, report, _comparison_groups, whole=cuts_prompts
     ):
         responses, longest, lost = whole, max(map(len, whole)), [0]
         if max_length is not None and len(prompt) + longest > max_length:
@@ -165,7 +166,7 @@ def encode_prompts(
     rows: list[list[int]] = []
     dropped: Counter[str] = Counter()
     over: list[Diagnostic] = []
-    for index, (prompt,), _, is_short in _tokenized(tokenizer, prompts, template, report):
+    for index, (prompt,), _, is_short in tokenized(tokenizer, prompts, template, report, _prompt_groups):
         if max_length is not None and len(prompt) > max_length:
             over.append(over_length_diagnostic(prompts[index].row, len(prompt), max_length, at_least=is_short))
             dropped[PROMPT_OVER] += 1
@@ -179,15 +180,29 @@ def encode_prompts(
     return rows, report
 
 
-def _tokenized(
+class HasRow(Protocol):
+    """An example that knows its row."""
+
+    @property
+    def row(self) -> Row: ...
+
+
+ExampleT = TypeVar("ExampleT", bound=HasRow)
+Groups: TypeAlias = Callable[[ExampleT, ChatTemplate], list[list[Segment]]]
+"""The groups of segments of an example; raises `TemplateRefusal`."""
+
+
+def tokenized(
     tokenizer: PreTrainedTokenizerBase,
-    examples: Sequence[Comparison] | Sequence[Prompt],
+    examples: Sequence[ExampleT],
     template: ChatTemplate | None,
     report: DataReport,
+    groups_of: Groups[ExampleT],
     *,
     whole: bool = False,
 ) -> Iterator[tuple[int, list[list[int]], list[list[bool]] | None, bool]]:
-    """Yield the index of each rendered example, the ids of its prompt and responses, the masks of the responses, and
+    """Yield the index of each rendered example, the ids of each of its groups, such as prompt and responses, the masks
+    of all groups but the first (None where all of their tokens are the assistant's), and
     whether a text was shortened.
 
     Only texts far over the report's `max_length` are shortened, none if `whole`. Refused examples become diagnostics of
@@ -200,8 +215,7 @@ def _tokenized(
         for index in range(first, min(first + CHUNK, len(examples))):
             example = examples[index]
             try:
-                responses = example.responses if isinstance(example, Comparison) else ()
-                found.append((index, _groups(example.prompt, responses, template, example.tools)))
+                found.append((index, groups_of(example, template)))
             except TemplateRefusal as problem:
                 expected = "messages that the template renders turn by turn"
                 row = example.row
@@ -226,6 +240,14 @@ def _masks(groups: Sequence[Sequence[Segment]], tokens: Sequence[Sequence[Sequen
         [segment.message is not None for segment, part in zip(group, parts, strict=True) for _ in part]
         for group, parts in zip(groups, tokens, strict=True)
     ]
+
+
+def _comparison_groups(example: Comparison, template: ChatTemplate) -> list[list[Segment]]:
+    return _groups(example.prompt, example.responses, template, example.tools)
+
+
+def _prompt_groups(example: Prompt, template: ChatTemplate) -> list[list[Segment]]:
+    return _groups(example.prompt, (), template, example.tools)
 
 
 def _groups(

@@ -87,9 +87,10 @@ class DataReport:
     `unread_note` what becomes of them.
 
     Of tokenizing: `lengths` of the used rows (of preferences, of each prompt with its longest response), None before;
-    `indices` of the used rows among the read ones. `tokens` counts each prompt once. `trained_tokens`, and `responses`
-    and `pairs`, are None where the data has none. `cut`: truncated rows or responses; `tokens_cut`: the tokens that
-    they lost, a lower bound if `shortened` texts were not tokenized to their end; `cut_unit`: what was truncated.
+    `indices` of the used rows among the read ones. `tokens` counts each prompt once. `trained_tokens`, `responses`,
+    `pairs`, `steps` and `labeled_steps` are None where the data has none. `cut`: truncated rows or responses;
+    `tokens_cut`: the tokens that they lost, a lower bound if `shortened` texts were not tokenized to their end;
+    `cut_unit`: what was truncated.
     """
 
     read: int = 0
@@ -103,6 +104,8 @@ class DataReport:
     unread_note: str = "not read"
     responses: int | None = None
     pairs: int | None = None
+    steps: int | None = None
+    labeled_steps: int | None = None
     tokens: int = 0
     trained_tokens: int | None = None
     cut: int = 0
@@ -128,6 +131,7 @@ class DataReport:
         if self.lengths is None:
             return []
         counts = [f"{self.responses} responses, {self.pairs} pairs"] if self.responses else []
+        counts += [f"{self.steps:,} steps, {self.labeled_steps:,} labeled"] if self.steps else []
         counts.append(f"{self.tokens:,} tokens")
         if self.trained_tokens is not None:
             fraction = f" ({self.trained_tokens / self.tokens:.0%})" if self.tokens else ""
@@ -144,6 +148,8 @@ _COUNTS = (
     "dropped",
     "responses",
     "pairs",
+    "steps",
+    "labeled_steps",
     "tokens",
     "trained_tokens",
     "cut",

@@ -13,11 +13,12 @@ from loopos.data.demonstrations import Demonstration
 from loopos.data.formats import Labeled
 from loopos.data.preferences import Comparison
 from loopos.data.prompts import Prompt, PromptContent, prompt_key
+from loopos.data.stepwise import Stepwise
 from loopos.data.supervised_rows import Completion, PlainText
 from loopos.data.thumbs import Thumbs
 
 AnyExample: TypeAlias = (
-    Labeled | Demonstration | Conversation | Completion | PlainText | Comparison | Prompt | Thumbs | str
+    Labeled | Demonstration | Conversation | Completion | PlainText | Comparison | Prompt | Stepwise | Thumbs | str
 )
 
 
@@ -57,6 +58,8 @@ def key_of_row(example: AnyExample) -> Hashable:
             # The order of the responses does not matter, only which one is better.
             ranked = {(_key(responses[pair.better]), _key(responses[pair.worse])) for pair in pairs}
             return prompt, frozenset(ranked)
+        case Stepwise(steps=steps, labels=labels):
+            return prompt, steps, labels
         case Thumbs(comparison=comparison, desirable=desirable):
             return prompt, tuple(map(_key, comparison.responses)), desirable
         case _:

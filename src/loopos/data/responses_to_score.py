@@ -1,7 +1,8 @@
 """Read prompts with responses to score, with or without preferences.
 
-Formats: comparisons (`preferences`); rows of a prompt and a response, as `loopos generate` writes; a prompt with a list
-of responses; conversations that end with the assistant. All but comparisons have no pairs.
+Formats: answers with step labels (`stepwise`); comparisons (`preferences`); rows of a prompt and a response, as `loopos
+generate` writes; a prompt with a list of responses; conversations that end with the assistant. Only comparisons have
+pairs.
 """
 
 from __future__ import annotations
@@ -22,6 +23,8 @@ from loopos.data.reading import DataReport, Unusable, read_examples
 from loopos.data.record import shown
 from loopos.data.row_fields import RowFields
 from loopos.data.rows import Row, RowReader
+from loopos.data.stepwise import Judgments, StepwiseFormat, detect_steps, stepwise_of
+from loopos.data.stepwise import detect as detect_judgments
 
 Kind: TypeAlias = Literal["conversations", "prompts with a response", "prompts with responses"]
 
@@ -49,8 +52,8 @@ SHAPES: tuple[tuple[Shape[Kind], ...], ...] = (
     (Shape("prompts with a response", ("prompt", "response"), ("input", "system")),),
 )
 _EXAMPLES = (
-    '{"prompt", "response"}, {"prompt", "text"} as generate writes them, {"prompt", "responses"}, {"messages"}, or '
-    'comparisons such as {"prompt", "chosen", "rejected"}'
+    '{"prompt", "response"}, {"prompt", "text"} as generate writes them, {"prompt", "responses"}, {"messages"}, '
+    'comparisons such as {"prompt", "chosen", "rejected"}, or {"prompt", "completions", "labels"}'
 )
 
 
@@ -63,9 +66,12 @@ class ResponseFormat:
     summary: str
 
 
+Form: TypeAlias = PreferenceFormat | ResponseFormat | StepwiseFormat
+
+
 def read_responses(
     reader: RowReader, overrides: Mapping[str, str], *, as_text: bool = False
-) -> tuple[list[Comparison], DataReport]:
+) -> tuple[list[Judgments], DataReport]:
     """Reads a whole source of one format, in its order.
 
     Args:
@@ -75,9 +81,12 @@ def read_responses(
         DataError: as `preferences.read_comparisons`.
     """
 
-    def from_row(row: Row, form: PreferenceFormat | ResponseFormat) -> Comparison | Unusable:
+    def from_row(row: Row, form: Form) -> Judgments | Unusable:
         fields = form.fields(row) if isinstance(form, PreferenceFormat) else RowFields(row, form.columns)
-        if isinstance(form, PreferenceFormat):
+        found: Judgments | None
+        if isinstance(form, StepwiseFormat):
+            found = stepwise_of(fields, as_text=as_text)
+        elif isinstance(form, PreferenceFormat):
             found = comparison_of(fields, form, as_text=as_text)
         else:
             found = _answered(fields, form, as_text=as_text)
@@ -87,13 +96,15 @@ def read_responses(
             else Unusable(fields.problems[0][0], [diagnostic for _, diagnostic in fields.problems])
         )
 
-    examples: tuple[list[Comparison], PreferenceFormat | ResponseFormat, DataReport]
+    examples: tuple[list[Judgments], Form, DataReport]
     examples = read_examples(reader, lambda columns, source: detect(columns, overrides, source), from_row)
     return examples[0], examples[2]
 
 
-def detect(columns: Sequence[str], overrides: Mapping[str, str], source: str) -> PreferenceFormat | ResponseFormat:
-    """Comparisons where they are, else responses by themselves. Raises `DataError`."""
+def detect(columns: Sequence[str], overrides: Mapping[str, str], source: str) -> Form:
+    """Step labels or comparisons where they are, else responses by themselves. Raises `DataError`."""
+    if detect_steps(columns, overrides, source) is not None:
+        return detect_judgments(columns, overrides, source)
     try:
         return detect_comparisons(columns, overrides, source=source)
     except DataError:

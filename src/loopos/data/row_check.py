@@ -120,6 +120,12 @@ def _preferences(columns: Mapping[str, str], *, prompts: bool = False) -> Detect
     return lambda names, source: preference_formats.detect(names, columns, source=source, prompts=prompts)
 
 
+def _judgments(columns: Mapping[str, str]) -> Detect:
+    from loopos.data import stepwise  # only reward models pay for its import
+
+    return lambda names, source: stepwise.detect(names, columns, source)
+
+
 def _thumbs(columns: Mapping[str, str]) -> Detect:
     from loopos.data import thumbs  # only one method pays for its import
 
@@ -159,6 +165,8 @@ def sources_of(config: Any) -> Iterator[tuple[str, Callable[[], RowReader], Dete
                 yield prompts, partial(opened, data, prompts, data.training_split), _preferences(columns, prompts=True)
                 if (own := data.validation_data) is not None:
                     yield own, partial(opened, data, own, data.training_split), _preferences(columns)
+            case "judgments":
+                yield from _both(data, data.source, _judgments(columns))
             case "thumbs":
                 yield from _both(data, data.source, _thumbs(columns))
             case "prompts":
@@ -254,6 +262,10 @@ def _check_phase(config: Any) -> None:
                 prompts = getattr(data, "prompts", None)
                 load = load_comparisons if prompts is None else load_prompts_to_compare
                 read_for_reuse(load, data, data.source, seed=seed)
+            case "judgments":
+                from loopos.data.preference_data import load_judgments
+
+                read_for_reuse(load_judgments, data, data.source, seed=seed)
             case "thumbs":
                 from loopos.data.preference_data import load_thumbs
 

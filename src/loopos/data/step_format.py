@@ -19,7 +19,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from loopos.config.chain_of_thought import StepFormatSection
+from loopos.config.sections import StepFormatSection
 from loopos.data.record import shown
 
 # A line that begins another exchange: models that do not stop go on with the next question of their training texts.

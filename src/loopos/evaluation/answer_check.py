@@ -19,7 +19,7 @@ from loopos.data.supervised_rows import Completion, Example
 from loopos.data.supervised_tokens import prompt_tokens
 from loopos.data.templates import TemplateRefusal
 from loopos.evaluation.checkers import RIGHT, Checker, Verdict, answer_metrics, checker, judge
-from loopos.evaluation.reasoning import Answered, Reasoner
+from loopos.evaluation.reasoning import Answered, Ranker, Reasoner
 from loopos.generation.settings import SamplingParams
 from loopos.generation.steps import StepLimits
 
@@ -161,11 +161,12 @@ class AnswerCheck(SampleAnswers):
         evaluation: AnswerEvaluationSection,
         *,
         seed: int,
+        ranker: Ranker | None = None,
     ) -> None:
-        """Raises `UserError` for an unknown checker."""
+        """ranker: as `Reasoner.answer` takes it. Raises `UserError` for an unknown checker."""
         super().__init__(reasoner, generation, seed=seed)
         self.limits = limits_of(generation)
-        self.strategy = Strategy.parse(generation.strategy)
+        self.strategy, self.ranker = Strategy.parse(generation.strategy), ranker
         self.checker = checker(evaluation.checker, tolerance=evaluation.tolerance)
 
     def validate(
@@ -193,7 +194,9 @@ class AnswerCheck(SampleAnswers):
         """
         rank, world_size = shard
         own = problems[rank::world_size]
-        answered = self.reasoner.answer(own, self.sampling, strategy=self.strategy, limits=self.limits)
+        answered = self.reasoner.answer(
+            own, self.sampling, strategy=self.strategy, limits=self.limits, ranker=self.ranker
+        )
         verdicts = judge_all(answered, own, step_format=self.reasoner.step_format, checker=self.checker)
         parts = [part for part in gather(list(zip(answered, verdicts, own, strict=True))) if isinstance(part, list)]
         merged = [part[index] for index in range(len(parts[0])) for part in parts if index < len(part)]

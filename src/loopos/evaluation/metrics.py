@@ -48,6 +48,11 @@ METRIC_MEANING: Mapping[str, str] = {
     "spearman": "correlation of their ranks",
     "perplexity": "exp(loss): effective number of tokens that the model hesitates between",
     "pair_accuracy": "fraction of pairs whose preferred response scores higher",
+    "step_accuracy": "fraction of steps that the model puts on the labels' side of one half",
+    "step_auroc": "probability that a right step scores above a wrong one",
+    "first_error_accuracy": "fraction of answers whose first wrong step is found, or found to be absent",
+    "first_error_f1": "harmonic mean of first_error_accuracy with and without an error",
+    "right_steps": "fraction of labeled steps that are right",
     "score_gap": "mean difference between the scores of the preferred and the other response",
 }
 
@@ -202,10 +207,10 @@ def _expected_calibration_error(confidence: Floats, correct: NDArray[numpy.bool_
 def _add_auroc(metrics: dict[str, float], truth: NDArray[numpy.bool_], scores: Floats) -> None:
     judged = [column for column in range(truth.shape[1]) if 0 < truth[:, column].sum() < len(truth)]
     if judged:
-        metrics["auroc"] = float(numpy.mean([_auroc(truth[:, column], scores[:, column]) for column in judged]))
+        metrics["auroc"] = float(numpy.mean([auroc(truth[:, column], scores[:, column]) for column in judged]))
 
 
-def _auroc(truth: NDArray[numpy.bool_], scores: Floats) -> float:
+def auroc(truth: NDArray[numpy.bool_], scores: Floats) -> float:
     """Probability that a true row's score is above a false row's, ties half (Mann and Whitney 1947)."""
     num_true = int(truth.sum())
     rank_sum = _ranks(scores)[truth].sum()

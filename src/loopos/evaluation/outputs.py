@@ -31,6 +31,18 @@ class NonFiniteOutputs(UserError):
     exit_code = 1
 
 
+def finite_scores(scores: Tensor, what: str = "responses") -> Tensor:
+    """The raw scores `[N, k]` of a reward model. Raises `NonFiniteOutputs`, because a mean or rank of non-finite scores
+    has no meaning. what: of which there are N.
+    """
+    if bad := int((~scores.isfinite().all(-1)).sum()):
+        raise NonFiniteOutputs(
+            f"the reward model's scores of {bad} of {len(scores)} {what} are not finite numbers; lower "
+            "training.learning_rate if this is its training, use precision fp32 or other weights if it is trained"
+        )
+    return scores
+
+
 @torch.no_grad()
 def outputs_of(
     model: PooledModel, examples: Sequence[Encoded], device: torch.device, *, rank: int = 0, world: int = 1

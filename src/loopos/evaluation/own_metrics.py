@@ -19,13 +19,20 @@ from loopos.evaluation.metrics import METRIC_DIRECTION, METRIC_MEANING
 from loopos.evaluation.policy_metrics import POLICY_METRIC_DIRECTION
 from loopos.evaluation.preference_metrics import PREFERENCE_METRIC_DIRECTION
 from loopos.evaluation.run_outcome import FLAGS
+from loopos.evaluation.step_metrics import STEP_METRIC_DIRECTION
 
 Direction: TypeAlias = Literal["min", "max"]
 MetricFunction: TypeAlias = Callable[[Any, Any], SupportsFloat]
 MetricFunctions: TypeAlias = Mapping[str, MetricFunction | tuple[MetricFunction, Direction]]
 """Name → function, or (function, "min") if lower is better."""
 
-_OURS = {*METRIC_DIRECTION, *METRIC_MEANING, *PREFERENCE_METRIC_DIRECTION, *POLICY_METRIC_DIRECTION}
+_OURS = {
+    *METRIC_DIRECTION,
+    *METRIC_MEANING,
+    *PREFERENCE_METRIC_DIRECTION,
+    *STEP_METRIC_DIRECTION,
+    *POLICY_METRIC_DIRECTION,
+}
 _EXPECTED = 'a function of (predictions, targets), or a pair of it and "min" or "max"'
 
 

@@ -38,7 +38,7 @@ from loopos.models.resolve import ModelRef, resolve_trained
 
 LOWER_IS_BETTER = frozenset({"loss", "perplexity", "mae", "rmse", "log_loss", "ece"})
 # The metric that represents a model by default: the first of these that it has.
-_USUAL = ("accuracy", "pair_accuracy", "subset_accuracy", "mae", "loss")
+_USUAL = ("accuracy", "pair_accuracy", "step_accuracy", "subset_accuracy", "mae", "loss")
 DROPPED = "dropped_rows"
 # Tokens of one forward pass.
 _TOKENS = 2048

@@ -7,12 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, TypeAlias
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from loopos.config.diagnostics import UserError
-from loopos.config.keys import Strategy
+from loopos.config.keys import RANKED, Strategy
 from loopos.data.conversations import Conversation, Message, Question
 from loopos.data.demonstrations import Demonstration
 from loopos.data.prompts import PromptContent
@@ -22,16 +23,17 @@ from loopos.data.supervised_rows import PlainText
 from loopos.data.supervised_tokens import Problem, prompt_messages, prompt_tokens
 from loopos.data.templates import ChatTemplate, TemplateRefusal
 from loopos.evaluation.checkers import Sample, majority
+from loopos.evaluation.process_rewards import ChainText
 from loopos.generation.engine import Engine
-from loopos.generation.search import best_of_n, step_beam_search
+from loopos.generation.search import best_of_n, mean_logprobs, step_beam_search
 from loopos.generation.settings import SamplingParams
 from loopos.generation.steps import Chain, StepLimits, reason
 from loopos.models.folders import open_generation_model
 from loopos.models.language_ensemble import LanguageEnsemble
 from loopos.models.resolve import ModelRef, resolve_trained
 
-Ranker: TypeAlias = Callable[[Sequence[tuple[PromptContent, str]]], list[float]]
-"""Pairs of prompt and response → a score each; higher is better."""
+Ranker: TypeAlias = Callable[[Sequence[ChainText]], list[float]]
+"""Chains → a score each; higher is better."""
 
 
 @dataclass(frozen=True)
@@ -137,11 +139,12 @@ class Reasoner:
         ranker: Ranker | None = None,
     ) -> list[Answered]:
         """An answer to every problem, in order. With voters: the most frequent answer of all chains, or of all best
-        chains for a strategy that chooses one. ranker: ranks for `best_of_n`, instead of the chains' mean logprob.
-        Raises `UserError` for prompts that the model cannot take, and for several chains at temperature 0.
+        chains for a strategy that chooses one. ranker: ranks for `best_of_n`, and for `step_beam`, whose chains it gets
+        unfinished, instead of the chains' mean logprob. Raises `UserError` for prompts that the model cannot take, and
+        for several chains at temperature 0.
         """
         _require_list("problems", problems)
-        assert ranker is None or strategy.kind == "best_of_n", "a ranker ranks the chains of best_of_n"
+        assert ranker is None or strategy.kind in RANKED, "a ranker ranks the chains of best_of_n and step_beam"
         found = self._answer(problems, settings, strategy, limits, ranker)
         others = [each._answer(problems, settings, strategy, limits, ranker) for each in self.voters]
         if not others:
@@ -195,15 +198,17 @@ class Reasoner:
         """Answers by this model only."""
         prompts = [self.prompt(problem) for problem in problems]
         sampling, marks = self.sampling(settings), self.step_format
+        contents = [] if ranker is None else [_content(problem) for problem in problems]
         if strategy.kind == "step_beam":
             found = step_beam_search(
                 self.engine, prompts, marks, sampling, beams=strategy.beams, candidates=strategy.candidates,
+                scores=mean_logprobs if ranker is None else partial(self._scores, contents, ranker),
                 limits=limits if limits.max_steps is not None else replace(limits, max_steps=32),
             )  # fmt: skip
-            return [self._best(chains) for chains in found]
+            return [self._best(chains) for chains in found] if ranker is None else self._ranked(contents, found, ranker)
         if ranker is not None:
             sampled = self.sample(prompts, settings, n=strategy.chains, limits=limits)
-            return self._ranked(problems, [found.chains for found in sampled], ranker)
+            return self._ranked(contents, [found.chains for found in sampled], ranker)
         if strategy.kind == "best_of_n":
             ranked = best_of_n(self.engine, prompts, marks, sampling, n=strategy.chains, limits=limits)
             return [self._best(chains) for chains in ranked]
@@ -223,13 +228,23 @@ class Reasoner:
         sampled = reason(self.engine, prompts, self.step_format, self.sampling(settings), limits=limits, n=n)
         return [self._voted(chains) for chains in sampled]
 
+    def _scores(self, contents: Sequence[PromptContent], ranker: Ranker, chains: Sequence[Chain]) -> list[float]:
+        """The rewards of chains, finished or not. contents: of the prompts, by their index."""
+        return ranker([self._chain_text(contents[chain.prompt_index], chain) for chain in chains]) if chains else []
+
+    def _chain_text(self, content: PromptContent, chain: Chain) -> ChainText:
+        """The chain split as the step format writes it; of an unfinished one all text is steps."""
+        if not chain.well_formed:
+            return ChainText(content, chain.text, tuple(step.text for step in chain.steps), "")
+        parsed = self.step_format.parse(chain.text)
+        answer = self.step_format.answer_marker + parsed.answer if parsed.answer else ""
+        return ChainText(content, chain.text, parsed.steps, answer)
+
     def _ranked(
-        self, problems: Sequence[Problem], sampled: Sequence[Sequence[Chain]], ranker: Ranker
+        self, contents: Sequence[PromptContent], sampled: Sequence[Sequence[Chain]], ranker: Ranker
     ) -> list[Answered]:
         """The chains of each problem in the order of their rewards; the first gives the answer."""
-        prompts = [_content(problem) for problem in problems]
-        pairs = [(content, chain.text) for content, chains in zip(prompts, sampled, strict=True) for chain in chains]
-        rewards = iter(ranker(pairs))
+        rewards = iter(self._scores(contents, ranker, [chain for chains in sampled for chain in chains]))
         found = []
         for chains in sampled:
             scored = sorted(((next(rewards), -index, chain) for index, chain in enumerate(chains)), reverse=True)

@@ -32,6 +32,7 @@ from loopos.evaluation.preference_metrics import PREFERENCE_METRIC_DIRECTION
 from loopos.evaluation.preference_report import preference_blocks
 from loopos.evaluation.run_folder import RunFolder, read_run
 from loopos.evaluation.run_outcome import FLAGS
+from loopos.evaluation.step_metrics import STEP_METRIC_DIRECTION
 from loopos.evaluation.task_report import task_blocks
 from loopos.storage.durable import write_whole
 
@@ -88,7 +89,7 @@ STEP_CURVES = {
     "gradient_norm": "Gradient norm before clipping",
 }
 _PICTURES = "curves"
-_DIRECTIONS = {**METRIC_DIRECTION, **PREFERENCE_METRIC_DIRECTION, **POLICY_METRIC_DIRECTION}
+_DIRECTIONS = {**METRIC_DIRECTION, **PREFERENCE_METRIC_DIRECTION, **STEP_METRIC_DIRECTION, **POLICY_METRIC_DIRECTION}
 _MOST_VALIDATIONS_LISTED = 40
 
 

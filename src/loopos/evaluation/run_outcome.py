@@ -140,10 +140,20 @@ def _judged_by(
     from loopos.evaluation.metrics import METRIC_DIRECTION
     from loopos.evaluation.policy_metrics import POLICY_METRIC_DIRECTION
     from loopos.evaluation.preference_metrics import PREFERENCE_METRIC_DIRECTION
+    from loopos.evaluation.step_metrics import STEP_METRIC_DIRECTION
 
-    directions = {**METRIC_DIRECTION, **PREFERENCE_METRIC_DIRECTION, **POLICY_METRIC_DIRECTION}
+    directions = {**METRIC_DIRECTION, **PREFERENCE_METRIC_DIRECTION, **STEP_METRIC_DIRECTION, **POLICY_METRIC_DIRECTION}
     measured = validations[-1]["metrics"] if validations else {}
-    usual = ("reward_within_kl", "reward", "pair_accuracy", "accuracy", "subset_accuracy", "mae", "loss")
+    usual = (
+        "reward_within_kl",
+        "reward",
+        "pair_accuracy",
+        "step_accuracy",
+        "accuracy",
+        "subset_accuracy",
+        "mae",
+        "loss",
+    )
     name = config.get("training", {}).get("metric") or next((each for each in usual if each in measured), None)
     # Multi-label runs are judged by micro F1, and only they measure subset accuracy.
     name = "micro_f1" if name == "subset_accuracy" else name

@@ -1,7 +1,7 @@
-"""The pairwise loss of a reward model.
+"""The losses of a reward model: of pairs of responses, and of steps.
 
 Apart from `training.objectives`, which calls it by name: a pure function of tensors.
-Letters: P pairs. All arithmetic in fp32.
+Letters: P pairs, M steps. All arithmetic in fp32.
 """
 
 from __future__ import annotations
@@ -55,3 +55,13 @@ def preferred(better: Tensor, worse: Tensor) -> Tensor:
     """1 where the better response has the higher score, ½ where both are equal, else 0. `[P]` → `[P]` fp32."""
     gap = better.float() - worse.float()
     return (torch.sign(gap) + 1.0) / 2.0
+
+
+def step_loss(scores: Tensor, labels: Tensor) -> Tensor:
+    """Negative log-likelihood of step labels, in nats: −y_i·log σ(s_i) − (1 − y_i)·log σ(−s_i) for the score s of a
+    step and the probability y that it is right (Uesato et al. 2022; Lightman et al. 2023).
+
+    It is the cross-entropy of two classes with logits (−s/2, s/2). Both `[M]` → `[M]`.
+    """
+    scores = scores.float()
+    return -labels * F.logsigmoid(scores) - (1.0 - labels) * F.logsigmoid(-scores)

@@ -16,7 +16,15 @@ from loopos.generation.engine import Engine
 from loopos.generation.settings import SamplingParams
 from loopos.generation.steps import Chain, StepGuide, StepLimits, StepMarks, chain_of, mean_logprob, reason
 
-Score = Callable[[Chain], float]
+Scores = Callable[[Sequence[Chain]], Sequence[float]]
+"""A number for each of several chains, finished or not; higher is better. They come together, so that a model can score
+them in few passes.
+"""
+
+
+def mean_logprobs(chains: Sequence[Chain]) -> list[float]:
+    """`mean_logprob` of each chain."""
+    return [mean_logprob(chain) for chain in chains]
 
 
 @dataclass(frozen=True)
@@ -66,13 +74,19 @@ def best_of_n(
     settings: SamplingParams,
     *,
     n: int,
-    score: Score = mean_logprob,
+    scores: Scores = mean_logprobs,
     limits: StepLimits = StepLimits(),
 ) -> list[list[Chain]]:
     """n sampled chains of every prompt, best first."""
     _check_sampling(settings, n)
     sampled = reason(engine, prompts, marks, settings, limits=limits, n=n)
-    return [sorted(chains, key=score, reverse=True) for chains in sampled]
+    found = iter(scores([chain for chains in sampled for chain in chains]))
+    ranked = [sorted(((next(found), chain) for chain in chains), key=_score, reverse=True) for chains in sampled]
+    return [[chain for _, chain in chains] for chains in ranked]
+
+
+def _score(scored: tuple[float, Chain]) -> float:
+    return scored[0]
 
 
 def _check_sampling(settings: SamplingParams, n: int) -> None:
@@ -91,6 +105,11 @@ class _Beam:
     finish_reason: FinishReason = "guide"
     finished: bool = False
 
+    @property
+    def key(self) -> tuple[int, tuple[int, ...], FinishReason]:
+        """What the chain, and so its score, depends on."""
+        return self.prompt_index, self.token_ids, self.finish_reason
+
 
 def step_beam_search(
     engine: Engine,
@@ -100,7 +119,7 @@ def step_beam_search(
     *,
     beams: int,
     candidates: int,
-    score: Score = mean_logprob,
+    scores: Scores = mean_logprobs,
     limits: StepLimits = StepLimits(max_steps=32),
 ) -> list[list[Chain]]:
     """Chains of every prompt, best first: each of b beams samples k next steps, and the b best of all continue (Xie et
@@ -112,10 +131,17 @@ def step_beam_search(
         raise UserError(f"beams {beams}, max_steps {limits.max_steps}: expected 1 or more of each")
     pools = [[_Beam(index)] for index in range(len(prompts))]
     one_step = replace(limits, max_steps=None, min_thinking_tokens=0, max_thinking_tokens=None)
+    known: dict[tuple[int, tuple[int, ...], FinishReason], float] = {}
 
-    def best(pool: Sequence[_Beam]) -> list[_Beam]:
-        distinct = {beam.token_ids: beam for beam in pool}.values()
-        return sorted(distinct, key=lambda beam: -score(_chain(engine, beam, marks)))[:beams]
+    def best(candidates: Sequence[_Beam]) -> list[list[_Beam]]:
+        """The best beams of each prompt; only those that are new are scored."""
+        new = {beam.key: beam for beam in candidates if beam.key not in known}
+        found = scores([_chain(engine, beam, marks) for beam in new.values()]) if new else []
+        known.update(zip(new, found, strict=True))
+        distinct: list[dict[tuple[int, ...], _Beam]] = [{} for _ in prompts]
+        for beam in candidates:
+            distinct[beam.prompt_index][beam.token_ids] = beam
+        return [sorted(pool.values(), key=lambda beam: -known[beam.key])[:beams] for pool in distinct]
 
     with engine.reuse_prefixes():
         for _ in range(limits.max_steps):
@@ -123,19 +149,11 @@ def step_beam_search(
             if not going:
                 break
             longer = _extended(engine, prompts, going, marks, settings, candidates=candidates, limits=one_step)
-            pools = [
-                best([beam for beam in pool if beam.finished] + [beam for beam in longer if beam.prompt_index == index])
-                for index, pool in enumerate(pools)
-            ]
+            pools = best([beam for pool in pools for beam in pool if beam.finished] + longer)
         going = [_closed(engine, beam, marks) for pool in pools for beam in pool if not beam.finished]
         if going:
             answered = _answered(engine, prompts, going, settings, limits.max_answer_tokens)
-            pools = [
-                best(
-                    [beam for beam in pool if beam.finished] + [beam for beam in answered if beam.prompt_index == index]
-                )
-                for index, pool in enumerate(pools)
-            ]
+            pools = best([beam for pool in pools for beam in pool if beam.finished] + answered)
     return [
         [replace(_chain(engine, beam, marks), sample_index=position) for position, beam in enumerate(pool)]
         for pool in pools

@@ -230,7 +230,7 @@ def _head_diagnostics(models: Sequence[Source]) -> list[str]:
         models = [each for each in models if each.is_task_model]
     first, diagnostics = models[0], []
     for other in models[1:]:
-        for key in ("task", "pooling", "target_mean", "target_std"):
+        for key in ("task", "pooling", "target_mean", "target_std", "process"):
             one, two = first.description.get(key), other.description.get(key)
             if first.is_task_model and one != two:
                 diagnostics.append(

@@ -14,14 +14,16 @@ from pathlib import Path
 
 from loopos.config.chain_of_thought import ChainOfThoughtConfig
 from loopos.config.diagnostics import UserError
+from loopos.config.keys import Strategy
 from loopos.data.batches import Batch
 from loopos.data.demonstrations import Demonstration
 from loopos.data.supervised_rows import Example
 from loopos.data.tokens import Encoded
 from loopos.evaluation.answer_check import AnswerCheck, SampleAnswers
 from loopos.evaluation.found_chains import find_chains
-from loopos.evaluation.reasoning import Reasoner
+from loopos.evaluation.reasoning import Ranker, Reasoner
 from loopos.evaluation.report import write_report
+from loopos.evaluation.reward_predictor import RewardPredictor
 from loopos.methods.sft import Records, SftTrainer
 from loopos.storage.durable import explain_disk_full
 from loopos.training.fit import Fit
@@ -69,7 +71,23 @@ class ChainOfThought(SftTrainer[ChainOfThoughtConfig]):
 
     def answers_of(self, reasoner: Reasoner) -> AnswerCheck:
         config = self.config
-        return AnswerCheck(reasoner, config.generation, config.evaluation, seed=config.training.seed)
+        ranker = self._ranker()
+        return AnswerCheck(reasoner, config.generation, config.evaluation, seed=config.training.seed, ranker=ranker)
+
+    def _ranker(self) -> Ranker | None:
+        """What ranks the chains of validation; None: the model's own logprobs. Raises `UserError` for a reward model
+        that cannot score unfinished chains where the strategy needs it.
+        """
+        generation = self.config.generation
+        if generation.reward_model is None or not self.problems:
+            return None
+        predictor = RewardPredictor.open(generation.reward_model, device=str(self.device))
+        if predictor.process is None and Strategy.parse(generation.strategy).kind == "step_beam":
+            raise UserError(
+                f"generation.reward_model: {generation.reward_model} scores whole responses, but step_beam ranks "
+                "unfinished chains; expected a process reward model, trained on rows with step labels"
+            )
+        return predictor.rank_chains
 
     def build_fit(self) -> Fit[Batch]:
         return self.fit_on(self.folder, self.rows)

@@ -130,7 +130,9 @@ class PpoTrainer(Trainer[PpoConfig]):
     def build_fit(self) -> Fit[ResponseBatch]:
         """Rewards, rollouts, objective, optimizer and loop."""
         config, settings, world, actor_critic = self.config, self.config.training, self.world, self.roles.actor_critic
-        rewards = Rewards.of(self.roles.reward, self.reward_description, config.reward, config.generation, self.device)
+        rewards = Rewards.of(
+            self.roles.reward, self.reward_description, config.reward, config.generation, self.device, self.tokenizer
+        )
         self.algorithm = Algorithm.of(settings.algorithm, config.algorithm)
         rank, size = world.data_parallel
         plan = RolloutPlan.of(

@@ -272,7 +272,7 @@ class PreferenceTrainer(Trainer[PreferenceConfig]):
         config, judge = self.config, ensemble_of(self.judges)
         assert config.online is not None
         description = descriptions_together([each.description for each in sources.rewards])
-        return Rewards.of(judge, description, config.reward, config.online, self.device)
+        return Rewards.of(judge, description, config.reward, config.online, self.device, self.pretrained.tokenizer)
 
     def round_writer(
         self, sources: OnlineSources, plan: RolloutPlan, rewards: Rewards

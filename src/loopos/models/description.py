@@ -15,7 +15,7 @@ from loopos.config.diagnostics import UserError
 from loopos.config.extras import install_command
 from loopos.config.keys import Pooling
 from loopos.config.paths import HEAD_FILE, MODEL_DESCRIPTION
-from loopos.config.preferences import REWARD_TASK
+from loopos.config.preferences import REWARD_TASK, Aggregation
 from loopos.storage.json_files import read_object
 from loopos.storage.manifest import check_manifest
 
@@ -68,6 +68,17 @@ def _label_space(value: Any) -> bool:
 def _step_format(value: Any) -> bool:
     keys = {"opening", "closing", "delimiter", "answer_marker"}
     return isinstance(value, dict) and set(value) <= keys and all(isinstance(each, str) for each in value.values())
+
+
+def _process(value: Any) -> bool:
+    return (
+        isinstance(value, dict)
+        and set(value) == {"step_separator", "aggregation", "step_format", "answer_is_step"}
+        and _text(value["step_separator"])
+        and value["aggregation"] in get_args(Aggregation)
+        and _or_none(_step_format)(value["step_format"])
+        and isinstance(value["answer_is_step"], bool)
+    )
 
 
 def _ensemble(member: Fits) -> Fits:
@@ -125,6 +136,7 @@ _NEEDED: Mapping[str, Mapping[str, tuple[Fits, str]]] = {
 }
 _OPTIONAL: Mapping[str, tuple[Fits, str]] = {
     "step_format": (_or_none(_step_format), "texts named opening, closing, delimiter and answer_marker"),
+    "process": (_or_none(_process), "step_separator, aggregation, step_format and answer_is_step"),
     "base": (_or_none(_text), "a text"),
     "pretrained_weights": (_or_none(_text), "a text"),
 }

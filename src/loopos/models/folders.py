@@ -132,15 +132,26 @@ class RewardEnsemble(nn.Module):
         super().__init__()
         self.members = nn.ModuleList(members)
 
-    def forward(self, ids: Tensor, layout: PackedLayout) -> Tensor:
-        """ids `[T]`, layout of N responses → raw scores `[N, Σ k]` in fp32, in the members' order."""
-        return torch.cat([member(ids, layout) for member in self.members], dim=1)
+    def forward(self, ids: Tensor, layout: PackedLayout, *, positions: Tensor | None = None) -> Tensor:
+        """ids `[T]`, layout of N responses → raw scores `[N, Σ k]` in fp32, in the members' order; with positions `[M]`
+        those of these tokens, `[M, Σ k]`.
+        """
+        return torch.cat([member(ids, layout, positions=positions) for member in self.members], dim=1)
 
 
-def descriptions_together(descriptions: Sequence[Mapping[str, Any]]) -> dict[str, list[float]]:
-    """How to read an ensemble's scores: mean and deviation of each head."""
+def descriptions_together(descriptions: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """How to read an ensemble's scores: mean and deviation of each head, and how steps are scored. Raises `UserError`
+    for members that do not score alike.
+    """
     names = ("score_mean", "score_std")
-    return {name: [value for each in descriptions for value in each[name]] for name in names}
+    processes = [each.get("process") for each in descriptions]
+    if any(process != processes[0] for process in processes):
+        raise UserError(
+            "data.reward_model: its models do not score alike: some score whole responses and some steps, or steps "
+            "with another reward.process; expected one kind"
+        )
+    found: dict[str, Any] = {name: [value for each in descriptions for value in each[name]] for name in names}
+    return {**found, "process": processes[0] if processes else None}
 
 
 def check_same_tokens(policy: PreTrainedTokenizerBase, other: PreTrainedTokenizerBase, key: str) -> None:

@@ -57,9 +57,16 @@ class PooledModel(nn.Module):
         with torch.no_grad():
             self.head.weight.normal_(0.0, head_std, generator=torch.Generator().manual_seed(seed))
 
-    def forward(self, ids: Tensor, layout: PackedLayout, token_types: Tensor | None = None) -> Tensor:
-        """ids `[T]`, layout of N sequences → outputs (logits or standardized predictions) `[N, C]` in fp32."""
-        return self.outputs(pool(self.backbone(ids, layout, token_types), layout, self.pooling))
+    def forward(
+        self, ids: Tensor, layout: PackedLayout, token_types: Tensor | None = None, positions: Tensor | None = None
+    ) -> Tensor:
+        """ids `[T]`, layout of N sequences → outputs (logits or standardized predictions) `[N, C]` in fp32; with
+        positions `[M]` those of these tokens instead, `[M, C]`.
+        """
+        hidden = self.backbone(ids, layout, token_types)
+        if positions is not None:
+            return self.outputs(hidden[positions].float())
+        return self.outputs(pool(hidden, layout, self.pooling))
 
     def outputs(self, vectors: Tensor) -> Tensor:
         """Vectors `[N, d]` → outputs `[N, C]`, in fp32 under autocast too."""

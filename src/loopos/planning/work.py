@@ -11,6 +11,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeAlias
 
+import torch
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 from loopos.config.chain_of_thought import ChainOfThoughtConfig
@@ -26,7 +27,9 @@ from loopos.config.sft import SftConfig
 from loopos.data.labeled import LabeledData, load_labeled
 from loopos.data.preference_data import (
     PreferenceData,
+    has_step_labels,
     load_comparisons,
+    load_judgments,
     load_prompts,
     load_prompts_to_compare,
     load_thumbs,
@@ -39,6 +42,7 @@ from loopos.data.supervised import SupervisedData, load_supervised
 from loopos.data.supervised_tokens import SupervisedEncoder
 from loopos.data.tokens import Encoded, encode_labeled, longest
 from loopos.methods.pretraining import Pretrainer
+from loopos.methods.reward_rows import StepLabels
 from loopos.models.attention import prompt_runs_once
 from loopos.models.folders import check_same_tokens
 from loopos.models.load import Sizes, load_config, new_config
@@ -90,6 +94,16 @@ class ComparisonInputs:
 
 
 @dataclass(frozen=True)
+class StepwiseInputs:
+    """Answers with step labels, what encodes them, and the architecture that reads them."""
+
+    data: PreferenceData[Any]
+    encoder: PreferenceEncoder
+    rows: StepLabels
+    architecture: PreTrainedConfig
+
+
+@dataclass(frozen=True)
 class PromptInputs:
     """Prompts, the validation prompts, their encoder, and the policy's architecture."""
 
@@ -108,13 +122,17 @@ class RewardShape:
     adapter: LoraSection | None
 
 
-def open_comparisons(config: Any, *, trust_remote_code: bool) -> ComparisonInputs:
-    """The comparisons of a config, or its answers with a thumb, not tokenized yet. Raises `UserError`, as training
-    does.
+def open_comparisons(config: Any, *, trust_remote_code: bool) -> ComparisonInputs | StepwiseInputs:
+    """The comparisons of a config, its answers with a thumb, or those with step labels, not tokenized yet. Raises
+    `UserError`, as training does.
     """
-    has_thumbs = "thumbs" in method_row(config.computation.method).reads
-    by_prompts = getattr(config.data, "prompts", None) is not None
-    load = load_thumbs if has_thumbs else load_prompts_to_compare if by_prompts else load_comparisons
+    reads, by_prompts = method_row(config.computation.method).reads, getattr(config.data, "prompts", None) is not None
+    has_thumbs = "thumbs" in reads
+    load: Any = load_prompts_to_compare if by_prompts else load_comparisons
+    if "judgments" in reads:
+        load = load_judgments
+    elif has_thumbs:
+        load = load_thumbs
     data: PreferenceData[Any] = load(config.data, config.data.source, seed=config.training.seed)
     thumbs = [each.desirable for each in data.train] if has_thumbs else None
     if has_thumbs:
@@ -122,6 +140,8 @@ def open_comparisons(config: Any, *, trust_remote_code: bool) -> ComparisonInput
         data = replace(data, train=train, validation=validation)
     architecture, tokenizer, max_length = _opened(config, trust_remote_code)
     encoder = PreferenceEncoder(config.data, tokenizer, max_length=max_length)
+    if has_step_labels(data):
+        return StepwiseInputs(data, encoder, StepLabels(config, encoder, torch.device("cpu")), architecture)
     return ComparisonInputs(data, encoder, architecture, thumbs)
 
 
@@ -231,6 +251,7 @@ def work_of(config: Any, *, trust_remote_code: bool) -> Work:
         "labeled": _labeled_work,
         "text": _text_work,
         "comparisons": _comparison_work,
+        "judgments": _comparison_work,
         "thumbs": _comparison_work,
         "demonstrations": _supervised_work,
     }
@@ -286,9 +307,30 @@ def _supervised_work(config: SftConfig, *, trust_remote_code: bool) -> Work:
     )
 
 
+def _stepwise_work(config: RewardModelConfig, inputs: StepwiseInputs) -> Work:
+    """Of a process reward model."""
+    train, report = inputs.rows.encode(inputs.data.train)
+    validation: list[Any] = []
+    if config.validates and inputs.data.validation:
+        validation, _ = inputs.rows.encode(inputs.data.validation)
+    return Work(
+        inputs.architecture,
+        [Encoded(row.ids, None, row.index) for row in train],
+        [Encoded(row.ids, None, row.index) for row in validation],
+        [*inputs.data.summary, inputs.encoder.template.summary],
+        report.summary(),
+        report.tokens_cut,
+        config.reward.heads,
+        final_tokens=sum(len(row.ids) for row in validation),
+        row_facts={"steps": report.steps or 0, "labeled_steps": report.labeled_steps or 0},
+    )
+
+
 def _comparison_work(config: Any, *, trust_remote_code: bool) -> Work:
     """Of a reward model, or of a language model that learns from comparisons."""
     inputs = open_comparisons(config, trust_remote_code=trust_remote_code)
+    if isinstance(inputs, StepwiseInputs):
+        return _stepwise_work(config, inputs)
     if (online := getattr(config, "online", None)) is not None:
         # The policy's own answers, of the maximum length.
         encoder = inputs.encoder.leaving_room(online.max_new_tokens)

@@ -17,10 +17,13 @@ from loopos.config.diagnostics import UserError
 from loopos.config.own_function import OwnFunction, own_function
 from loopos.config.rl import PpoRewardSection, RolloutSection
 from loopos.config.variants import REWARDS
+from loopos.data.stepwise_tokens import StepwiseRows, encode_steps
 from loopos.evaluation.checkers import checker
 from loopos.evaluation.own_code import called_for, numbers_of
-from loopos.evaluation.reward_predictor import Normalization, Scorer, raw_scores
-from loopos.models.folders import check_same_tokens, open_reward_model
+from loopos.evaluation.process_rewards import Process, process_of, step_scores
+from loopos.evaluation.reward_predictor import Normalization, raw_scores
+from loopos.models.folders import RewardEnsemble, check_same_tokens, open_reward_model
+from loopos.models.heads import PooledModel
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,20 +139,38 @@ def reasoning_gym_answer(prompts: Sequence[str], responses: Sequence[str], rows:
 
 class ModelScores:
     """Normalized scores of a reward model: the mean over its heads minus `ensemble_penalty` times their standard
-    deviation.
+    deviation. Of a process reward model the probability that its steps give, which is not normalized.
     """
 
     def __init__(
-        self, model: Scorer, description: Mapping[str, Any], device: torch.device, *, ensemble_penalty: float = 0.0
+        self,
+        model: PooledModel | RewardEnsemble,
+        description: Mapping[str, Any],
+        device: torch.device,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        ensemble_penalty: float = 0.0,
     ) -> None:
-        self.model, self.device, self.ensemble_penalty = model, device, ensemble_penalty
-        self.normalization = Normalization.read(description)
+        """tokenizer: of policy and reward model; splits the texts of responses for a process reward model."""
+        self.model, self.device, self.tokenizer, self.ensemble_penalty = model, device, tokenizer, ensemble_penalty
+        self.normalization, self.process = Normalization.read(description), process_of(description)
 
     def __call__(self, responses: Sequence[Response]) -> list[float]:
+        if self.process is not None:
+            return self._of_steps(self.process, responses)
         rows = [[*response.prompt_ids, *response.ids] for response in responses]
         raw = raw_scores(self.model, rows, self.device)
         scores: list[float] = self.normalization(raw, ensemble_penalty=self.ensemble_penalty).tolist()
         return scores
+
+    def _of_steps(self, process: Process, responses: Sequence[Response]) -> list[float]:
+        """The score that the steps of each response give."""
+        answers = [(response.prompt_ids, process.steps_of(response.text)) for response in responses]
+        encoded = encode_steps(self.tokenizer, answers, separator=process.step_separator)
+        raw = step_scores(self.model, StepwiseRows(encoded, self.device))
+        heads = [torch.tensor(raw[index]) for index in range(len(encoded))]
+        penalty = self.ensemble_penalty
+        return [process.score(self.normalization(each, ensemble_penalty=penalty).tolist()) for each in heads]
 
 
 class Rewards:
@@ -166,16 +187,17 @@ class Rewards:
     @classmethod
     def of(
         cls,
-        model: Scorer | None,
+        model: PooledModel | RewardEnsemble | None,
         description: Mapping[str, Any],
         section: PpoRewardSection,
         rollout: RolloutSection,
         device: torch.device,
+        tokenizer: PreTrainedTokenizerBase,
     ) -> Rewards:
         """With a reward model, whose folder's description says how to read its scores; None = only functions."""
         scores = None
         if model is not None:
-            scores = ModelScores(model, description, device, ensemble_penalty=section.ensemble_penalty)
+            scores = ModelScores(model, description, device, tokenizer, ensemble_penalty=section.ensemble_penalty)
         return cls(scores, section, rollout)
 
     @property
@@ -214,5 +236,5 @@ def judge_of(
     if not is_function:
         opened = open_reward_model(name)
         check_same_tokens(tokenizer, opened.tokenizer, "evaluation.judge")
-        return ModelScores(opened.model.requires_grad_(False).to(device), opened.description, device)
+        return ModelScores(opened.model.requires_grad_(False).to(device), opened.description, device, tokenizer)
     return reward_function(name)

@@ -96,7 +96,8 @@ class ScoreHead:
         data: list[dict[str, Any]] = []
         for index, each in enumerate(judged):
             spread = {} if each.spread is None else {"spread": each.spread}
-            data.append({"object": "score", "index": index, "score": each.score, **spread})
+            steps = {"steps": list(each.steps)} if each.steps else {}
+            data.append({"object": "score", "index": index, "score": each.score, **spread, **steps})
         return Answers(data, sum(each.tokens for each in judged))
 
 

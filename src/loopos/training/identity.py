@@ -27,11 +27,13 @@ from loopos.data.digest import (
     prompts_digest,
     records_digest,
     rows_digest,
+    stepwise_digest,
     text_digest,
     tokenizer_digest,
 )
 from loopos.data.label_space import LabelSpace
 from loopos.data.preference_tokens import EncodedComparison, PreferenceEncoder
+from loopos.data.stepwise_tokens import EncodedStepwise
 from loopos.data.supervised_tokens import SupervisedEncoder
 from loopos.data.tokens import Encoded
 from loopos.storage.durable import JSON
@@ -268,6 +270,22 @@ def of_preferences(
         **_template(encoder.template.source),
         **{f"reward.{name}": Trait(getattr(config.reward, name), (f"reward.{name}",)) for name in learned},
         **setting("reward.loss", config.reward.loss, if_absent="bradley_terry"),
+    }
+
+
+def of_step_labels(
+    config: RewardModelConfig, rows: Sequence[EncodedStepwise], encoder: PreferenceEncoder, *, base: str
+) -> Identity:
+    """Identity of a process reward model: answers with the labels of their steps, and how they are read."""
+    key = "preference_data" if config.data.preference_data else "training_data"
+    return {
+        **_learned_from(config, key, stepwise_digest(rows), encoder.tokenizer, encoder.max_length, base),
+        **_template(encoder.template.source),
+        **{
+            f"reward.{name}": Trait(getattr(config.reward, name), (f"reward.{name}",))
+            for name in ("heads", "soft_labels")
+        },
+        **setting("reward.process.step_separator", config.reward.process.step_separator),
     }
 
 

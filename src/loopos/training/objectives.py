@@ -1,14 +1,14 @@
-"""The objectives of supervised training as named sums and counts: task heads, next tokens, preference pairs, and the
-auxiliary loss of mixture-of-experts routers. `update.py` divides.
+"""The objectives of supervised training as named sums and counts: task heads, next tokens, preference pairs, step
+labels, and the auxiliary loss of mixture-of-experts routers. `update.py` divides.
 
-Letters: N sequences or responses, C outputs, P pairs, k reward heads, E experts.
+Letters: N sequences or responses, C outputs, P pairs, M steps, k reward heads, E experts.
 """
 
 from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Generic, Protocol, TypeVar
 
@@ -20,11 +20,12 @@ from loopos.config.registry import loaded
 from loopos.config.sections import ModelSection
 from loopos.config.variants import LOSSES, TASK_LOSSES
 from loopos.data.batches import Batch, ComparisonBatch, PackedRows, in_step
+from loopos.data.stepwise_tokens import StepwiseBatch
 from loopos.data.targets import Targets
 from loopos.data.tokens import Encoded
 from loopos.functional import losses
 from loopos.functional.packing import PackedLayout
-from loopos.functional.preference_loss import center_rewards_sum, preferred
+from loopos.functional.preference_loss import center_rewards_sum, preferred, step_loss
 from loopos.training.distributed import World
 from loopos.training.update import Objective
 
@@ -322,3 +323,35 @@ class PairObjective:
 
     def idle(self, batch: ComparisonBatch) -> Tensor:
         return self.model(batch.ids, batch.layout).sum() * 0.0
+
+
+class StepScores(Protocol):
+    """Scores of the tokens at `positions`, `[M, k]`."""
+
+    def __call__(self, ids: Tensor, layout: PackedLayout, *, positions: Tensor) -> Tensor: ...
+
+
+@dataclass(frozen=True)
+class StepObjective:
+    """The mean of `step_loss` over the labeled steps, averaged over all heads.
+
+    Names: "loss", and "step_accuracy" of the mean score, which is only reported: whether a step counts as right by its
+    score and by its label; a score of 0 and a label of ½ are half right.
+    """
+
+    model: StepScores
+    weights: Mapping[str, float] = field(default_factory=lambda: {"loss": 1.0})
+
+    def counts(self, batch: StepwiseBatch) -> Mapping[str, float]:
+        return dict.fromkeys(("loss", "step_accuracy"), float(batch.is_labeled.sum()))
+
+    def loss(self, batch: StepwiseBatch) -> Mapping[str, Tensor]:
+        judged = batch.is_labeled
+        scores = self.model(batch.ids, batch.layout, positions=batch.ends[judged])  # [M, k]
+        labels = batch.labels[judged]  # [M]
+        loss = step_loss(scores, labels[:, None].expand_as(scores)).sum() / scores.shape[1]
+        agrees = (torch.sign(scores.detach().mean(-1)) * torch.sign(labels - 0.5) + 1.0) / 2.0
+        return {"loss": loss, "step_accuracy": agrees.sum()}
+
+    def idle(self, batch: StepwiseBatch) -> Tensor:
+        return self.model(batch.ids, batch.layout, positions=batch.ends).sum() * 0.0

@@ -122,7 +122,8 @@ def _offline_load(config: Any, described: PreTrainedConfig, tokens: int | None, 
         head = config.reward.heads
     model = meta_model(training, described, head=head, trust_remote_code=trust_remote_code)
     longest = longest_row(training, described)
-    sequences = _RESPONSES if "comparisons" in method_row(config.computation.method).reads else 1
+    compares = {"comparisons", "judgments"} & {*method_row(config.computation.method).reads}
+    sequences = _RESPONSES if compares else 1
     row_tokens = sequences * longest if tokens is None else -(-tokens // training.batch_size)
     cache = None
     if config.generates:
