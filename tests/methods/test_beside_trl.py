@@ -96,6 +96,11 @@ def compare(method: PreferenceTrainer, trainer: Any, policy: Any, batch: dict[st
     assert largest < 1e-5
 
 
+def test_the_loss_normalized_by_length(tmp_path: Path, pico_folder: Path) -> None:
+    method = started(tmp_path / "run", pico_folder, "dpo", loss="sigmoid_norm")
+    compare(method, *theirs(tmp_path / "run", pico_folder, loss_type=["sigmoid_norm"]))
+
+
 @pytest.mark.parametrize("name", sorted(DPO))
 def test_losses_of_dpo_s_family(name: str, tmp_path: Path, pico_folder: Path) -> None:
     loss_type, smoothing = DPO[name]

@@ -67,6 +67,7 @@ PAPERS: dict[str, Any] = {
     "dpo": lambda c, r, rc, rr, nc, nr, b: -_log_sigmoid(b * ((c - rc) - (r - rr))),
     "robust_dpo": lambda c, r, rc, rr, nc, nr, b: -_log_sigmoid(b * ((c - rc) - (r - rr))),
     "ipo": lambda c, r, rc, rr, nc, nr, b: ((c - rc) / nc - (r - rr) / nr - 1 / (2 * b)) ** 2,
+    "sigmoid_norm": lambda c, r, rc, rr, nc, nr, b: -_log_sigmoid(b * ((c - rc) / nc - (r - rr) / nr)),
     "slic": lambda c, r, rc, rr, nc, nr, b: torch.clamp(1 - b * ((c - rc) - (r - rr)), min=0),
     "simpo": lambda c, r, rc, rr, nc, nr, b: -_log_sigmoid(b * (c / nc - r / nr) - 0.5),
     "exo": lambda c, r, rc, rr, nc, nr, b: _kl2(b * ((c - rc) - (r - rr)), 1e-3),
@@ -116,9 +117,14 @@ def _of_pairs(name: str, model: Any, reference: Any, rows: Sequence[Any], beta: 
     return torch.stack(log_odds).mean() - torch.stack(chosen_sum).sum() / chosen_tokens
 
 
-@pytest.mark.parametrize("name", sorted(set(PRESETS) - {"aot"}))
+@pytest.mark.parametrize("name", [*sorted(set(PRESETS) - {"aot"}), "sigmoid_norm"])
 def test_losses_and_gradients_equal_a_plain_computation(name: str, tmp_path: Path, pico_folder: Path) -> None:
-    method = trained(config(tmp_path / "run", pico_folder, name, training={"max_steps": 2, "learning_rate": 1e-3}))
+    training = {"max_steps": 2, "learning_rate": 1e-3}
+    if name in PRESETS:
+        method = trained(config(tmp_path / "run", pico_folder, name, training=training))
+    else:
+        section = {"loss": name}
+        method = trained(config(tmp_path / "run", pico_folder, "dpo", training=training, preference=section))
     rows = method.train_rows[:6]
     batch = method.rows(method.train_rows)([0, 1, 2, 3, 4, 5])
     parameters = dict(method.model.named_parameters())
@@ -130,7 +136,7 @@ def test_losses_and_gradients_equal_a_plain_computation(name: str, tmp_path: Pat
     own = torch.autograd.grad(loss, embedding)[0]
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "model", dtype=torch.float32)
     reference = AutoModelForCausalLM.from_pretrained(pico_folder, dtype=torch.float32)
-    plain = _of_pairs(name, model, reference, rows, PRESETS[name].beta)
+    plain = _of_pairs(name, model, reference, rows, method.config.beta)
     theirs = torch.autograd.grad(plain, model.get_input_embeddings().weight)[0]
     assert loss.item() == pytest.approx(plain.item(), abs=2e-5, rel=1e-5)
     scale = float(theirs.abs().max())

@@ -78,15 +78,8 @@ PRESETS: Mapping[str, Preset] = {
 """Method name → preset. beta is that of the paper's or its authors' code where they give one."""
 
 KTO = "kto"
-_READ_BY: Mapping[str, tuple[str, ...]] = {
-    "label_smoothing": ("sigmoid", "robust", "exo", "aot", "simpo", "cpo", "orpo"),
-    "simpo_margin": ("simpo",),
-    "discopop_temperature": ("discopop",),
-    "divergence": ("sigmoid", "robust", "ipo", "hinge", "exo", "discopop"),
-    "margins": ("sigmoid", "robust", "hinge", "exo", "discopop", "simpo", "cpo"),
-    "soft_labels": ("sigmoid", "robust", "aot", "simpo", "cpo", "orpo"),
-}
-"""Key of `preference` → the built-in losses that read it."""
+_OF_LOSSES = ("label_smoothing", "simpo_margin", "discopop_temperature", "divergence", "margins", "soft_labels")
+"""Keys of `preference` that only some losses read (`LossRow.reads`)."""
 
 
 class SyncReferenceSection(Section):
@@ -408,12 +401,10 @@ class PreferenceConfig(MethodConfig):
         """Key of `preference` → whether it has an effect, and why not. A loss of the user may read every key."""
         section, is_kto = self.preference, self.computation.method == KTO
         names = "KTO" if is_kto else " and ".join(self.losses)
-        built_in = {name for read_by in _READ_BY.values() for name in read_by} | {"nca", "bco", "sppo", "apo_zero"}
-        built_in |= {"apo_down", "sft"}
-        own = not is_kto and any(name not in built_in for name in self.losses)
+        rows = [] if is_kto else [LOSSES[name] for name in self.losses]
         found = {
-            key: (own or (not is_kto and any(name in read_by for name in self.losses)), f"{names} does not read it")
-            for key, read_by in _READ_BY.items()
+            key: (any(row.reads is None or key in row.reads for row in rows), f"{names} does not read it")
+            for key in _OF_LOSSES
         }
         found |= dict.fromkeys(("desirable_weight", "undesirable_weight"), (is_kto, "only kto reads it"))
         found["divergence_alpha"] = (

@@ -128,7 +128,8 @@ class LossRow:
     class_weights, label_smoothing and delta. One of `reward_model` is called as `loss(better, worse)`, both `[P, k]`;
     it may have the parameters probabilities and margins. One of "preference" (`dpo` and its relatives) is called as
     `loss(pairs, settings)`, as `functional.preference_losses` describes; `reference`: whether it reads the reference's
-    log-probabilities, `ranks`: whether it compares ranks within a step.
+    log-probabilities, `ranks`: whether it compares ranks within a step, `reads`: the keys of `preference` that it reads
+    besides beta, None for any.
     """
 
     function: Target
@@ -137,6 +138,7 @@ class LossRow:
     returns: Literal["rows", "sum"] = "rows"
     reference: bool = True
     ranks: bool = False
+    reads: tuple[str, ...] | None = None
 
     @property
     def summary(self) -> str:
@@ -157,10 +159,12 @@ PREFERENCE = "preference"
 """What stands for the methods of preference optimization (`dpo` and its relatives) in `LossRow.methods`."""
 
 
-def _preference_loss(function: str, *, reference: bool = True, ranks: bool = False) -> LossRow:
+def _preference_loss(function: str, *reads: str, reference: bool = True, ranks: bool = False) -> LossRow:
     target = Reference(f"loopos.functional.preference_losses:{function}")
-    return LossRow(target, (PREFERENCE,), reference=reference, ranks=ranks)
+    return LossRow(target, (PREFERENCE,), reference=reference, ranks=ranks, reads=reads)
 
+
+_SMOOTHING, _DIVERGENCE, _MARGINS, _SOFT = "label_smoothing", "divergence", "margins", "soft_labels"
 
 LOSSES: Registry[LossRow] = Registry(
     "loss",
@@ -170,21 +174,22 @@ LOSSES: Registry[LossRow] = Registry(
         "mse": _head_loss("squared_error_sum", "regression"),
         "huber": _head_loss("huber_sum", "regression"),
         "bradley_terry": LossRow(Reference("loopos.functional.preference_loss:bradley_terry"), ("reward_model",)),
-        "sigmoid": _preference_loss("sigmoid"),
-        "robust": _preference_loss("robust"),
-        "ipo": _preference_loss("ipo"),
-        "hinge": _preference_loss("hinge"),
-        "exo": _preference_loss("exo"),
+        "sigmoid": _preference_loss("sigmoid", _SMOOTHING, _DIVERGENCE, _MARGINS, _SOFT),
+        "sigmoid_norm": _preference_loss("sigmoid_norm", _SMOOTHING, _DIVERGENCE, _MARGINS, _SOFT),
+        "robust": _preference_loss("robust", _SMOOTHING, _DIVERGENCE, _MARGINS, _SOFT),
+        "ipo": _preference_loss("ipo", _DIVERGENCE),
+        "hinge": _preference_loss("hinge", _DIVERGENCE, _MARGINS),
+        "exo": _preference_loss("exo", _SMOOTHING, _DIVERGENCE, _MARGINS),
         "nca": _preference_loss("nca"),
         "bco": _preference_loss("bco"),
         "sppo": _preference_loss("sppo"),
-        "aot": _preference_loss("aot", ranks=True),
+        "aot": _preference_loss("aot", _SMOOTHING, _SOFT, ranks=True),
         "apo_zero": _preference_loss("apo_zero"),
         "apo_down": _preference_loss("apo_down"),
-        "discopop": _preference_loss("discopop"),
-        "simpo": _preference_loss("simpo", reference=False),
-        "cpo": _preference_loss("cpo", reference=False),
-        "orpo": _preference_loss("orpo", reference=False),
+        "discopop": _preference_loss("discopop", _DIVERGENCE, _MARGINS, "discopop_temperature"),
+        "simpo": _preference_loss("simpo", _SMOOTHING, _MARGINS, _SOFT, "simpo_margin", reference=False),
+        "cpo": _preference_loss("cpo", _SMOOTHING, _MARGINS, _SOFT, reference=False),
+        "orpo": _preference_loss("orpo", _SMOOTHING, _SOFT, reference=False),
         "sft": _preference_loss("likelihood", reference=False),
     },
     decorator="register_loss",

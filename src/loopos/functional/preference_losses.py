@@ -72,6 +72,11 @@ class Pairs:
         chosen, rejected = (divergence_slope(ratio, settings) for ratio in (self.chosen_ratio, self.rejected_ratio))
         return settings.beta * (chosen - rejected) - self.margins
 
+    def gap_per_token(self, settings: LossSettings) -> Tensor:
+        """f'(ratio of c)/|c| − f'(ratio of r)/|r|, `[P]`."""
+        chosen, rejected = (divergence_slope(ratio, settings) for ratio in (self.chosen_ratio, self.rejected_ratio))
+        return chosen / self.chosen_tokens - rejected / self.rejected_tokens
+
 
 def divergence_slope(ratio: Tensor, settings: LossSettings) -> Tensor:
     """f'(t) at t = exp(ratio), up to a constant, for the divergence that keeps the policy near the reference (Wang et
@@ -116,6 +121,15 @@ def sigmoid(pairs: Pairs, settings: LossSettings) -> Tensor:
     return _cross_entropy(pairs.gap(settings), pairs.probabilities, settings.label_smoothing)
 
 
+def sigmoid_norm(pairs: Pairs, settings: LossSettings) -> Tensor:
+    """Length-normalized DPO: Lambert et al. 2024 (Tülu 3).
+
+    −log σ(β·(log π/ρ(c)/|c| − log π/ρ(r)/|r|)).
+    """
+    gap = settings.beta * pairs.gap_per_token(settings) - pairs.margins
+    return _cross_entropy(gap, pairs.probabilities, settings.label_smoothing)
+
+
 def robust(pairs: Pairs, settings: LossSettings) -> Tensor:
     """Chowdhury et al. 2024, equation 7.
 
@@ -132,9 +146,7 @@ def ipo(pairs: Pairs, settings: LossSettings) -> Tensor:
 
     (log π/ρ(c)/|c| − log π/ρ(r)/|r| − 1/(2β))².
     """
-    chosen = divergence_slope(pairs.chosen_ratio, settings) / pairs.chosen_tokens
-    rejected = divergence_slope(pairs.rejected_ratio, settings) / pairs.rejected_tokens
-    return (chosen - rejected - 1.0 / (2.0 * settings.beta)).square()
+    return (pairs.gap_per_token(settings) - 1.0 / (2.0 * settings.beta)).square()
 
 
 def hinge(pairs: Pairs, settings: LossSettings) -> Tensor:
