@@ -51,7 +51,9 @@ STAND_INS = {
         "ppo",
         "replies",
         "rlhf",
+        "orpo",
     ),
+    "dpo": ("dpo",),
     "reward": ("judge", "my_reward_model", "rlhf_reward"),
     "lora": ("lora_run",),
 }
@@ -68,6 +70,10 @@ PROBLEMS = [
 ]
 COMPARISONS = [
     {"prompt": f"where is my parcel {i}", "chosen": "thank you, it comes", "rejected": "just wait"} for i in range(12)
+]
+STEPS = [
+    {"prompt": f"What is {i} + {i}?", "completions": [f"{i} + {i} = {2 * i}", "so 7"], "labels": [True, i % 2 == 0]}
+    for i in range(12)
 ]
 TEXT = "\n\n".join(f"{row['text']} and {row['label']} again" for row in rows(60))
 JUDGE = "def polite(prompt, first, second):\n    return first.count('e'), second.count('e')\n"
@@ -178,7 +184,11 @@ def models(trained: Any, project: Path, language_run: Path, pico_folder: Path, i
             "output_dir": str(folder / "reward"),
         },
     }
-    for name, content in (("lora", config), ("reward", reward)):
+    preference = reward | {
+        "computation": {"mode": "posttraining", "method": "dpo"},
+        "data": reward["data"] | {"output_dir": str(folder / "dpo")},
+    }
+    for name, content in (("lora", config), ("reward", reward), ("dpo", preference)):
         file = folder / f"{name}.json"
         file.write_text(json.dumps(content), encoding="utf-8")
         result = invoke("train", file, "--quiet")
@@ -188,6 +198,7 @@ def models(trained: Any, project: Path, language_run: Path, pico_folder: Path, i
         "language": language_run,
         "reward": folder / "reward",
         "lora": folder / "lora",
+        "dpo": folder / "dpo",
         "pico": pico_folder,
     }
 
@@ -215,6 +226,8 @@ def world(models: dict[str, Path], project: Path, tmp_path: Path, monkeypatch: p
     for name in ("prompts.jsonl", "data/prompts.jsonl"):
         write_jsonl(tmp_path / name, prompts)
     write_jsonl(tmp_path / "problems.jsonl", PROBLEMS)
+    write_jsonl(tmp_path / "steps.jsonl", STEPS)
+    shutil.copy(project / "stand_ins" / "reward.json", tmp_path)
     chats = [
         {
             "messages": [

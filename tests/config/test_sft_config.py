@@ -62,6 +62,7 @@ def test_three_sections_are_enough(load_sft: Loads) -> None:
         "generation.max_step_tokens=3",
         "generation.min_thinking_tokens=3",
         "generation.max_thinking_tokens=3",
+        "generation.reward_model=outputs/steps",
         "evaluation.problems=8",
         "evaluation.checker=exact",
         "evaluation.tolerance=0.1",

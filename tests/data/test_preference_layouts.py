@@ -236,7 +236,7 @@ def compared(folder: Path, row: dict[str, Any], columns: dict[str, str] | None =
     """The row as the methods of preference optimization and reward models read it, which is the same."""
     data = policy(folder, row, columns)
     (found,) = load_comparisons(data, data.source, seed=0).train
-    rewards = PreferenceDataSection.model_validate(data.model_dump())
+    rewards = PreferenceDataSection.model_validate(data.model_dump(exclude_unset=True))
     (same,) = load_comparisons(rewards, rewards.source, seed=0).train
     assert same == found
     return found

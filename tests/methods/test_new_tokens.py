@@ -154,7 +154,7 @@ def test_the_reference_of_dpo_has_the_rows_of_the_start(tmp_path: Path, pico_fol
     training = {"trainable": "lora", "max_steps": 3}
     data = {"new_tokens": ["kind answer"]}
     trainer = train(preference_config(tmp_path / "run", pico_folder, training=training, data=data))
-    assert trainer.caches_reference
+    assert trainer.config.caches_reference
     assert len(list((tmp_path / "run" / "reference").iterdir())) == 2
     problems = list(
         preference_config(

@@ -109,7 +109,7 @@ def test_loss_and_gradients_equal_the_padded_forward(name: str) -> None:
             continue
         assert actual_output.grad is not None, parameter_name
         torch.testing.assert_close(
-            actual_output.grad, expected_output.grad, atol=1e-5, rtol=1e-4, msg=lambda m, n=parameter_name: f"{n}: {m}"
+            actual_output.grad, expected_output.grad, atol=3e-5, rtol=1e-4, msg=lambda m, n=parameter_name: f"{n}: {m}"
         )
         compared += 1
     assert compared >= 14

@@ -83,9 +83,10 @@ def read_judgments(
     """
 
     def from_row(row: Row, form: PreferenceFormat | StepwiseFormat) -> Judgments | Unusable:
-        fields = RowFields(row, form.columns)
+        compared = isinstance(form, PreferenceFormat)
+        fields = form.fields(row) if compared else RowFields(row, form.columns)
         found: Judgments | None
-        if isinstance(form, PreferenceFormat):
+        if compared:
             found = comparison_of(fields, form, as_text=as_text)
         else:
             found = stepwise_of(fields, as_text=as_text)

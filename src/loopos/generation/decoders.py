@@ -18,7 +18,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from loopos.config.diagnostics import UserError
 from loopos.generation.cache import IMPLEMENTATION
-from loopos.generation.cpu.layers import kernel_layout
+from loopos.generation.cpu.layers import has_bf16_kernels, kernel_layout
 from loopos.generation.rows import (
     FEW_ROWS,
     PLAIN,
@@ -77,7 +77,8 @@ def _probed(model: PreTrainedModel) -> DecodePath:
         separate = [model(input_ids=torch.tensor([ids], device=model.device)).logits[0, -4:] for ids in sequences]
     expected = torch.cat(separate).float()
     difference = _difference(model, sequences, expected)
-    if difference or model.device.type != "cpu" or model.dtype is not torch.bfloat16:
+    bf16_on_cpu = model.device.type == "cpu" and model.dtype is torch.bfloat16
+    if difference or not bf16_on_cpu or not has_bf16_kernels():
         return DecodePath(difference)
     with kernel_layout(model):
         return DecodePath("", kernel_layout=not _difference(model, sequences, expected))

@@ -177,7 +177,7 @@ class _WrittenOut:
 
 def _writable(model: nn.Module) -> list[QuantizedLinear]:
     """Quantized layers on a CPU that run in bf16 and do not multiply integers."""
-    if not _has_bf16_kernels():
+    if not has_bf16_kernels():
         return []
     return [
         layer
@@ -190,7 +190,7 @@ def _writable(model: nn.Module) -> list[QuantizedLinear]:
     ]
 
 
-def _has_bf16_kernels() -> bool:
+def has_bf16_kernels() -> bool:
     return torch.backends.mkldnn.is_available() and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())  # type: ignore[no-untyped-call]
 
 
@@ -198,7 +198,7 @@ def _packable(model: nn.Module) -> tuple[set[nn.Linear], set[nn.Linear]]:
     """Plain linear layers with a weight of their own, and those that share theirs only with an embedding."""
     exclusive: set[nn.Linear] = set()
     shared: set[nn.Linear] = set()
-    if not _has_bf16_kernels():
+    if not has_bf16_kernels():
         return exclusive, shared
     users = Counter(id(own) for module in model.modules() for own in vars(module)["_parameters"].values())
     looked_up = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
