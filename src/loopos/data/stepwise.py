@@ -83,10 +83,9 @@ def read_judgments(
     """
 
     def from_row(row: Row, form: PreferenceFormat | StepwiseFormat) -> Judgments | Unusable:
-        compared = isinstance(form, PreferenceFormat)
-        fields = form.fields(row) if compared else RowFields(row, form.columns)
+        fields = form.fields(row) if isinstance(form, PreferenceFormat) else RowFields(row, form.columns)
         found: Judgments | None
-        if compared:
+        if isinstance(form, PreferenceFormat):
             found = comparison_of(fields, form, as_text=as_text)
         else:
             found = stepwise_of(fields, as_text=as_text)
