@@ -37,7 +37,9 @@ check: $(VENV)/.installed
 	$(BIN)/mypy
 	$(PYTEST) -m "not slow and not cluster"
 
+# Also the tables within pages that are made from the code.
 format: $(VENV)/.installed
+	$(BIN)/python docs/reference_pages.py
 	$(BIN)/ruff format src tests bench docs examples
 	$(BIN)/ruff check --fix src tests bench docs examples
 

@@ -1,6 +1,7 @@
 """MkDocs hook: makes the reference pages from the code: Python API, config keys, commands, what `loopos list` knows.
 
 `mkdocs.yml` names this file and the pages that people write; the navigation of the generated pages is added here.
+Run as a program, it writes the tables that stand between marks within pages that people write.
 """
 
 from __future__ import annotations
@@ -8,7 +9,7 @@ from __future__ import annotations
 import json
 import posixpath
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -158,6 +159,43 @@ def registries_page() -> str:
     return "\n\n".join(parts) + "\n"
 
 
+def preference_losses_table() -> str:
+    """The losses of preference optimization: what each computes, by its docstring, and which keys it reads."""
+    from loopos.config.preference import PRESETS
+    from loopos.config.registry import docstring_of
+    from loopos.config.variants import LOSSES, PREFERENCE
+
+    rows = []
+    for name in LOSSES:
+        row = LOSSES[name]
+        if PREFERENCE not in row.methods:
+            continue
+        about, equation = docstring_of(row.function).split("\n\n")[:2]
+        called, _, source = about.partition(": ")
+        presets = [f"`{method}`" for method, preset in PRESETS.items() if next(iter(preset.losses)) == name]
+        cells = (f"`{name}`", ", ".join(presets), called, equation.rstrip(".\n"), source.rstrip("."))
+        rows.append((*cells, "yes" if row.reference else "no", ", ".join(f"`{key}`" for key in row.reads or ())))
+    return _table(("loss", "method", "name", "equation", "source", "reference", "keys besides `beta`"), rows)
+
+
+TABLES: Mapping[str, Mapping[str, Callable[[], str]]] = {
+    "docs/post_training.md": {"preference losses": preference_losses_table}
+}
+"""Page → what stands between `<!-- NAME -->` and `<!-- end of NAME -->`."""
+
+
+def with_tables(page: str, text: str) -> str:
+    """The text of a page with its tables as the code has them. Raises `ValueError` for a mark that is missing."""
+    for name, table in TABLES[page].items():
+        first, last = f"<!-- {name} -->\n", f"\n<!-- end of {name} -->"
+        before, _, rest = text.partition(first)
+        _, found, after = rest.partition(last)
+        if not found:
+            raise ValueError(f"{page}: got no marks {first.strip()} and {last.strip()}")
+        text = f"{before}{first}{table()}{last}{after}"
+    return text
+
+
 def _text(text: str) -> str:
     """Text for a cell or a line: what Markdown or HTML would read as a sign is written out."""
     shown = []
@@ -209,3 +247,9 @@ def on_page_markdown(markdown: str, page: Any, config: Any, files: Any) -> str:
         return found[1] if exists and files.get_file_from_path(place) is None else found[0]
 
     return re.sub(r"(?<!!)\[([^\]\n]+)\]\(([^)\s]+)\)", plain, markdown)
+
+
+if __name__ == "__main__":
+    for name in TABLES:
+        file = ROOT / name
+        file.write_text(with_tables(name, file.read_text(encoding="utf-8")), encoding="utf-8")

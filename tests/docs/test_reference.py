@@ -16,6 +16,8 @@ import loopos
 from loopos.cli.commands import app
 from loopos.config.load import schema
 from loopos.config.methods import METHODS
+from loopos.config.preference import PRESETS
+from loopos.config.variants import LOSSES
 
 ROOT = Path(__file__).parents[2]
 MKDOCS = yaml.safe_load((ROOT / "mkdocs.yml").read_text(encoding="utf-8"))
@@ -47,6 +49,19 @@ def test_the_navigation_and_the_files_agree() -> None:
     assert sorted(listed) == sorted(written)
     config = HOOK.on_config(SimpleNamespace(nav=list(MKDOCS["nav"])))
     assert sorted(paths_in(config.nav)) == sorted([*listed, *PAGES])
+
+
+@pytest.mark.parametrize("page", HOOK.TABLES)
+def test_the_tables_within_a_page_are_those_of_the_code(page: str) -> None:
+    text = (ROOT / page).read_text(encoding="utf-8")
+    assert HOOK.with_tables(page, text) == text, "run python docs/reference_pages.py"
+
+
+def test_the_table_of_losses_has_every_loss_with_its_equation_and_source() -> None:
+    rows = [line.split(" | ") for line in HOOK.preference_losses_table().splitlines()[2:]]
+    assert [row[0] for row in rows] == [f"| `{name}`" for name in LOSSES if "preference" in LOSSES[name].methods]
+    assert all(name and equation and source for _, _, name, equation, source, *_ in rows)
+    assert {name for row in rows for name in re.findall(r"`(\w+)`", row[1])} == set(PRESETS)
 
 
 def test_nothing_is_loaded_from_the_network() -> None:

@@ -71,9 +71,14 @@ def loaded(target: Target) -> Any:
     return target.load() if isinstance(target, Reference) else target
 
 
+def docstring_of(target: Target) -> str:
+    """The docstring; of a reference without importing its module."""
+    return target.docstring() if isinstance(target, Reference) else inspect.getdoc(target) or ""
+
+
 def summary_of(target: Target) -> str:
     """The first sentence of a docstring, on one line."""
-    text = target.docstring() if isinstance(target, Reference) else inspect.getdoc(target) or ""
+    text = docstring_of(target)
     paragraph = " ".join(text.partition("\n\n")[0].split())
     end = _SENTENCE_END.search(paragraph)
     return paragraph[: end.start()] if end is not None else paragraph

@@ -131,7 +131,7 @@ def sigmoid_norm(pairs: Pairs, settings: LossSettings) -> Tensor:
 
 
 def robust(pairs: Pairs, settings: LossSettings) -> Tensor:
-    """Chowdhury et al. 2024, equation 7.
+    """Robust DPO: Chowdhury et al. 2024, equation 7.
 
     (−(1 − ε)·log σ(Δ) + ε·log σ(−Δ)) / (1 − 2ε).
     """
@@ -260,7 +260,10 @@ def orpo(pairs: Pairs, settings: LossSettings) -> Tensor:
 
 
 def likelihood(pairs: Pairs, settings: LossSettings) -> Tensor:
-    """The likelihood term of ORPO, CPO and MPO: −log π(c), the mean over the tokens of all chosen responses."""
+    """Likelihood: the term of ORPO, CPO, MPO and RPO.
+
+    −log π(c), as the mean over the tokens of all chosen responses of the step.
+    """
     return -pairs.chosen
 
 
