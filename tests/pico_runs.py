@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
+import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -191,3 +192,8 @@ def write_weight_files(home: Path, folder: Path) -> Path:
         torch.save(tensors, home / name / "weights.bin")
     shutil.copy(folder / "config.json", home / "with" / "config.json")
     return home
+
+
+def slow_but(quick: Any, cases: Iterable[Any]) -> list[Any]:
+    """The cases of a parametrized test, of which all but `quick` are slow."""
+    return [case if case == quick else pytest.param(case, marks=pytest.mark.slow) for case in cases]

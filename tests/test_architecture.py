@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import sys
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -50,8 +51,14 @@ MOST_LINES_OF_A_FUNCTION = 65
 FRONT = {"__init__.py", "__main__.py", "api.py", "changes.py", "run.py"}
 
 
+@cache
 def modules() -> list[Path]:
     return sorted(SOURCE.rglob("*.py"))
+
+
+@cache
+def tree_of(file: Path) -> ast.Module:
+    return ast.parse(file.read_text(encoding="utf-8"))
 
 
 def room_of(file: Path) -> str:
@@ -60,10 +67,15 @@ def room_of(file: Path) -> str:
     return parts[0] if len(parts) > 1 else ""
 
 
-def imports_of(file: Path) -> Iterator[tuple[int, str]]:
+@cache
+def imports_of(file: Path) -> list[tuple[int, str]]:
     """Line and full name of everything that a file imports, anywhere in it, also those only for types."""
+    return [*_imports_of(file)]
+
+
+def _imports_of(file: Path) -> Iterator[tuple[int, str]]:
     package = ["loopos", *file.relative_to(SOURCE).parts[:-1]]
-    for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+    for node in ast.walk(tree_of(file)):
         if isinstance(node, ast.Import):
             yield from ((node.lineno, alias.name) for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
@@ -157,7 +169,7 @@ def test_a_short_module_with_one_importer_says_why_it_stands_apart() -> None:
         if len(by) == 1 and file.name != "__init__.py" and len(file.read_text(encoding="utf-8").splitlines()) < 120
     ]
     assert 5 <= len(small) <= 20, sorted(map(str, small))
-    reasons = {file: ast.get_docstring(ast.parse(file.read_text(encoding="utf-8"))) or "" for file in small}
+    reasons = {file: ast.get_docstring(tree_of(file)) or "" for file in small}
     silent = [str(file.relative_to(SOURCE)) for file, reason in reasons.items() if "Apart from" not in reason]
     assert not silent, f"fold them, or give the reason in a sentence that begins with Apart from: {silent}"
 
@@ -194,7 +206,7 @@ def test_nothing_is_caught_that_was_not_expected() -> None:
     for file in modules():
         if file.relative_to(SOURCE).as_posix() in CALLS_FOREIGN_CODE:
             continue
-        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+        for node in ast.walk(tree_of(file)):
             if isinstance(node, ast.ExceptHandler):
                 handlers += 1
                 if catches_everything(node):
@@ -220,9 +232,7 @@ def test_the_rule_itself_sees_what_it_should(code: str, expected: bool) -> None:
 
 
 def test_every_module_says_what_it_is() -> None:
-    missing = [
-        str(file.relative_to(SOURCE)) for file in modules() if not ast.get_docstring(ast.parse(file.read_text()))
-    ]
+    missing = [str(file.relative_to(SOURCE)) for file in modules() if not ast.get_docstring(tree_of(file))]
     assert not missing
 
 

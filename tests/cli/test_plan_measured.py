@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from counted_run import LiveBytes, count, counting, train
+from pico_runs import slow_but
 from safetensors.torch import load_file
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 from worlds import run_processes
@@ -112,7 +113,7 @@ def medium_folder(tmp_path_factory: pytest.TempPathFactory, pico_tokenizer: Path
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
-@pytest.mark.parametrize("rows", [8, 24])
+@pytest.mark.parametrize("rows", slow_but(8, [8, 24]))
 def test_the_estimated_peak_memory_is_within_a_tenth(
     rows: int, checkpointing: bool, tmp_path: Path, medium_folder: Path
 ) -> None:

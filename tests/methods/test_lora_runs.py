@@ -12,7 +12,7 @@ from unittest.mock import patch
 import pytest
 import torch
 from peft import PeftModel
-from pico_runs import class_rows, config_of, save_pico
+from pico_runs import class_rows, config_of, save_pico, slow_but
 from preference_runs import comparisons, events_of, ppo_config, preference_config, reward_config, thumbs, write_rows
 from safetensors.torch import load_file
 from torch import Tensor
@@ -132,7 +132,7 @@ def test_the_reference_of_dpo_is_the_start(lora: dict[str, Any], tmp_path: Path,
         assert float(sums[name]) == pytest.approx(0, abs=exact)
 
 
-@pytest.mark.parametrize("value_model", ["policy", "reward"])
+@pytest.mark.parametrize("value_model", slow_but("policy", ["policy", "reward"]))
 def test_the_models_of_ppo_share_a_base_whose_start_was_taken_out(
     value_model: str, tmp_path: Path, pico_folder: Path
 ) -> None:
@@ -187,7 +187,7 @@ def logprobs(model: Any, row: Any, response: list[int]) -> float:
     return float(torch.log_softmax(logits, -1).gather(1, torch.tensor(response)[:, None]).sum())
 
 
-@pytest.mark.parametrize("name", STARTS)
+@pytest.mark.parametrize("name", slow_but("adapters on top", STARTS))
 def test_from_an_sft_adapter_the_reference_is_the_base_with_it(
     name: str, sft_run: Path, tmp_path: Path, pico_folder: Path
 ) -> None:

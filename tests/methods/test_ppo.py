@@ -226,7 +226,8 @@ def test_reward_functions_and_samples_get_the_original_prompt(tmp_path: Path, pi
     assert {sample["prompt"] for sample in samples} == set(ASKED)
 
 
-@pytest.mark.parametrize("kl_in", ["reward", pytest.param("loss", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("kl_in", ["reward", "loss"])
 def test_a_one_step_problem_comes_to_its_known_optimum(kl_in: str, tmp_path: Path, pico_folder: Path) -> None:
     """One token is written, 1 for one that begins with a letter from a to m. With a KL penalty of β the best policy is
     π*(x) ∝ π_ref(x)·exp(r(x)/β) (Ziegler et al. 2019; Korbak et al. 2022), so that the chance of those letters is

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 from killed_runs import NUM_KILLS, check_kills_leave_no_trace, digest
+from pico_runs import slow_but
 from preference_runs import comparisons, write_rows
 from safetensors import safe_open
 
@@ -66,7 +67,7 @@ def bits_of(run: Path) -> dict[str, str]:
     return found | {"samples": digest(run / "samples.jsonl")}
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("variant", slow_but("one trunk", VARIANTS))
 @pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning")
 def test_killed_at_random_moments(variant: str, tmp_path: Path, pico_folder: Path) -> None:
     write_rows(tmp_path / "rows.jsonl", comparisons(24))

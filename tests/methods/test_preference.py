@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from pico_runs import slow_but
 from preference_runs import comparisons, events_of, write_rows
 from preference_runs import preference_config as config
 from rich.console import Console
@@ -241,7 +242,7 @@ def _lines(settings: PreferenceConfig) -> list[str]:
     return stream.getvalue().splitlines()
 
 
-@pytest.mark.parametrize("trainable", ["all", "lora"])
+@pytest.mark.parametrize("trainable", slow_but("lora", ["all", "lora"]))
 def test_the_reference_of_an_adapter_is_the_base_with_it(trainable: str, tmp_path: Path, pico_folder: Path) -> None:
     """From a folder of adapters: rewards are 0 in the first step, and the run equals one from the merged weights."""
     trained(config(tmp_path / "first", pico_folder, training={"trainable": "lora", "max_steps": 6}))
@@ -345,7 +346,7 @@ def test_weights_of_wpo_are_worked_by_hand() -> None:
     assert not found.requires_grad
 
 
-@pytest.mark.parametrize("name", ["dpo", "mpo", "simpo"])
+@pytest.mark.parametrize("name", slow_but("dpo", ["dpo", "mpo", "simpo"]))
 def test_wpo_is_the_same_in_micro_batches(name: str, tmp_path: Path, pico_folder: Path) -> None:
     found = []
     for size, accumulation in ((8, 1), (2, 4)):

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from pico_runs import slow_but
 from preference_runs import events_of, thumbs
 from preference_runs import preference_config as config
 from worlds import run_world
@@ -51,7 +52,7 @@ def test_a_copy_is_the_same_reference(trainable: str, tmp_path: Path, pico_folde
 
 
 @pytest.mark.parametrize("trainable", TRAINABLE)
-@pytest.mark.parametrize("method", ["dpo", "kto"])
+@pytest.mark.parametrize("method", slow_but("dpo", ["dpo", "kto"]))
 def test_rewards_are_0_again_when_the_policy_replaces_the_reference(
     method: str, trainable: str, tmp_path: Path, pico_folder: Path
 ) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 from killed_runs import NUM_KILLS, check_kills_leave_no_trace, digest
+from pico_runs import slow_but
 from preference_runs import preference_config, thumbs
 
 from loopos.config.methods import method_row
@@ -53,7 +54,7 @@ def bits_of(run: Path) -> dict[str, str]:
     }
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("variant", slow_but("lora", VARIANTS))
 @pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning")
 def test_killed_at_random_moments(variant: str, pico_folder: Path, tmp_path: Path) -> None:
     method, training = VARIANTS[variant]

@@ -99,7 +99,7 @@ def test_all_methods_replicated_and_shared_out(size: int, tmp_path: Path, pico_f
 @pytest.mark.parametrize(
     "training",
     [
-        pytest.param({"trainable": "lora", "lora": {"rank": 4}}, id="adapters"),
+        pytest.param({"trainable": "lora", "lora": {"rank": 4}}, id="adapters", marks=pytest.mark.slow),
         pytest.param(
             {"trainable": "lora", "lora": {"rank": 4, "init_lora_weights": "pissa"}},
             id="adapters taken out of the base",
