@@ -14,7 +14,6 @@ from typing import Any
 from loopos.config.ppo import PpoConfig
 from loopos.evaluation.checkers import Sample
 from loopos.evaluation.signal import SampledGroup
-from loopos.methods.ppo import PpoTrainer
 from loopos.rl.collector import Collector, request_of, seeded
 from loopos.rl.rewards import Rewards
 from loopos.rl.rollouts import RolloutPlan
@@ -47,8 +46,9 @@ class SignalCheck:
         return {score for each in self.prompts for score in each.group.scores} <= {0.0, 1.0}
 
 
-def check_signal(trainer: PpoTrainer, *, num_prompts: int, num_answers: int) -> SignalCheck:
-    """k = num_answers answers to each of the first prompts that training would take. trainer: not yet run. Raises
+def check_signal(trainer: Any, *, num_prompts: int, num_answers: int) -> SignalCheck:
+    """k = num_answers answers to each of the first prompts that training would take. trainer: that of an online
+    method, not yet run. Raises
     `UserError`.
     """
     config = trainer.config
@@ -59,7 +59,7 @@ def check_signal(trainer: PpoTrainer, *, num_prompts: int, num_answers: int) -> 
             return _sampled(trainer, config, num_prompts, num_answers)
 
 
-def _sampled(trainer: PpoTrainer, config: PpoConfig, num_prompts: int, num_answers: int) -> SignalCheck:
+def _sampled(trainer: Any, config: PpoConfig, num_prompts: int, num_answers: int) -> SignalCheck:
     roles, description, device, tokenizer = trainer.roles, trainer.reward_description, trainer.device, trainer.tokenizer
     rewards = Rewards.of(roles.reward, description, config.reward, config.generation, device, tokenizer)
     origins = trainer.encoder.origins
