@@ -43,7 +43,18 @@ def section(command: tuple[str, ...]) -> str:
 
 def test_the_commands_are_these() -> None:
     assert {" ".join(name) for name in COMMANDS} == {
-        *("train", "validate", "list", "schema", "predict", "evaluate", "score", "data check", "data preview"),
+        *(
+            "train",
+            "validate",
+            "list",
+            "schema",
+            "predict",
+            "evaluate",
+            "score",
+            "data check",
+            "data preview",
+            "rl check",
+        ),
         *(
             "runs list",
             "runs show",

@@ -55,6 +55,12 @@ RUNS: Mapping[str, Command | Group] = {
     "diff": Command("Compare two runs: different settings, and metrics side by side.", "runs", "diff"),
 }
 
+RL: Mapping[str, Command | Group] = {
+    "check": Command(
+        "Sample answers before training: pass@k, groups with signal, each reward, and what to change.", "rl", "check"
+    ),
+}
+
 LOOPOS = Group(
     "Post-training of language models from one config and one command.",
     {
@@ -98,6 +104,7 @@ LOOPOS = Group(
         ),
         "data": Group("Inspect data before training.", DATA),
         "runs": Group("Inspect finished and running runs.", RUNS),
+        "rl": Group("Inspect reinforcement learning before and after training.", RL),
     },
 )
 

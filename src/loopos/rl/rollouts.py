@@ -74,10 +74,11 @@ class RolloutPlan:
         num_groups = self.batch_size // self.responses_per_prompt
         for number in range(iteration * num_groups, (iteration + 1) * num_groups):
             turn, index = divmod(number, self.num_prompts)
-            prompts += [int(self._order(turn)[index])] * self.responses_per_prompt
+            prompts += [int(self.order(turn)[index])] * self.responses_per_prompt
         return prompts
 
-    def _order(self, turn: int) -> np.ndarray:
+    def order(self, turn: int) -> np.ndarray:
+        """Indices of all prompts in the order of a pass over the data."""
         if not self.shuffle:
             return np.arange(self.num_prompts)
         return shuffled(self.num_prompts, self.seed, turn)
