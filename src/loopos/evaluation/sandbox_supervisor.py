@@ -49,6 +49,8 @@ def main() -> None:
     """Runs the program that stdin describes."""
     spec = json.loads(sys.stdin.buffer.read())
     _libc.prctl(_DEATH_SIGNAL, signal.SIGKILL, 0, 0, 0)
+    # Files of process 1 are read by the program's user.
+    os.umask(0o022)
     try:
         found = _run(spec)
     except Unavailable as problem:
@@ -99,10 +101,13 @@ def _first_process(spec: dict[str, Any], ends: dict[str, int], number: int) -> N
             user = _FIRST_USER + number if os.getuid() == 0 else None
             # A session keyring would hold keys of the user who started the run.
             _libc.syscall(_CALLS[platform.machine()][1], 1, None)
+        # Unlinked, so that what was read cannot be read again.
+        stdin = os.open("stdin", os.O_RDONLY)
+        os.unlink("stdin")
         os.setsid()
         program = os.fork()
         if program == 0:
-            _become(spec, ends, user)
+            _become(spec, (stdin, ends["stdout"], ends["stderr"], ends["result"]), user)
         _libc.prctl(_DUMPABLE, 0, 0, 0, 0)
         for name in ("stdout", "stderr", "result"):
             os.close(ends[name])
@@ -159,14 +164,13 @@ def _show(path: str, root: str, *, devices: bool = False) -> None:
     _call("mount_setattr (Linux 5.12)", _libc.syscall(_MOUNT_SETATTR, *arguments))
 
 
-def _become(spec: dict[str, Any], ends: dict[str, int], user: int | None) -> NoReturn:
-    """Limits and rights, then the program in place of this process; `result` is its descriptor 3."""
-    stdin = os.open("stdin", os.O_RDONLY)
-    for number, end in enumerate((stdin, ends["stdout"], ends["stderr"], ends["result"])):
-        # Above the four, so that no end is overwritten before it is copied.
-        os.dup2(end, 10 + number)
-    for number in range(4):
-        os.dup2(10 + number, number)
+def _become(spec: dict[str, Any], ends: tuple[int, ...], user: int | None) -> NoReturn:
+    """Limits and rights, then the program in place of this process. ends: its descriptors 0 to 3."""
+    for number, end in enumerate(ends):
+        # Above all that are open, so that no end is overwritten before it is copied.
+        os.dup2(end, 100 + number)
+    for number in range(len(ends)):
+        os.dup2(100 + number, number)
     os.closerange(4, 256)
     limits = spec["limits"]
     for name, value in limits.items():
@@ -177,7 +181,6 @@ def _become(spec: dict[str, Any], ends: dict[str, int], user: int | None) -> NoR
         os.setresgid(user, user, user)
         os.setresuid(user, user, user)
     _libc.prctl(_NO_NEW_PRIVILEGES, 1, 0, 0, 0)
-    os.umask(0o022)
     try:
         os.execve(spec["program"][0], spec["program"], spec["environment"])
     finally:
