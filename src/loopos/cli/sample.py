@@ -281,7 +281,7 @@ def _reward_model_of(
 def _grader_of(ref: ModelRef, options: SampleOptions) -> Callable[[StepFormat, Sequence[Request]], Callable[[], Judge]]:
     def check(step_format: StepFormat, requests: Sequence[Request]) -> Callable[[], Judge]:
         from loopos.data.rows import read_plain_text
-        from loopos.evaluation.grading import GRADING_PROMPT, GradingPrompt
+        from loopos.evaluation.grading_prompt import GRADING_PROMPT, GradingPrompt
 
         file = options.judged.grading_prompt
         text = GRADING_PROMPT if file is None else read_plain_text(str(file))

@@ -1,4 +1,4 @@
-"""The options of a reward function: its parameters besides prompts, responses and rows, checked by their annotations."""
+"""The options of a reward function: its parameters besides prompts, responses and rows, and their annotations."""
 
 from __future__ import annotations
 
@@ -49,7 +49,9 @@ def check_options(target: Callable[..., Any], options: Mapping[str, Any]) -> Ite
     listed = ", ".join(known) or "it has none"
     for name in options:
         if name not in known and not any_name:
-            yield OptionProblem(name, "an unknown option", f"an option of it: {listed}", did_you_mean(name, list(known)))
+            yield OptionProblem(
+                name, "an unknown option", f"an option of it: {listed}", did_you_mean(name, list(known))
+            )
     for name, parameter in known.items():
         if name in options:
             yield from _check_value(target, name, options[name])

@@ -34,7 +34,7 @@ _MOUNT_SETATTR, _AT_RECURSIVE, _AT_CWD = 442, 0x8000, -100
 _CALLS = {"x86_64": (155, 250), "aarch64": (41, 219)}
 _SYSTEM = ("/usr", "/bin", "/sbin", "/lib", "/lib32", "/lib64", "/etc/ld.so.cache")
 _DEVICES = ("null", "zero", "random", "urandom")
-# User ids above those that systems give out: RLIMIT_NPROC counts processes by user, so each program has a user of its own.
+# User ids above those that systems give out. RLIMIT_NPROC counts processes by user: each program has its own.
 _FIRST_USER = 1_900_000_000
 _TICK = 0.02
 
@@ -190,7 +190,7 @@ def _become(spec: dict[str, Any], ends: tuple[int, ...], user: int | None) -> No
 def _watched(spec: dict[str, Any], first: int, ends: dict[str, int]) -> dict[str, Any]:
     """Reads what the program writes until it ends or passes a limit."""
     began, most = time.monotonic(), spec["output_bytes"]
-    read: dict[str, bytes] = {name: b"" for name in ends}
+    read: dict[str, bytes] = dict.fromkeys(ends, b"")
     selector, peak, stopped = selectors.DefaultSelector(), 0, ""
     for name, end in ends.items():
         selector.register(end, selectors.EVENT_READ, name)

@@ -16,6 +16,7 @@ output are compared outside.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 import secrets
@@ -194,20 +195,21 @@ def _tests_of(value: object, row: Mapping[str, object]) -> list[str] | list[_Exc
     """The tests in a column. Raises `UserError` for another form, and for none."""
     if isinstance(value, str) and value.lstrip()[:1] in ("[", "{"):
         # A column of a table holds them as JSON; text in Python that begins so is text.
-        try:
+        with contextlib.suppress(ValueError):
             value = json.loads(value)
-        except ValueError:
-            pass
     found: list[Any] = []
     match value:
         case str() if value.strip():
             called = f"\ncheck({row['entry_point']})" if "entry_point" in row and "def check(" in value else ""
-            found = [value + called]
+            found = [f"{value}{called}"]
         case [*texts] if texts and all(isinstance(each, str) for each in texts):
             setup = str(row.get("test_setup_code") or "")
             found = [f"{setup}\n{each}" for each in texts]
-        case [*cases] if cases and all(isinstance(each, Mapping) and {"input", "output"} <= set(each) for each in cases):
-            found = [_Exchange(_text(each["input"]), _text(each["output"])) for each in cases]
+        case [*cases] if cases and all(
+            isinstance(each, Mapping) and {"input", "output"} <= set(each) for each in cases
+        ):
+            exchanges: list[Any] = cases
+            found = [_Exchange(_text(each["input"]), _text(each["output"])) for each in exchanges]
         case {"inputs": [*inputs], "outputs": [*outputs], "fn_name": str(name)} if len(inputs) == len(outputs):
             calls = zip(inputs, outputs, strict=True)
             found = [f"assert {name}(*{given!r}) == {expected!r}" for given, expected in calls]

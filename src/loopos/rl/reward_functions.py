@@ -194,7 +194,7 @@ def steps_format(
     step_format: think, hashes, lines or the four strings, as in `data.step_format` of chain_of_thought. min_steps,
     max_steps: the number of steps.
     """
-    form = NAMED_FORMATS[step_format] if isinstance(step_format, str) else StepFormat(**step_format)  # type: ignore[misc]
+    form = NAMED_FORMATS[step_format] if isinstance(step_format, str) else StepFormat(**step_format)
     found = []
     for response in responses:
         read = form.parse(response)
@@ -213,7 +213,7 @@ def length_window(
     soft: _NotNegative = 0,
     unit: Literal["tokens", "words", "characters"] = "tokens",
 ) -> list[float]:
-    """0 for a length from `minimum` to `maximum`; at a distance of d outside −min(1, d / `soft`), and −1 without `soft`.
+    """0 for a length from `minimum` to `maximum`; at a distance of d outside −min(1, d / `soft`), or −1.
 
     It is the soft overlong punishment of DAPO (Yu et al. 2025, equation 13) with its interval as `soft`, and as
     `maximum` its longest length less the interval.

@@ -10,7 +10,7 @@ import inspect
 import math
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from threading import Thread
 from types import MappingProxyType
@@ -62,12 +62,13 @@ class Response:
 @dataclass(frozen=True, slots=True)
 class RewardRun:
     """The run that rewards score for. `folder`: where a reward may keep what it must not compute twice; None outside a
-    run. `iterations`: of the whole run, over which weights change.
+    run. `iterations`: of the whole run, over which weights change. `label`: of the one reward that gets this.
     """
 
     folder: Path | None = None
     rank: int = 0
     iterations: int = 1
+    label: str = ""
 
 
 UNJUDGED = math.nan
@@ -262,7 +263,11 @@ class Rewards:
         self.missing_end_penalty = rollout.missing_end_penalty or 0.0
         self.functions = {
             each.key: reward_function(
-                each.name, options=each.options, timeout=each.timeout, on_timeout=each.on_timeout, run=self.run
+                each.name,
+                options=each.options,
+                timeout=each.timeout,
+                on_timeout=each.on_timeout,
+                run=replace(self.run, label=each.key),
             )
             for each in section.functions
         }
@@ -309,7 +314,8 @@ class Rewards:
         if not responses:
             return {"total": []}
         parts: dict[str, list[float]] = {}
-        weights, shares = {"model": self.section.model_weight, **self.weights(iteration)}, {}
+        shares: dict[str, list[float]] = {}
+        weights = {"model": self.section.model_weight, **self.weights(iteration)}
         if self.model is not None:
             parts["model"] = self.model(responses)
             if not all(map(math.isfinite, parts["model"])):
@@ -324,6 +330,22 @@ class Rewards:
             judged = [weights[name] * part[index] for name, part in parts.items() if not math.isnan(part[index])]
             totals.append(self._bounded(sum(judged), response) if judged else UNJUDGED)
         return {"total": totals, **parts, **shares}
+
+    def state(self) -> dict[str, Any]:
+        """The state of this rank's functions that have one, for a checkpoint."""
+        made = {name: function.function.function for name, function in self.functions.items()}
+        return {
+            "rank": self.run.rank,
+            "functions": {name: each.state() for name, each in made.items() if hasattr(each, "state")},
+        }
+
+    def load(self, state: Mapping[str, Any]) -> None:
+        """Restores this rank's part of the states of all `ranks`."""
+        own = [each["functions"] for each in state["ranks"] if each["rank"] == self.run.rank]
+        for name, found in own[0].items() if own else ():
+            made: Any = self.functions[name].function.function if name in self.functions else None
+            if hasattr(made, "load"):
+                made.load(found)
 
     def _bounded(self, total: float, response: Response) -> float:
         total -= 0.0 if response.ended else self.missing_end_penalty
