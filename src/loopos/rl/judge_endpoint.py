@@ -24,7 +24,7 @@ from loopos.config.diagnostics import UserError
 from loopos.data.record import shown
 from loopos.evaluation.chat_endpoint import ChatEndpoint, EndpointFailed
 from loopos.evaluation.grading_prompt import filled
-from loopos.rl.reward_functions import Rows, Scores
+from loopos.rl.reward_functions import NotOfARow, Rows, Scores
 from loopos.storage.json_files import json_text
 
 PROMPT = """\
@@ -153,7 +153,7 @@ class JudgeEndpoint:
             wave = needed[: min(self.concurrency, self._room())]
             if not wave:
                 if self.at_budget == "stop":
-                    raise UserError(
+                    raise NotOfARow(
                         f"reward function judge: its budget is used up ({self.replies.counted} requests, "
                         f"{self.replies.tokens} tokens) with {len(needed)} responses to grade; raise max_requests or "
                         'max_total_tokens and resume, or set at_budget to "unjudged"'
@@ -175,11 +175,13 @@ class JudgeEndpoint:
         try:
             reply = self.endpoint.complete(messages, self.parameters)
         except EndpointFailed as problem:
-            if self.on_failure == "error":
-                raise UserError(
-                    f'reward function judge: {problem}; check base_url, or set on_failure to "unjudged"'
-                ) from problem
-            return {"text": None, "tokens": 0}
+            if self.on_failure == "unjudged":
+                return {"text": None, "tokens": 0}
+            raise NotOfARow(
+                f'reward function judge: {problem}; check base_url, or set on_failure to "unjudged"'
+            ) from problem
+        except UserError as problem:
+            raise NotOfARow(f"reward function judge: {problem}") from problem
         return {"text": reply.text, "tokens": reply.tokens}
 
     def _grade(self, text: str) -> float | None:

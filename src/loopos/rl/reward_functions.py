@@ -41,6 +41,10 @@ class Scores:
     shares: Mapping[str, Sequence[bool]] = field(default_factory=dict)
 
 
+class NotOfARow(UserError):
+    """An error that no single row causes, such as an endpoint that does not answer."""
+
+
 def column_of(name: str, row: Mapping[str, object], *columns: str) -> object:
     """The value of the first of these columns, in any case of letters, that a row has. name: of the reward. Raises
     `UserError`.

@@ -19,7 +19,7 @@ from typing import Any, Literal
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from loopos.config.diagnostics import UserError
+from loopos.config.diagnostics import MissingRequirement, UserError
 from loopos.config.own_function import OwnFunction, own_function
 from loopos.config.reward_options import GIVEN, check_options, parameter_names, takes_rows
 from loopos.config.rl import PpoRewardSection, RolloutSection
@@ -31,7 +31,7 @@ from loopos.evaluation.process_rewards import Process, process_of, step_scores
 from loopos.evaluation.reward_predictor import Normalization, raw_scores
 from loopos.models.folders import RewardEnsemble, check_same_tokens, open_reward_model
 from loopos.models.heads import PooledModel
-from loopos.rl.reward_functions import Scores
+from loopos.rl.reward_functions import NotOfARow, Scores
 
 SHARE = "share_"
 """Begins the names of parts that are no scores, but 1 where something holds of a response."""
@@ -112,6 +112,8 @@ class RewardFunction:
         about = f"{len(responses)} responses, the first to {sources[0]}"
         try:
             found = self._called(responses, about)
+        except (MissingRequirement, NotOfARow):
+            raise
         except UserError:
             # Call the function for each row separately, to find the row that fails.
             for response, source in zip(responses, sources, strict=True):
