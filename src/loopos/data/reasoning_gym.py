@@ -2,7 +2,9 @@
 
 Behind the question mark stand settings of the task, as reasoning-gym names them. Rows have the columns question, answer
 and metadata; the reward and the checker `reasoning_gym` score answers with the task's own scorer. The same settings
-give the same rows: size is 500 and seed 0 where they are absent. Apart from `tables`, because nothing is read from disk.
+give the same rows: size is 500 and seed 0 where they are absent.
+
+Apart from `tables`, because nothing is read from a disk.
 """
 
 from __future__ import annotations
@@ -42,7 +44,11 @@ def task_records(source: str) -> Records:
     for key in given:
         if key not in known:
             raise file_error(
-                source, f"the setting {shown(key)}", f"one of {', '.join(known)}", did_you_mean(key, known), field="task"
+                source,
+                f"the setting {shown(key)}",
+                f"one of {', '.join(known)}",
+                did_you_mean(key, known),
+                field="task",
             )
     try:
         entries: Any = factory.create_dataset(name, **given)
