@@ -1,6 +1,7 @@
 """A client of chat completions as OpenAI's API has them: vLLM, SGLang, Ollama, llama.cpp, `loopos serve` and others.
 
-The key comes from an environment variable only. Standard library only.
+The key comes from an environment variable only. Standard library only. Apart from the judge that asks with it, because
+it knows nothing of rewards.
 """
 
 from __future__ import annotations
