@@ -30,7 +30,7 @@ SCRIPT = "print(int(input()) + 1)"
 def outcome(response: str, tests: object, **row: object) -> tuple[float | None, list[str]]:
     """The score, and what ended the program."""
     found = CodeTests(seconds=1)([""], [response], [{"tests": tests, **row}])
-    return found.values[0], [kind for kind, holds in found.shares.items() if holds[0]]
+    return found.values[0], [kind for kind, holds in found.fractions.items() if holds[0]]
 
 
 @pytest.mark.parametrize(
@@ -185,8 +185,8 @@ def test_without_namespaces_it_is_refused_unless_only_limits_are_wanted(
     limited = CodeTests(isolation="limits", seconds=1)
     found = limited([""] * 3, [INCREMENT, "while True: pass", "x = bytearray(8 << 30)"], [{"tests": "f(1)"}] * 3)
     assert found.values == [1.0, 0.0, 0.0]
-    assert found.shares["time"] == [False, True, False]
-    assert found.shares["memory"] == [False, False, True]
+    assert found.fractions["time"] == [False, True, False]
+    assert found.fractions["memory"] == [False, False, True]
 
 
 @pytest.mark.slow
@@ -209,4 +209,4 @@ def test_a_policy_trains_on_through_attacks(tmp_path: Path, pico_folder: Path, m
     for each in rollouts:
         assert each["score_code_tests"] == pytest.approx(1 / 6)
         for kind, number in {"processes": 1, "time": 1, "memory": 1, "forbidden": 2, "output": 0}.items():
-            assert each[f"share_code_tests_{kind}"] == pytest.approx(number / 6)
+            assert each[f"fraction_code_tests_{kind}"] == pytest.approx(number / 6)

@@ -98,7 +98,7 @@ def test_a_reply_without_a_grade_in_its_range_is_not_judged(stub: Stub) -> None:
     stub.say = lambda text: {"q|a|4": "I refuse.", "q|b|4": "Score: 11", "q|c|4": "Score: 10"}[text]
     found = reward_function("judge", options=stub.options()).scores(answers("a", "b", "c"))
     assert found.values == [None, None, 1.0]
-    assert found.shares["malformed"] == [True, True, False]
+    assert found.fractions["malformed"] == [True, True, False]
 
 
 def test_passing_faults_are_tried_again_others_end_the_run(stub: Stub) -> None:
@@ -120,7 +120,7 @@ def test_a_failure_can_be_left_unjudged_and_stays_so(stub: Stub, tmp_path: Path)
     run = RewardRun(tmp_path)
     options = stub.options(retries=1, on_failure="unjudged")
     found = reward_function("judge", options=options, run=run).scores(answers("a"))
-    assert (found.values, found.shares["failed"]) == ([None], [True])
+    assert (found.values, found.fractions["failed"]) == ([None], [True])
     # The reply would be there now; a resumed run is graded as it was.
     assert reward_function("judge", options=options, run=run)(answers("a")) == [None]
     assert len(stub.requests) == 2
@@ -160,7 +160,7 @@ def test_behind_its_budget_the_run_stops_or_goes_on_unjudged(stub: Stub, tmp_pat
         judge = reward_function("judge", options=stub.options(at_budget="unjudged", **budget))
         found = judge.scores(texts)
         assert found.values == [0.5, 0.5, 0.5, None, 0.5]
-        assert found.shares["over_budget"] == [False, False, False, True, False]
+        assert found.fractions["over_budget"] == [False, False, False, True, False]
 
 
 def test_a_resumed_run_counts_and_grades_as_an_uninterrupted_one(stub: Stub, tmp_path: Path) -> None:
@@ -197,7 +197,7 @@ def test_a_policy_is_graded_while_it_trains_and_resumes_without_new_requests(
     method = PpoTrainer(config, progress=RunProgress(quiet=True))
     method.train()
     rollouts = events_of(tmp_path / "run", "rollout")
-    assert {"score_grade", "score_grade_std", "share_grade_malformed"} <= set(rollouts[0])
+    assert {"score_grade", "score_grade_std", "fraction_grade_malformed"} <= set(rollouts[0])
     # The weight is 1 in the first iteration and 0 in the last.
     assert rollouts[0]["reward"] == pytest.approx(rollouts[0]["score_grade"])
     assert rollouts[1]["reward"] == 0.0

@@ -94,7 +94,7 @@ def test_a_class_is_made_with_its_options_and_gets_the_run(own: Callable[..., An
     assert function.takes_rows
     assert function.function.function.run is run
     found = function.scores([response("a", plus=0.5)])
-    assert (found.values, found.shares) == ([5.5], {"odd": [True]})
+    assert (found.values, found.fractions) == ([5.5], {"odd": [True]})
 
 
 def test_tokens_and_ends_are_passed_by_name(own: Callable[..., Any]) -> None:
@@ -129,7 +129,7 @@ def sleeps(prompts: Sequence[str], responses: Sequence[str], *, seconds: float) 
 def test_a_call_over_its_limit_does_not_judge_or_ends_the_run(function: Any, own: Callable[..., Any]) -> None:
     limited = own(function, options={"seconds": 5.0}, timeout=0.05)
     found = limited.scores([response("a"), response("b")])
-    assert (found.values, found.shares) == ([None, None], {"timeout": [True, True]})
+    assert (found.values, found.fractions) == ([None, None], {"timeout": [True, True]})
     with pytest.raises(
         UserError, match=r"ran for more than 0.05 s \(timeout\)\n    for 2 responses, the first to train"
     ):
@@ -182,13 +182,13 @@ def scored(score: float, prompt: int, **parts: float) -> ScoredResponse:
 def test_metrics_by_hand() -> None:
     nan = math.nan
     answers = [
-        scored(1.0, 1, a=1.0, b=nan, share_b_time=1.0), scored(3.0, 1, a=3.0, b=nan, share_b_time=0.0),
-        scored(2.0, 2, a=2.0, b=5.0, share_b_time=0.0), scored(2.0, 2, a=2.0, b=7.0, share_b_time=0.0),
+        scored(1.0, 1, a=1.0, b=nan, fraction_b_time=1.0), scored(3.0, 1, a=3.0, b=nan, fraction_b_time=0.0),
+        scored(2.0, 2, a=2.0, b=5.0, fraction_b_time=0.0), scored(2.0, 2, a=2.0, b=7.0, fraction_b_time=0.0),
     ]  # fmt: skip
     assert reward_metrics(answers) == {
         "reward": 2.0, "reward_std": math.sqrt(0.5), "no_signal": 0.5,
         "score_a": 2.0, "score_a_std": math.sqrt(0.5), "no_signal_a": 0.5,
-        "score_b": 6.0, "score_b_std": 1.0, "judged_b": 0.5, "no_signal_b": 0.5, "share_b_time": 0.25,
+        "score_b": 6.0, "score_b_std": 1.0, "judged_b": 0.5, "no_signal_b": 0.5, "fraction_b_time": 0.25,
     }  # fmt: skip
     single = reward_metrics([scored(1.0, 1), scored(nan, 2)])
     assert single == {"reward": 1.0, "reward_std": 0.0, "judged": 0.5}

@@ -39,9 +39,9 @@ def task_records(source: str) -> Records:
     if name not in factory.DATASETS:
         hint = did_you_mean(name, list(factory.DATASETS)) or "`reasoning_gym.factory.DATASETS` has all tasks"
         raise file_error(source, f"the task {shown(name)}", "a task of reasoning-gym", hint, field="task")
-    given = {**_DEFAULTS, **{key: _value(text) for key, text in parse_qsl(settings, keep_blank_values=True)}}
+    settings_of = {**_DEFAULTS, **{key: _value(text) for key, text in parse_qsl(settings, keep_blank_values=True)}}
     known = [field.name for field in dataclasses.fields(factory.DATASETS[name][1])]
-    for key in given:
+    for key in settings_of:
         if key not in known:
             raise file_error(
                 source,
@@ -51,7 +51,7 @@ def task_records(source: str) -> Records:
                 field="task",
             )
     try:
-        entries: Any = factory.create_dataset(name, **given)
+        entries: Any = factory.create_dataset(name, **settings_of)
         for entry in entries:
             yield Record(None, json.loads(json.dumps(entry, default=str)))
     # What reasoning-gym raises for values that a task does not allow.

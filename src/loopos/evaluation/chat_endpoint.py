@@ -75,9 +75,9 @@ class ChatEndpoint:
                     return _reply(response.read())
             except urllib.error.HTTPError as problem:
                 with problem:
-                    said = problem.read(2000).decode("utf-8", "replace")
+                    body_text = problem.read(2000).decode("utf-8", "replace")
                 if problem.code not in _PASSING:
-                    raise UserError(f"{url}: answered {problem.code} {problem.reason}: {shown(said)}") from problem
+                    raise UserError(f"{url}: answered {problem.code} {problem.reason}: {shown(body_text)}") from problem
                 reason, wait = f"answered {problem.code} {problem.reason}", _wait_of(problem, wait)
             except (OSError, HTTPException, ValueError) as problem:
                 # No connection, no reply in time, or none in the form of the API.

@@ -212,9 +212,9 @@ def _tests_of(value: object, row: Mapping[str, object]) -> list[str] | list[_Exc
             found = [_Exchange(_text(each["input"]), _text(each["output"])) for each in exchanges]
         case {"inputs": [*inputs], "outputs": [*outputs], "fn_name": str(name)} if len(inputs) == len(outputs):
             calls = zip(inputs, outputs, strict=True)
-            found = [f"assert {name}(*{given!r}) == {expected!r}" for given, expected in calls]
+            found = [f"assert {name}(*{arguments!r}) == {expected!r}" for arguments, expected in calls]
         case {"inputs": [*inputs], "outputs": [*outputs]} if len(inputs) == len(outputs):
-            found = [_Exchange(_text(given), _text(out)) for given, out in zip(inputs, outputs, strict=True)]
+            found = [_Exchange(_text(text), _text(out)) for text, out in zip(inputs, outputs, strict=True)]
     if not found:
         raise UserError(
             f"reward function code_tests: got the tests {shown(value)}; expected Python text, a list of such texts, or "

@@ -33,12 +33,12 @@ _Unit: TypeAlias = Literal["words", "characters"]
 
 @dataclass(frozen=True, slots=True)
 class Scores:
-    """What a reward function may return instead of a list: `values`, and under each name of `shares` whether it holds
+    """What a reward function may return instead of a list: `values`, and under each name of `fractions` whether it holds
     of a response. Metrics have the share of the responses of which it does.
     """
 
     values: Sequence[float | None]
-    shares: Mapping[str, Sequence[bool]] = field(default_factory=dict)
+    fractions: Mapping[str, Sequence[bool]] = field(default_factory=dict)
 
 
 class NotOfARow(UserError):
@@ -52,8 +52,8 @@ def column_of(name: str, row: Mapping[str, object], *columns: str) -> object:
     lowered = {each.lower(): each for each in row}
     found = next((lowered[each.lower()] for each in columns if each.lower() in lowered), None)
     if found is None:
-        wanted, known = " or ".join(f'"{each}"' for each in columns), ", ".join(row) or "none"
-        raise UserError(f"reward function {name}: got a row without a column {wanted} (columns: {known})")
+        expected, known = " or ".join(f'"{each}"' for each in columns), ", ".join(row) or "none"
+        raise UserError(f"reward function {name}: got a row without a column {expected} (columns: {known})")
     return row[found]
 
 

@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Protocol
 
 from loopos.config.diagnostics import UserError
-from loopos.rl.rewards import SHARE, Response
+from loopos.rl.rewards import FRACTION, Response
 
 
 class Answer(Protocol):
@@ -44,7 +44,7 @@ def reward_metrics(answers: Sequence[Answer]) -> dict[str, float]:
             "reward.functions must return a number for some of them"
         )
     for name in dict.fromkeys(name for answer in answers for name in answer.parts):
-        if name.startswith(SHARE):
+        if name.startswith(FRACTION):
             # Absent where a rank saw none.
             found[name] = statistics.fmean(answer.parts.get(name, 0.0) for answer in answers)
         else:

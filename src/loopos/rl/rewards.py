@@ -33,7 +33,7 @@ from loopos.models.folders import RewardEnsemble, check_same_tokens, open_reward
 from loopos.models.heads import PooledModel
 from loopos.rl.reward_functions import NotOfARow, Scores
 
-SHARE = "share_"
+FRACTION = "fraction_"
 """Begins the names of parts that are no scores, but 1 where something holds of a response."""
 
 
@@ -105,7 +105,7 @@ class RewardFunction:
         return [*self.scores(responses).values]
 
     def scores(self, responses: Sequence[Response]) -> Scores:
-        """The numbers, checked, and shares; exceptions are reported with the row of the call. Raises `UserError`."""
+        """The numbers, checked, and fractions; exceptions are reported with the row of the call. Raises `UserError`."""
         if not responses:
             return Scores([])
         sources = [called_for(response.prompt, response.source) for response in responses]
@@ -117,17 +117,17 @@ class RewardFunction:
         except UserError:
             # Call the function for each row separately, to find the row that fails.
             for response, source in zip(responses, sources, strict=True):
-                self._alone(response, source)
+                self._one_row(response, source)
             raise
         if found is _TIMED_OUT:
             if self.on_timeout == "error":
                 raise self.function.error(f"ran for more than {self.timeout:g} s (timeout)\n    for {about}")
             return Scores([None] * len(responses), {"timeout": [True] * len(responses)})
-        shares = found.shares if isinstance(found, Scores) else {}
+        fractions = found.fractions if isinstance(found, Scores) else {}
         values = numbers_of(found.values if isinstance(found, Scores) else found, sources, self.function)
-        return Scores(values, shares)
+        return Scores(values, fractions)
 
-    def _alone(self, response: Response, source: str) -> None:
+    def _one_row(self, response: Response, source: str) -> None:
         try:
             self._called([response], source)
         except UserError as problem:
@@ -310,13 +310,13 @@ class Rewards:
 
     def __call__(self, responses: Sequence[Response], *, iteration: int | None = None) -> dict[str, list[float]]:
         """`total`, and its unweighted parts by name: `model` (normalized) and each function, `UNJUDGED` where it did
-        not judge; and `share_NAME_…`, 1 or 0, what functions report. iteration: of training. Raises `UserError`,
+        not judge; and `fraction_NAME_…`, 1 or 0, what functions report. iteration: of training. Raises `UserError`,
         `NonFiniteOutputs`.
         """
         if not responses:
             return {"total": []}
         parts: dict[str, list[float]] = {}
-        shares: dict[str, list[float]] = {}
+        fractions: dict[str, list[float]] = {}
         weights = {"model": self.section.model_weight, **self.weights(iteration)}
         if self.model is not None:
             parts["model"] = self.model(responses)
@@ -325,13 +325,13 @@ class Rewards:
         for name, function in self.functions.items():
             found = function.scores(responses)
             parts[name] = [UNJUDGED if value is None else value for value in found.values]
-            for what, holds in found.shares.items():
-                shares[f"{SHARE}{name}_{what}"] = [float(each) for each in holds]
+            for what, holds in found.fractions.items():
+                fractions[f"{FRACTION}{name}_{what}"] = [float(each) for each in holds]
         totals = []
         for index, response in enumerate(responses):
             judged = [weights[name] * part[index] for name, part in parts.items() if not math.isnan(part[index])]
             totals.append(self._bounded(sum(judged), response) if judged else UNJUDGED)
-        return {"total": totals, **parts, **shares}
+        return {"total": totals, **parts, **fractions}
 
     def state(self) -> dict[str, Any]:
         """The state of this rank's functions that have one, for a checkpoint."""
