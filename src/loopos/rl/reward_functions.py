@@ -33,8 +33,8 @@ _Unit: TypeAlias = Literal["words", "characters"]
 
 @dataclass(frozen=True, slots=True)
 class Scores:
-    """What a reward function may return instead of a list: `values`, and under each name of `fractions` whether it holds
-    of a response. Metrics have the share of the responses of which it does.
+    """What a reward function may return instead of a list: `values`, and under each name of `fractions` whether it
+    holds of a response. Metrics have the fraction of the responses of which it does.
     """
 
     values: Sequence[float | None]
