@@ -196,6 +196,26 @@ def with_tables(page: str, text: str) -> str:
     return text
 
 
+def rewards_page() -> str:
+    """Every built-in reward function with its options."""
+    import inspect
+
+    from loopos.config.reward_options import option_parameters
+    from loopos.config.variants import REWARDS
+
+    parts = ["# Reward functions", "What `reward.functions` names; [Rewards](../rewards.md) explains them."]
+    for name in REWARDS:
+        target = REWARDS[name].load()
+        parts += [f"## {name}", *(_text(each) for each in inspect.cleandoc(target.__doc__).split("\n\n"))]
+        rows = []
+        for option, parameter in option_parameters(target).items():
+            missing = parameter.default is inspect.Parameter.empty
+            default = "required" if missing else f"`{json.dumps(parameter.default, ensure_ascii=False)}`"
+            rows.append((f"`{option}`", f"`{parameter.annotation}`", default))
+        parts += [_table(("option", "type", "default"), rows)] if rows else []
+    return "\n\n".join(parts) + "\n"
+
+
 def _text(text: str) -> str:
     """Text for a cell or a line: what Markdown or HTML would read as a sign is written out."""
     shown = []
@@ -214,7 +234,8 @@ def _sentence(text: str) -> str:
 def pages() -> dict[str, str]:
     """Path → text of every generated page."""
     found = {path: text for path, _, text in (*python_pages(), *config_pages())}
-    return {**found, "reference/commands.md": commands_page(), "reference/registries.md": registries_page()}
+    found |= {"reference/commands.md": commands_page(), "reference/registries.md": registries_page()}
+    return {**found, "reference/rewards.md": rewards_page()}
 
 
 def on_config(config: Any) -> Any:
@@ -222,7 +243,8 @@ def on_config(config: Any) -> Any:
     python = [{title: path} for path, title, _ in python_pages()]
     keys = [{title: path} for path, title, _ in config_pages()]
     own = [{"Commands": "reference/commands.md"}, {"Config keys": keys}, {"Python": python}]
-    config.nav.append({"Reference (generated)": [*own, {"What a config can name": "reference/registries.md"}]})
+    own += [{"What a config can name": "reference/registries.md"}, {"Reward functions": "reference/rewards.md"}]
+    config.nav.append({"Reference (generated)": own})
     return config
 
 

@@ -163,6 +163,14 @@ def test_a_function_takes_the_rows_and_pairs_have_its_margin(sampled: Sampled, j
     assert drawn == sampled(*words, "--pairs", "random")[0] != rows
 
 
+def test_a_reward_function_takes_options_and_numbers_of_tokens(sampled: Sampled) -> None:
+    options = '{"minimum": 3, "soft": 4}'
+    rows, _ = sampled("-n", 2, "--keep", "all", "--judge", "length_window", "--judge-options", options)
+    found = sorted({row["score"] for row in rows})
+    assert set(found) <= {-0.75, -0.5, -0.25, 0.0}
+    assert found[-1] == 0.0
+
+
 def test_a_checker_compares_with_the_row_s_answer(sampled: Sampled, tmp_path: Path) -> None:
     every, _ = sampled("-n", 4, "--keep", "all", "--stop", "e")
     # Of the first two prompts one response is the expected answer, of the others none.
@@ -317,6 +325,10 @@ def test_people_read_a_table(language_run: Path, prompts: Path, tmp_path: Path, 
         (("--keep", "all", "--threshold", 1), "--threshold: needs scores"),
         (("--judge", "exact", "--judge-model", "x"), "use only one of the two"),
         (("--judge", "exact", "--grades", "a,b"), "--grades without --judge-model"),
+        (("--judge", "exact", "--judge-options", "{}"), "--judge-options: needs a reward function as --judge"),
+        (("--judge", "regex", "--judge-options", "a"), "--judge-options: not JSON"),
+        (("--judge", "regex", "--judge-options", "[]"), "--judge-options: got []; expected a section"),
+        (("--judge", "regex", "--judge-options", '{"patern": "a"}'), "options.patern: got an unknown option"),
         (("--judge-model", "MODEL", "--grades", "yes"), "grades: got yes; expected"),
         (("--judge-model", "MODEL", "--grades", "1,10"), "the tokens of 10 begin with those of 1"),
         (("--judge", "exact", "--keep", "worst"), "--keep: got worst; expected one of best, pairs, groups, all"),

@@ -9,7 +9,8 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from loopos.config.diagnostics import UserError
-from loopos.evaluation.grading import GRADING_PROMPT, YES_OR_NO, Grader, GradingPrompt
+from loopos.evaluation.grading import Grader
+from loopos.evaluation.grading_prompt import GRADING_PROMPT, YES_OR_NO, GradingPrompt
 from loopos.evaluation.reasoning import Reasoner
 
 ASKED = [{"prompt": f"where is parcel {i}", "response": "thank you " * (i + 1)} for i in range(5)]

@@ -20,13 +20,14 @@ from loopos.config.diagnostics import MissingRequirement
 from loopos.config.extras import install_command
 from loopos.config.figures import as_bytes
 from loopos.config.machine import usable_cores
+from loopos.evaluation.sandbox import missing as missing_containment
 
 REQUIRED = (
     "torch", "transformers", "tokenizers", "safetensors", "huggingface-hub", "datasets", "peft", "pydantic", "typer",
     "rich", "PyYAML", "numpy", "matplotlib", "psutil", "zstandard", "pyarrow",
 )  # fmt: skip
 EXTRAS = {
-    "rewards": ("math-verify", "reasoning-gym"),
+    "rewards": ("math-verify", "reasoning-gym", "jsonschema"),
     "onnx": ("onnx", "onnxscript", "onnxruntime"),
     "demo": ("gguf",),
     "quant": ("torchao",),
@@ -72,6 +73,7 @@ def inspect() -> dict[str, Any]:
         "process_settings": settings_in_force(),
         "process_settings_added_by_training": process_settings(os.environ) if is_glibc() else {},
         "embedded_model": inspect_embedded(),
+        "not_contained": missing_containment(),
         "extras": {extra: {name: version_of(name) for name in packages} for extra, packages in EXTRAS.items()},
     }
 
@@ -146,6 +148,8 @@ def described(found: dict[str, Any]) -> str:
     ]
     embedded = found["embedded_model"]
     lines.append(f"embedded  {embedded['file'] if 'file' in embedded else embedded['error']}")
+    contained = found["not_contained"] or "programs of models run contained (the reward code_tests)"
+    lines.append(f"sandbox   {contained}")
     for extra, packages in found["extras"].items():
         absent = [name for name, version in packages.items() if version is None]
         summary = f"{install_command(extra)} ({', '.join(absent)} missing)" if absent else "installed"

@@ -6,6 +6,7 @@ The work is in `rl.rejection_sampling`; a killed command continues where it was 
 
 from __future__ import annotations
 
+import json
 import os
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -77,6 +78,10 @@ class JudgeOptions:
             show_default=False,
             parser=expanded,
         ),
+    ] = None
+    judge_options: Annotated[
+        str | None,
+        typer.Option("--judge-options", metavar="JSON", help="Options of the reward function that --judge names."),
     ] = None
     judge_model: Annotated[
         str | None,
@@ -211,9 +216,10 @@ def _diagnostics(options: SampleOptions) -> Iterator[str]:
         yield "--system with --raw: a raw prompt has no messages; put the text into the prompt"
     if judged.judge is not None and judged.judge_model is not None:
         yield "--judge and --judge-model: use only one of the two"
+    yield from _option_diagnostics(judged)
     if judged.judge_model is None:
         for name in changed_fields(judged):
-            if name != "judge":
+            if name not in ("judge", "judge_options"):
                 yield f"{option(name)} without --judge-model: it sets how a language model grades"
     for name, actual, known in (("keep", selected.keep, KEEP), ("pairs", selected.pairs, PAIRS)):
         if actual not in known:
@@ -225,6 +231,26 @@ def _diagnostics(options: SampleOptions) -> Iterator[str]:
             if name in changed_fields(selected):
                 yield f"{option(name)}: needs scores; use --judge or --judge-model"
     yield from _idle_options(options)
+
+
+def _option_diagnostics(judged: JudgeOptions) -> Iterator[str]:
+    """Messages for --judge-options that are no options of a reward function."""
+    if judged.judge_options is None:
+        return
+    if judged.judge is None or judged.judge in CHECKERS or not _is_function(judged.judge):
+        yield "--judge-options: needs a reward function as --judge, such as regex (`loopos list rewards`)"
+    try:
+        found = json.loads(judged.judge_options)
+    except ValueError as problem:
+        yield f"--judge-options: not JSON: {problem}"
+        return
+    if not isinstance(found, dict):
+        yield f'--judge-options: got {judged.judge_options}; expected a section such as {{"pattern": "[0-9]+"}}'
+
+
+def _is_function(name: str) -> bool:
+    """Whether --judge names a reward function rather than the folder of a reward model."""
+    return name in REWARDS or (":" in name and not os.path.exists(name))
 
 
 def _idle_options(options: SampleOptions) -> Iterator[str]:
@@ -252,14 +278,16 @@ def _judge_of(options: SampleOptions) -> Callable[[StepFormat, Sequence[Request]
         return _grader_of(require_language_model(judged.judge_model), options)
     if name is None:
         return lambda step_format, requests: lambda: None
-    is_function = ":" in name and not os.path.exists(name)
-    if not is_function and name not in REWARDS:
+    if not _is_function(name):
         return _reward_model_of(require_reward_model(name), options)
 
     def check(step_format: StepFormat, requests: Sequence[Request]) -> Callable[[], Judge]:
         from loopos.rl.rejection_sampling import by_checker, by_function
 
-        judge = by_checker(name, step_format, requests) if name in CHECKERS else by_function(name, requests)
+        if name in CHECKERS:
+            judge = by_checker(name, step_format, requests)
+        else:
+            judge = by_function(name, requests, json.loads(judged.judge_options or "{}"))
         return lambda: judge
 
     return check
@@ -281,7 +309,7 @@ def _reward_model_of(
 def _grader_of(ref: ModelRef, options: SampleOptions) -> Callable[[StepFormat, Sequence[Request]], Callable[[], Judge]]:
     def check(step_format: StepFormat, requests: Sequence[Request]) -> Callable[[], Judge]:
         from loopos.data.rows import read_plain_text
-        from loopos.evaluation.grading import GRADING_PROMPT, GradingPrompt
+        from loopos.evaluation.grading_prompt import GRADING_PROMPT, GradingPrompt
 
         file = options.judged.grading_prompt
         text = GRADING_PROMPT if file is None else read_plain_text(str(file))

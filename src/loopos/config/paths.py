@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import glob
 import os
+import re
 from collections.abc import Iterator, Sequence
 
 from loopos.config.diagnostics import Problem
@@ -35,6 +36,9 @@ _WEIGHTS_HINT = (
 _DATA_EXPECTED = (
     "a file, folder or glob of csv, tsv, json, jsonl, txt, parquet or arrow (text also .gz, .zst), or a hub id"
 )
+TASKS = "reasoning-gym:"
+"""Begins a source of rows that reasoning-gym makes: "reasoning-gym:chain_sum?size=2000&seed=1"."""
+_TASK = re.compile(rf"{TASKS}\w+(\?\w+=[^&]*(&\w+=[^&]*)*)?")
 
 
 def expanded(value: str) -> str:
@@ -116,6 +120,11 @@ def check_tokenizer(field: str, value: str) -> Iterator[Problem]:
 def check_rows(field: str, value: str, example: str) -> Iterator[Problem]:
     """Check a data source; `example` is one row as JSON, for the hint."""
     hint = f"one row looks like {example}"
+    if value.startswith(TASKS) and not os.path.exists(value):
+        if _TASK.fullmatch(value) is None:
+            expected = f'a task and its settings, such as "{TASKS}chain_sum?size=2000&seed=1"'
+            yield Problem((field,), f'"{value}"', expected)
+        return
     is_glob = glob.has_magic(value) and not os.path.exists(value)
     if "\0" in value:
         yield Problem((field,), f'"{value}"', _DATA_EXPECTED, hint)

@@ -85,29 +85,66 @@ def _by_reference(module: str, names: Mapping[str, str]) -> dict[str, FunctionRo
     return {name: FunctionRow(Reference(f"{module}:{function}")) for name, function in names.items()}
 
 
-REWARDS: Registry[FunctionRow] = Registry(
+@dataclass(frozen=True, slots=True)
+class RewardRow:
+    """A reward function, or a class whose objects are called as one. `technical`: its options that say how a score is
+    computed and not what it is, so that a resumed run may change them.
+    """
+
+    function: Target
+    technical: tuple[str, ...] = ()
+
+    @property
+    def summary(self) -> str:
+        """What it scores, in a line."""
+        return summary_of(self.function)
+
+    def load(self) -> Any:
+        """The function or class itself."""
+        return loaded(self.function)
+
+
+def _reward(function: str, *technical: str) -> RewardRow:
+    return RewardRow(Reference(f"loopos.rl.{function}"), technical)
+
+
+_ENDPOINT = ("base_url", "api_key_env", "concurrency", "retries", "request_timeout", "max_requests", "max_total_tokens")
+
+REWARDS: Registry[RewardRow] = Registry(
     "reward function",
-    _by_reference(
-        "loopos.rl.rewards",
-        {
-            "auto": "automatic_answer",
-            "exact": "exact_answer",
-            "numeric": "numeric_answer",
-            "choice": "choice_answer",
-            "math_verify": "math_answer",
-            "reasoning_gym": "reasoning_gym_answer",
-        },
-    ),
+    {
+        "auto": _reward("reward_functions:automatic_answer"),
+        "exact": _reward("reward_functions:exact_answer"),
+        "numeric": _reward("reward_functions:numeric_answer"),
+        "choice": _reward("reward_functions:choice_answer"),
+        "multiple_choice": _reward("reward_functions:choice_answer"),
+        "math_verify": _reward("reward_functions:math_answer"),
+        "reasoning_gym": _reward("reward_functions:reasoning_gym_answer"),
+        "regex": _reward("reward_functions:regular_expression"),
+        "json_schema": _reward("reward_functions:json_schema"),
+        "code_tests": _reward("code_tests:CodeTests", "workers"),
+        "steps_format": _reward("reward_functions:steps_format"),
+        "length_window": _reward("reward_functions:length_window"),
+        "repetition": _reward("reward_functions:repetition"),
+        "language": _reward("reward_functions:language"),
+        "judge": _reward("judge_endpoint:JudgeEndpoint", *_ENDPOINT),
+    },
     decorator="register_reward",
-    adopt=FunctionRow,
+    adopt=RewardRow,
 )
 
 
 def register_reward(name: str) -> Callable[[Function], Function]:
     """Registers the decorated function as the reward `name`: `function(prompts, responses)` or
-    `function(prompts, responses, rows)` → one number per response.
+    `function(prompts, responses, rows)` → one number or None (not judged) per response; it may be async. A class is
+    made with the options, and its object called so.
     """
-    return _registering(REWARDS, name)
+
+    def registered(function: Function) -> Function:
+        REWARDS.register(name, RewardRow(function), source=function.__module__, decorated=function)
+        return function
+
+    return registered
 
 
 def _registering(registry: Registry[FunctionRow], name: str) -> Callable[[Function], Function]:

@@ -21,6 +21,7 @@ from loopos.data.columns import plain_name
 from loopos.data.decoding import PLAIN_RULES, TextRules, read_lines, read_text
 from loopos.data.delimited import DELIMITER_NAMES, BrokenQuote, delimited_records, split_record
 from loopos.data.json_records import is_json_lines, json_document, json_lines
+from loopos.data.reasoning_gym import task_records
 from loopos.data.record import MAXIMUM_DIAGNOSTICS, SKIP_ROWS, BadRows, ReadReport, Record, Records, file_error, shown
 from loopos.data.sources import FileFormat, Location, locate
 from loopos.data.tables import (
@@ -249,6 +250,8 @@ class RowReader:
                 yield name, saved_records(name, self.split, report)
             case "hub":
                 yield name, hub_records(name, self.split, self.subset, self.streaming, report)
+            case "task":
+                yield name, task_records(name)
 
 
 def read(

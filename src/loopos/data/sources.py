@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Literal, TypeAlias
 
 from loopos.config.diagnostics import DataError
+from loopos.config.paths import TASKS
 from loopos.data.decoding import require_regular
 from loopos.data.record import file_error, shown
 
@@ -51,9 +52,11 @@ _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 @dataclass(frozen=True, slots=True)
 class Location:
-    """What a source is: `files` with their formats, the path of a `saved` data set, or the id of one on the `hub`."""
+    """What a source is: `files` with their formats, the path of a `saved` data set, the id of one on the `hub`, or a
+    `task` of reasoning-gym.
+    """
 
-    kind: Literal["files", "saved", "hub"]
+    kind: Literal["files", "saved", "hub", "task"]
     name: str
     files: tuple[tuple[str, FileFormat], ...] = ()
     summary: tuple[str, ...] = field(default=())
@@ -63,7 +66,8 @@ def locate(source: str, split: str) -> Location:
     """Finds what `source` names.
 
     Args:
-        source: a file, a folder of files, a folder written by `save_to_disk`, a glob, or a hub id "org/name".
+        source: a file, a folder of files, a folder written by `save_to_disk`, a glob, a hub id "org/name", or a
+            task "reasoning-gym:NAME".
         split: which files of a folder count, where their names say it.
     Raises:
         DataError: nothing there (with the names that come near), or nothing that can be read.
@@ -77,6 +81,8 @@ def locate(source: str, split: str) -> Location:
         return Location("files", source, ((source, file_format(source)),))
     if os.path.isfile(sheet_of(source)[0]):
         return Location("files", source, ((source, "xlsx"),))
+    if source.startswith(TASKS):
+        return Location("task", source)
     if glob.has_magic(source):
         return _glob(source)
     if is_hub_id(source):

@@ -30,8 +30,8 @@ def number_of(value: object) -> float | None:
     return number if math.isfinite(number) and abs(number) <= LARGEST else None
 
 
-def numbers_of(returned: object, locations: Sequence[str], function: OwnFunction) -> list[float]:
-    """One number for each of `locations`, which describe the responses in messages. Raises `UserError`."""
+def numbers_of(returned: object, locations: Sequence[str], function: OwnFunction) -> list[float | None]:
+    """One number, or None, for each of `locations`, which describe the responses in messages. Raises `UserError`."""
     count, found = len(locations), plain(returned)
     expected = f"expected one number per response, here a list of {count}"
     if found is None:
@@ -43,12 +43,13 @@ def numbers_of(returned: object, locations: Sequence[str], function: OwnFunction
     values = list(found)
     if len(values) != count:
         raise function.error(f"returned {len(values)} numbers for {count} responses; {expected}")
-    numbers: list[float] = []
+    numbers: list[float | None] = []
     for value, location in zip(values, locations, strict=True):
         number = number_of(value)
-        if number is None:
+        if number is None and value is not None:
             raise function.error(
-                f"returned {_short(value)}; expected a finite number of at most {LARGEST:g} in size\n    for {location}"
+                f"returned {_short(value)}; expected a finite number of at most {LARGEST:g} in size, or None"
+                f"\n    for {location}"
             )
         numbers.append(number)
     return numbers

@@ -43,7 +43,7 @@ from loopos.rl.collector import (
 from loopos.rl.experience import AdvantageSettings, Experience, ResponseBatch, ReusedForward, experience_of
 from loopos.rl.monitors import Monitor, MonitorLimits
 from loopos.rl.objective import PolicyState, PpoObjective
-from loopos.rl.rewards import Rewards, judge_of
+from loopos.rl.rewards import RewardRun, Rewards, judge_of
 from loopos.rl.roles import RolePlan, Roles, build_roles
 from loopos.rl.rollouts import RolloutBatches, RolloutPlan
 from loopos.rl.workers.opening import DataParallel, RunView, check_installed, open_rollouts
@@ -130,9 +130,6 @@ class PpoTrainer(Trainer[PpoConfig]):
     def build_fit(self) -> Fit[ResponseBatch]:
         """Rewards, rollouts, objective, optimizer and loop."""
         config, settings, world, actor_critic = self.config, self.config.training, self.world, self.roles.actor_critic
-        rewards = Rewards.of(
-            self.roles.reward, self.reward_description, config.reward, config.generation, self.device, self.tokenizer
-        )
         self.algorithm = Algorithm.of(settings.algorithm, config.algorithm)
         rank, size = world.data_parallel
         plan = RolloutPlan.of(
@@ -141,6 +138,15 @@ class PpoTrainer(Trainer[PpoConfig]):
             rank=rank,
             world=size,
             responses_per_prompt=config.generation.responses_per_prompt,
+        )
+        rewards = Rewards.of(
+            self.roles.reward,
+            self.reward_description,
+            config.reward,
+            config.generation,
+            self.device,
+            self.tokenizer,
+            RewardRun(self.run_dir, world.rank, plan.iterations),
         )
         # In one process, and a format that does not run in steps alone, judging is the first step's forward pass.
         reused = ReusedForward(plan.batches_of) if world.size == 1 and self.precision != "fp16" else None
@@ -155,6 +161,7 @@ class PpoTrainer(Trainer[PpoConfig]):
         self.check = self._check() if self.validation_prompts else None
         ahead = self.engine if isinstance(self.engine, RemoteRollouts) else None
         self.state = PolicyState(self.batches, self.controller, self.objective, self.monitor, self.check, ahead)
+        self.state.rewards = rewards
         values = {name for name, _ in actor_critic.named_parameters() if name.startswith("critic.")}
         optimizer = settings.model_copy(update={"head_learning_rate": settings.value_learning_rate})
         return self.fit_of(

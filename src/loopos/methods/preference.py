@@ -45,7 +45,7 @@ from loopos.rl.preference_check import (
 )
 from loopos.rl.preference_monitor import PreferenceMonitor
 from loopos.rl.preference_rounds import OnlineSources, RoundBatches, RoundWriter, plan_of
-from loopos.rl.rewards import Rewards
+from loopos.rl.rewards import RewardRun, Rewards
 from loopos.rl.roles import Reference, cast_frozen, ensemble_of, without_dropout
 from loopos.rl.rollouts import RolloutPlan
 from loopos.rl.workers.protocol import LocalRollouts
@@ -249,7 +249,7 @@ class PreferenceTrainer(Trainer[PreferenceConfig]):
             batches = StepBatches.of(settings, self.rows(self.train_rows), rank=rank, world=size)
         else:
             rounds = plan_of(self.config, num_prompts=len(self.sources.prompts), rank=rank, world=size)
-            rewards = self.rewards(self.sources)
+            rewards = self.rewards(self.sources, rounds.iterations)
             learned_from = self.sources.digest(with_columns=rewards.read_rows)
             plan = RunPlan(steps=rounds.iterations * rounds.minibatches)
             writer = self.round_writer(self.sources, rounds, rewards)
@@ -267,12 +267,13 @@ class PreferenceTrainer(Trainer[PreferenceConfig]):
             method_state=self.method_state,
         )
 
-    def rewards(self, sources: OnlineSources) -> Rewards:
-        """The reward that compares the policy's own answers."""
+    def rewards(self, sources: OnlineSources, iterations: int) -> Rewards:
+        """The reward that compares the policy's own answers. iterations: rounds of the run."""
         config, judge = self.config, ensemble_of(self.judges)
         assert config.online is not None
         description = descriptions_together([each.description for each in sources.rewards])
-        return Rewards.of(judge, description, config.reward, config.online, self.device, self.pretrained.tokenizer)
+        tokenizer, run = self.pretrained.tokenizer, RewardRun(self.run_dir, self.world.rank, iterations)
+        return Rewards.of(judge, description, config.reward, config.online, self.device, tokenizer, run)
 
     def round_writer(
         self, sources: OnlineSources, plan: RolloutPlan, rewards: Rewards

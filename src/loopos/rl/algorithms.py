@@ -28,7 +28,8 @@ class AdvantageInputs:
     `scores` `[B]`. `rewards` `[B, L]`: the score at the last token, minus the KL penalty of each token where it is part
     of the reward (reward). `mask` `[B, L]`: True = a token of the response. `groups` `[B]`: the number of the prompt
     within the iteration; responses to one prompt have the same number. `values` `[B, L]`: of the state before each
-    token; None without a critic. `discount` γ, `gae_lambda` λ: of the config.
+    token; None without a critic. `discount` γ, `gae_lambda` λ: of the config. `judged` `[B]`: False where no reward
+    judged the response; its score is then the mean of its group, and its advantages become 0. None: all are judged.
     """
 
     scores: Tensor
@@ -38,6 +39,7 @@ class AdvantageInputs:
     values: Tensor | None
     discount: float
     gae_lambda: float
+    judged: Tensor | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -22,6 +22,7 @@ from loopos.data.batches import in_order
 from loopos.data.preference_tokens import Origin
 from loopos.evaluation.outputs import NonFiniteOutputs
 from loopos.evaluation.policy_metrics import (
+    WinRate,
     best_of_n_expected,
     best_of_n_kl,
     distinct_n,
@@ -34,6 +35,7 @@ from loopos.functional.advantages import KlEstimator, kl_terms
 from loopos.generation.completions import decoded
 from loopos.generation.settings import SamplingParams
 from loopos.rl.experience import ResponseRows, ReusedForward
+from loopos.rl.reward_metrics import judged, reward_metrics
 from loopos.rl.rewards import Response, Rewards
 from loopos.rl.roles import ActorCritic, Reference
 from loopos.rl.workers.protocol import Request, RolloutEngine
@@ -44,10 +46,10 @@ _TOKENS = 2048
 
 @dataclass(frozen=True)
 class Rollout:
-    """One response. `score`: Σ of the weighted rewards, 0 without any; `parts`: its terms. `[L]` on CPU: `logprobs`
-    (current policy), `engine_logprobs` (from generation), `entropies` (nats), and `reference_logprobs` and `values`
-    where the run has a reference and a critic. `staleness`: number of iterations by which the generating policy is
-    older.
+    """One response. `score`: Σ of the weighted rewards, 0 without any, NaN where none judged; `parts`: its terms. `[L]`
+    on CPU: `logprobs` (current policy), `engine_logprobs` (from generation), `entropies` (nats), and
+    `reference_logprobs` and `values` where the run has a reference and a critic. `staleness`: number of iterations by
+    which the generating policy is older.
     """
 
     response: Response
@@ -70,7 +72,7 @@ class Rollout:
 
 @dataclass(frozen=True)
 class ScoredResponse:
-    """One response. `score`: Σ of the weighted rewards; `parts`: its terms."""
+    """One response. `score`: Σ of the weighted rewards, NaN where none judged; `parts`: its terms."""
 
     response: Response
     score: float
@@ -120,10 +122,10 @@ class Collector:
         found: list[list[Response]] = self._of_all([written[first : first + n] for first in range(0, len(written), n)])
         return found
 
-    def scored_answers(self, request: Request) -> list[list[ScoredResponse]]:
-        """`answers`, with their scores."""
+    def scored_answers(self, request: Request, iteration: int | None = None) -> list[list[ScoredResponse]]:
+        """`answers`, with their scores. iteration: of training, which weights of rewards depend on."""
         n = request.n
-        scored = self._with_scores([response for response, _ in self._generated(request)[0]])
+        scored = self._with_scores([response for response, _ in self._generated(request)[0]], iteration)
         found: list[list[ScoredResponse]]
         found = self._of_all([scored[first : first + n] for first in range(0, len(scored), n)])
         return found
@@ -150,7 +152,7 @@ class Collector:
         self, written: Sequence[tuple[Response, Tensor]], staleness: int, iteration: int | None
     ) -> list[Rollout]:
         responses = [response for response, _ in written]
-        scored = self._with_scores(responses)
+        scored = self._with_scores(responses, iteration)
         passes = self._passes(responses, iteration)
         return [
             Rollout(
@@ -164,8 +166,10 @@ class Collector:
             for index, (each, (_, engine_logprobs)) in enumerate(zip(scored, written, strict=True))
         ]
 
-    def _with_scores(self, responses: Sequence[Response]) -> list[ScoredResponse]:
-        scores = {"total": [0.0] * len(responses)} if self.rewards is None else self.rewards(responses)
+    def _with_scores(self, responses: Sequence[Response], iteration: int | None = None) -> list[ScoredResponse]:
+        scores = {"total": [0.0] * len(responses)}
+        if self.rewards is not None:
+            scores = self.rewards(responses, iteration=iteration)
         parts = [name for name in scores if name != "total"]
         return [
             ScoredResponse(response, scores["total"][index], {name: scores[name][index] for name in parts})
@@ -265,9 +269,9 @@ def answer_metrics(answers: Sequence[Rollout | ScoredResponse], *, is_rewarded: 
     """Metrics of responses and their scores, as docs/metrics.md defines them. is_rewarded: whether the scores are
     rewards. Raises `NonFiniteOutputs`.
     """
-    tokens, scores = [answer.response.ids for answer in answers], [answer.score for answer in answers]
+    tokens = [answer.response.ids for answer in answers]
     metrics = {
-        **({"reward": statistics.fmean(scores), "reward_std": statistics.pstdev(scores)} if is_rewarded else {}),
+        **(reward_metrics(answers) if is_rewarded else {}),
         "response_length": length_mean(tokens),
         "eos_rate": statistics.fmean(answer.response.ended for answer in answers),
         "repetition": repetition(tokens),
@@ -275,8 +279,6 @@ def answer_metrics(answers: Sequence[Rollout | ScoredResponse], *, is_rewarded: 
     distinct = distinct_n(tokens, 2)
     if distinct is not None:
         metrics["distinct_2"] = distinct
-    for name in answers[0].parts:
-        metrics[f"score_{name}"] = statistics.fmean(answer.parts[name] for answer in answers)
     _require_finite(metrics, len(answers), is_rewarded=is_rewarded)
     return metrics
 
@@ -312,9 +314,12 @@ def best_of_n(
     """
     flat = [response for responses in answers for response in responses]
     scores = iter(score(flat))
-    table = [[next(scores) for _ in responses] for responses in answers]
+    scored = [(responses, [next(scores) for _ in responses]) for responses in answers]
+    # A prompt counts with all its answers, or not at all.
+    scored = [(responses, row) for responses, row in scored if len(judged(row)) == len(row)]
+    answers, table = [responses for responses, _ in scored], [row for _, row in scored]
     found: list[dict[str, Any]] = []
-    for n in numbers:
+    for n in numbers if table else ():
         metrics: dict[str, Any] = {"n": n, "kl": best_of_n_kl(n), "reward": best_of_n_expected(table, n)}
         if judge is not None:
             chosen = [
@@ -360,10 +365,9 @@ class PolicyCheck:
             scores["judge"] = self.judge([rollout.response for rollout in rollouts])
             metrics["judge"] = statistics.fmean(scores["judge"])
         if self._first:
-            if is_rewarded:
-                metrics["reward_win_rate"] = win_rate(scores["reward"], self._first["reward"]).rate
-            if self.judge is not None:
-                won = win_rate(scores["judge"], self._first["judge"])
+            if is_rewarded and (won := _won(scores["reward"], self._first["reward"])) is not None:
+                metrics["reward_win_rate"] = won.rate
+            if self.judge is not None and (won := _won(scores["judge"], self._first["judge"])) is not None:
                 metrics |= {"win_rate": won.rate, "win_rate_low": won.low, "win_rate_high": won.high}
         if is_start:
             self._first = scores
@@ -373,7 +377,7 @@ class PolicyCheck:
                 "response": rollout.response.text,
                 "ended": rollout.response.ended,
                 **({"kl": kl} if (kl := rollout.kl(self.estimator)) is not None else {}),
-                **{name: values[index] for name, values in scores.items()},
+                **{name: _or_null(values[index]) for name, values in scores.items()},
             }
             for index, rollout in enumerate(rollouts)
         ]
@@ -391,8 +395,19 @@ class PolicyCheck:
 
     def state(self) -> dict[str, Any]:
         """State for a checkpoint: the scores of the responses before training."""
-        return {"first": self._first}
+        return {"first": {name: [*map(_or_null, scores)] for name, scores in self._first.items()}}
 
     def load(self, state: Mapping[str, Any]) -> None:
         """Restores `state`."""
-        self._first = dict(state["first"])
+        first = state["first"].items()
+        self._first = {name: [math.nan if each is None else each for each in scores] for name, scores in first}
+
+
+def _won(ours: Sequence[float], baseline: Sequence[float]) -> WinRate | None:
+    """The win rate over the prompts that both were judged on; None without any."""
+    pairs = [pair for pair in zip(ours, baseline, strict=True) if len(judged(pair)) == 2]
+    return win_rate(*zip(*pairs, strict=True)) if pairs else None
+
+
+def _or_null(score: float) -> float | None:
+    return None if math.isnan(score) else score

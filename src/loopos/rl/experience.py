@@ -239,7 +239,8 @@ def experience_of(
     settings: AdvantageSettings,
 ) -> Experience:
     """Advantages and returns of responses: token rewards r_t = −β·kl_t, plus the score at the last token; the
-    algorithm's advantages; whitening over all tokens; importance weights. old_logprobs: denominator of the ratio, the
+    algorithm's advantages; whitening over all tokens; importance weights. A score of NaN, of a response that no reward
+    judged, gives advantages of 0, and as returns the values. old_logprobs: denominator of the ratio, the
     policy before its update or the generating policy.
     """
     responses, by_engine = [each.response.ids for each in scored], old_logprobs == "engine"
@@ -251,6 +252,9 @@ def experience_of(
     reference = _padded_or_none([each.reference_logprobs for each in scored])
     state_values = _padded_or_none([each.values for each in scored])
     scores = torch.tensor([each.score for each in scored])
+    groups = torch.arange(len(scored)) // settings.responses_per_prompt
+    is_judged = ~scores.isnan()
+    scores, learned = _imputed(scores, groups), mask & is_judged[:, None]
     penalty = torch.zeros_like(old)
     if reference is None:
         assert kl_coefficient == 0, "a KL penalty has a reference"
@@ -258,19 +262,24 @@ def experience_of(
         penalty = kl_terms(old, reference, settings.penalty)
     rewards = token_rewards(scores, penalty, mask, kl_coefficient=kl_coefficient)
     if settings.whiten_rewards:
-        rewards = whitened(rewards, mask, shift_mean=False)
+        rewards = whitened(rewards, learned, shift_mean=False)
     inputs = AdvantageInputs(
         scores=scores,
         rewards=rewards,
         mask=mask,
-        groups=torch.arange(len(scored)) // settings.responses_per_prompt,
+        groups=groups,
+        judged=is_judged,
         values=state_values,
         discount=settings.discount,
         gae_lambda=settings.gae_lambda,
     )
     advantages, returns = settings.algorithm.advantages(inputs)
     if settings.whiten_advantages:
-        advantages = whitened(advantages, mask)
+        advantages = whitened(advantages, learned)
+    # As in TRL: an answer that no reward judged counts as a row of the step and moves nothing.
+    advantages = advantages.where(learned, 0.0)
+    if returns is not None and state_values is not None:
+        returns = returns.where(learned, state_values)
     if settings.importance_cap is not None:
         # Every term of the policy loss is proportional to A, so weighting A weights the loss.
         advantages = advantages * truncated_importance(old, behavior, cap=settings.importance_cap)
@@ -285,6 +294,17 @@ def experience_of(
         kl_coefficient=kl_coefficient,
         is_own=not by_engine or not any(each.staleness for each in scored),
     )
+
+
+def _imputed(scores: Tensor, groups: Tensor) -> Tensor:
+    """Scores `[B]` with the mean of the judged ones of its group for NaN, or of all judged ones: a baseline by mean
+    stays what it is over the judged responses.
+    """
+    found = scores.clone()
+    for index in scores.isnan().nonzero().flatten().tolist():
+        mean = scores[groups == groups[index]].nanmean()
+        found[index] = scores.nanmean().nan_to_num(0.0) if mean.isnan() else mean
+    return found
 
 
 def _padded(columns: Sequence[Tensor]) -> Tensor:

@@ -172,7 +172,8 @@ class WrittenAhead(Protocol):
 @dataclass
 class PolicyState:
     """State of a PPO run beyond weights and optimizer: the current experience, β, the extremes of the ratio, the
-    monitor and its alerts, the baseline of the policy check, and responses of future iterations.
+    monitor and its alerts, the baseline of the policy check, responses of future iterations, and what rewards have used
+    of their budgets.
     """
 
     batches: RolloutBatches
@@ -182,6 +183,8 @@ class PolicyState:
     check: Stateful | None
     ahead: WrittenAhead | None = None
     alerts: list[str] = field(default_factory=list)
+    rewards: Stateful | None = None
+    _reward_states: list[dict[str, Any]] = field(default_factory=list)
 
     def synchronize(self, world: World) -> None:
         """Before a checkpoint, on all ranks: merges the extremes of the ratio and waits for responses of future
@@ -190,6 +193,8 @@ class PolicyState:
         self.join_extremes(world)
         if self.ahead is not None:
             self.ahead.drain()
+        if self.rewards is not None:
+            self._reward_states = [each for each in world.gather(self.rewards.state()) if isinstance(each, dict)]
 
     def join_extremes(self, world: World) -> None:
         """Sets the extremes of the ratio to those over all ranks."""
@@ -209,6 +214,7 @@ class PolicyState:
             "alerts": list(self.alerts),
             "check": self.check.state() if self.check is not None else None,
             "ahead": self.ahead.state() if self.ahead is not None else None,
+            "rewards": self._reward_states,
         }
 
     def load(self, tensors: Mapping[str, Tensor], state: Mapping[str, Any]) -> None:
@@ -225,3 +231,5 @@ class PolicyState:
         self.alerts[:] = state["alerts"] if "alerts" in state else state["alarms"]
         if self.check is not None and state["check"] is not None:
             self.check.load(state["check"])
+        if self.rewards is not None and state.get("rewards"):
+            self.rewards.load({"ranks": state["rewards"]})

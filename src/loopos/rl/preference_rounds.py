@@ -8,6 +8,7 @@ Letters: k answers to a prompt, K comparisons of a round.
 
 from __future__ import annotations
 
+import math
 import statistics
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -96,11 +97,12 @@ def plan_of(config: PreferenceConfig, *, num_prompts: int, rank: int, world: int
 
 def compared(answers: Sequence[Sequence[ScoredResponse]]) -> list[EncodedComparison]:
     """The best against the worst answer of each prompt, the first of equal ones; their margin is the difference of the
-    scores. Prompts whose answers have equal scores, or the same tokens, are left out. An answer without tokens is none.
+    scores. Prompts whose answers have equal scores, or the same tokens, are left out. An answer without tokens, or that
+    no reward judged, is none.
     """
     found = []
     for index, each in enumerate(answers):
-        if not any(answer.response.ids for answer in each):
+        if not _comparable(each):
             continue
         best, worst = _extremes(each)
         responses = [list(best.response.ids), list(worst.response.ids)]
@@ -124,9 +126,14 @@ def round_metrics(
     return metrics
 
 
+def _comparable(answers: Sequence[ScoredResponse]) -> list[ScoredResponse]:
+    """The answers with tokens that were judged."""
+    return [answer for answer in answers if answer.response.ids and not math.isnan(answer.score)]
+
+
 def _extremes(answers: Sequence[ScoredResponse]) -> tuple[ScoredResponse, ScoredResponse]:
-    """The best and the worst of the answers with tokens."""
-    written = [answer for answer in answers if answer.response.ids]
+    """The best and the worst of the answers that can be compared."""
+    written = _comparable(answers)
     return max(written, key=lambda one: one.score), min(written, key=lambda one: one.score)
 
 
@@ -150,7 +157,7 @@ class RoundWriter:
             began, sampling = time.monotonic(), seeded(self.sampling, number)
             if attempt:
                 sampling = seeded(sampling, attempt)
-            answers = self.collector.scored_answers(request_of(prompts, sampling, each))
+            answers = self.collector.scored_answers(request_of(prompts, sampling, each), number)
             comparisons = compared(answers)
             metrics = round_metrics(answers, comparisons)
             self.record({"iteration": number, **metrics}, time.monotonic() - began)

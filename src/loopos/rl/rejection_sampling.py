@@ -20,9 +20,11 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, TypeAlias
 
 from loopos.config.diagnostics import UserError
+from loopos.config.rl import RewardFunctionSection
 from loopos.data.digest import prompts_digest, records_digest, text_digest, tokenizer_digest
 from loopos.data.prompts import PromptContent, prompt_text
 from loopos.data.rows import Row
@@ -109,18 +111,20 @@ def by_checker(name: str, step_format: StepFormat, requests: Sequence[Request]) 
     return Judge(scores, {"checker": name, "step_format": asdict(step_format), "rows": expected}, threshold=1.0)
 
 
-def by_function(name: str, requests: Sequence[Request]) -> Judge:
+def by_function(name: str, requests: Sequence[Request], options: Mapping[str, Any] = MappingProxyType({})) -> Judge:
     """A reward function, as PPO takes it. Raises `UserError`."""
-    function = reward_function(name)
+    function = reward_function(name, options=options)
 
     def scores(items: Sequence[Item]) -> list[float | None]:
         return [*function([
             Response(prompt_text(each.content), each.ids, sample.text, (), sample.ended, each.row.location,
-                     each.row.values)
+                     each.row.values, sample.num_tokens)
             for each, sample in items
         ])]  # fmt: skip
 
-    identity = {"function": name, "source": _source_of(function.function.function)}
+    identity: dict[str, Any] = {"function": name, "source": _source_of(function.function.function)}
+    if options:
+        identity["options"] = RewardFunctionSection(name=name, options=dict(options)).identity.get("options", {})
     if function.takes_rows:
         identity["rows"] = records_digest(each.row.values for each in requests)
     return Judge(scores, identity)

@@ -5,25 +5,36 @@ Functions are user code and run only if the config names them. `functional.advan
 
 from __future__ import annotations
 
+import asyncio
 import inspect
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any, TypeAlias
+import math
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from threading import Thread
+from types import MappingProxyType
+from typing import Any, Literal
 
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from loopos.config.diagnostics import UserError
+from loopos.config.diagnostics import MissingRequirement, UserError
 from loopos.config.own_function import OwnFunction, own_function
+from loopos.config.reward_options import GIVEN, check_options, parameter_names, takes_rows
 from loopos.config.rl import PpoRewardSection, RolloutSection
 from loopos.config.variants import REWARDS
 from loopos.data.stepwise_tokens import StepwiseRows, encode_steps
-from loopos.evaluation.checkers import checker
+from loopos.evaluation.outputs import NonFiniteOutputs
 from loopos.evaluation.own_code import called_for, numbers_of
 from loopos.evaluation.process_rewards import Process, process_of, step_scores
 from loopos.evaluation.reward_predictor import Normalization, raw_scores
 from loopos.models.folders import RewardEnsemble, check_same_tokens, open_reward_model
 from loopos.models.heads import PooledModel
+from loopos.rl.reward_functions import NotOfARow, Scores
+
+FRACTION = "fraction_"
+"""Begins the names of parts that are no scores, but 1 where something holds of a response."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,37 +51,156 @@ class Response:
     ended: bool
     source: str = ""
     row: Mapping[str, object] = field(default_factory=dict)
+    token_count: int | None = None
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of the response; `token_count` where its ids are not kept."""
+        return len(self.ids) if self.token_count is None else self.token_count
 
 
 @dataclass(frozen=True, slots=True)
+class RewardRun:
+    """The run that rewards score for. `folder`: where a reward may keep what it must not compute twice; None outside a
+    run. `iterations`: of the whole run, over which weights change. `label`: of the one reward that gets this.
+    """
+
+    folder: Path | None = None
+    rank: int = 0
+    iterations: int = 1
+    label: str = ""
+
+
+UNJUDGED = math.nan
+"""The score of a response that a reward did not judge."""
+
+
 class RewardFunction:
-    """Responses → a number each. `takes_rows`: whether the function gets the rows of data."""
+    """Responses → a number each, or None where the function did not judge."""
 
-    function: OwnFunction
-    takes_rows: bool
+    def __init__(
+        self,
+        function: OwnFunction,
+        *,
+        options: Mapping[str, Any] = MappingProxyType({}),
+        timeout: float | None = None,
+        on_timeout: Literal["unjudged", "error"] = "unjudged",
+        run: RewardRun | None = None,
+    ) -> None:
+        """timeout: of a call, in seconds. Raises `UserError` for options that the function does not have."""
+        for problem in check_options(function.function, options):
+            hint = f"; {problem.hint}" if problem.hint else ""
+            raise function.error(f"options.{problem.name}: got {problem.actual}; expected {problem.expected}{hint}")
+        if isinstance(function.function, type):
+            made = function(**options, about="its options")
+            if hasattr(made, "open_run"):
+                made.open_run(run or RewardRun())
+            function, options = OwnFunction(function.label, made), {}
+        self.function, self.options, self.timeout, self.on_timeout = function, options, timeout, on_timeout
+        self.takes_rows = takes_rows(function.function)
+        self._given = [name for name in GIVEN if name in parameter_names(function.function)]
 
-    def __call__(self, responses: Sequence[Response]) -> list[float]:
-        """The numbers, checked; exceptions are reported with the row of the call. Raises `UserError`."""
+    def __call__(self, responses: Sequence[Response]) -> list[float | None]:
+        """The numbers, checked. Raises `UserError`."""
+        return [*self.scores(responses).values]
+
+    def scores(self, responses: Sequence[Response]) -> Scores:
+        """The numbers, checked, and fractions; exceptions are reported with the row of the call. Raises `UserError`."""
         if not responses:
-            return []
+            return Scores([])
         sources = [called_for(response.prompt, response.source) for response in responses]
+        about = f"{len(responses)} responses, the first to {sources[0]}"
         try:
-            found = self._called(responses, f"{len(responses)} responses, the first to {sources[0]}")
+            found = self._called(responses, about)
+        except (MissingRequirement, NotOfARow):
+            raise
         except UserError:
             # Call the function for each row separately, to find the row that fails.
-            for response, source in zip(responses, sources, strict=True) if len(responses) > 1 else ():
-                self._called([response], source)
+            for response, source in zip(responses, sources, strict=True):
+                self._one_row(response, source)
             raise
-        return numbers_of(found, sources, self.function)
+        if found is _TIMED_OUT:
+            if self.on_timeout == "error":
+                raise self.function.error(f"ran for more than {self.timeout:g} s (timeout)\n    for {about}")
+            return Scores([None] * len(responses), {"timeout": [True] * len(responses)})
+        fractions = found.fractions if isinstance(found, Scores) else {}
+        values = numbers_of(found.values if isinstance(found, Scores) else found, sources, self.function)
+        return Scores(values, fractions)
+
+    def _one_row(self, response: Response, source: str) -> None:
+        try:
+            self._called([response], source)
+        except UserError as problem:
+            if source in str(problem):
+                raise
+            raise UserError(f"{problem}\n    for {source}") from problem
 
     def _called(self, responses: Sequence[Response], about: str) -> Any:
-        prompts, texts = [each.prompt for each in responses], [each.text for each in responses]
+        """What the function returns, or `_TIMED_OUT`."""
+        arguments: list[Any] = [[each.prompt for each in responses], [each.text for each in responses]]
         if self.takes_rows:
-            return self.function(prompts, texts, [dict(each.row) for each in responses], about=about)
-        return self.function(prompts, texts, about=about)
+            arguments.append([dict(each.row) for each in responses])
+        named = {**self.options, **{name: [getattr(each, name) for each in responses] for name in self._given}}
+
+        def call() -> Any:
+            returned = self.function(*arguments, about=about, **named)
+            if not inspect.isawaitable(returned):
+                return returned
+            awaited = OwnFunction(self.function.label, lambda: asyncio.run(_awaited(returned, self.timeout)))
+            return awaited(about=about)
+
+        if self.timeout is None and not inspect.iscoroutinefunction(self.function.function):
+            return call()
+        return _in_thread(call, self.timeout)
 
 
-def reward_function(name: str) -> RewardFunction:
+_TIMED_OUT: Any = object()
+
+
+async def _awaited(returned: Awaitable[Any], timeout: float | None) -> Any:
+    """The result of a coroutine, which is cancelled at the limit."""
+    limit = asyncio.timeout(timeout)
+    try:
+        async with limit:
+            return await returned
+    except TimeoutError:
+        # One that the user's own code raised is an error of it.
+        if limit.expired():
+            return _TIMED_OUT
+        raise
+
+
+def _in_thread(call: Callable[[], Any], timeout: float | None) -> Any:
+    """The result of a call in a thread of its own, where no event loop runs. At the limit the thread is left behind:
+    Python cannot end one.
+    """
+    future: Future[Any] = Future()
+
+    def run() -> None:
+        try:
+            future.set_result(call())
+        except UserError as problem:
+            future.set_exception(problem)
+
+    thread = Thread(target=run, daemon=True, name="reward")
+    thread.start()
+    # A coroutine ends itself at the limit.
+    thread.join(None if timeout is None else timeout + 0.05)
+    if thread.is_alive():
+        return _TIMED_OUT
+    if not future.done():
+        raise UserError("a reward function ended its thread; expected that it returns")
+    return future.result()
+
+
+def reward_function(
+    name: str,
+    *,
+    options: Mapping[str, Any] = MappingProxyType({}),
+    timeout: float | None = None,
+    on_timeout: Literal["unjudged", "error"] = "unjudged",
+    run: RewardRun | None = None,
+) -> RewardFunction:
     """The function of the table, or "module:function", called as `function(prompts, responses)`, or as
     `function(prompts, responses, rows)` where it has a third parameter. Raises `UserError`.
     """
@@ -78,63 +208,7 @@ def reward_function(name: str) -> RewardFunction:
         function = own_function(name, "reward function")
     else:
         function = OwnFunction(f"reward function {name}", REWARDS[name].load())
-    return RewardFunction(function, takes_rows(function.function))
-
-
-def takes_rows(function: Callable[..., Any]) -> bool:
-    """Whether a function has a third parameter by position: one without a default, or one called `rows`."""
-    try:
-        parameters = list(inspect.signature(function).parameters.values())
-    except ValueError:
-        # A function of C without a signature.
-        return False
-    by_position = [each for each in parameters if each.kind in (each.POSITIONAL_ONLY, each.POSITIONAL_OR_KEYWORD)]
-    return len(by_position) > 2 and (by_position[2].default is inspect.Parameter.empty or by_position[2].name == "rows")
-
-
-Rows: TypeAlias = Sequence[Mapping[str, object]]
-
-
-def _answers_checked(name: str, responses: Sequence[str], rows: Rows) -> list[float]:
-    """The verdict of a checker on each response, against the column `answer` of its row."""
-    check, found = checker(name), []
-    for response, row in zip(responses, rows, strict=True):
-        column = next((each for each in row if each.lower() == "answer"), None)
-        if column is None:
-            known = ", ".join(row) or "none"
-            raise UserError(f'reward function {name}: got a row without a column "answer" (columns: {known})')
-        found.append(check(response, str(row[column]), row))
-    return found
-
-
-def automatic_answer(prompts: Sequence[str], responses: Sequence[str], rows: Rows) -> list[float]:
-    """1 where the response is the row's answer, compared as a number, as a letter or as text by what the answer is."""
-    return _answers_checked("auto", responses, rows)
-
-
-def exact_answer(prompts: Sequence[str], responses: Sequence[str], rows: Rows) -> list[float]:
-    """1 where the response is the row's answer as text, without regard to case, spaces and quotes."""
-    return _answers_checked("exact", responses, rows)
-
-
-def numeric_answer(prompts: Sequence[str], responses: Sequence[str], rows: Rows) -> list[float]:
-    """1 where the response states the number of the row's answer."""
-    return _answers_checked("numeric", responses, rows)
-
-
-def choice_answer(prompts: Sequence[str], responses: Sequence[str], rows: Rows) -> list[float]:
-    """1 where the response chooses the letter of the row's answer."""
-    return _answers_checked("choice", responses, rows)
-
-
-def math_answer(prompts: Sequence[str], responses: Sequence[str], rows: Rows) -> list[float]:
-    """1 where the response equals the row's answer as mathematics (package math-verify, extra rewards)."""
-    return _answers_checked("math_verify", responses, rows)
-
-
-def reasoning_gym_answer(prompts: Sequence[str], responses: Sequence[str], rows: Rows) -> list[float]:
-    """The score of reasoning-gym's own scorer of the row's task, from 0 to 1 (package reasoning-gym, extra rewards)."""
-    return _answers_checked("reasoning_gym", responses, rows)
+    return RewardFunction(function, options=options, timeout=timeout, on_timeout=on_timeout, run=run)
 
 
 class ModelScores:
@@ -174,15 +248,31 @@ class ModelScores:
 
 
 class Rewards:
-    """Σ weight · score of the reward model and the functions, minus the penalty for a missing end token, clipped to
-    ±`score_clip`.
+    """Σ weight · score of the reward model and the functions that judged, minus the penalty for a missing end token,
+    clipped to ±`score_clip`; `UNJUDGED` where none did. As in TRL, the others keep their weights where one did not
+    judge.
     """
 
-    def __init__(self, model: ModelScores | None, section: PpoRewardSection, rollout: RolloutSection) -> None:
-        """Raises `UserError` for a function that does not exist."""
-        self.model, self.section = model, section
+    def __init__(
+        self,
+        model: ModelScores | None,
+        section: PpoRewardSection,
+        rollout: RolloutSection,
+        run: RewardRun | None = None,
+    ) -> None:
+        """Raises `UserError` for a function that does not exist, and for options that it does not have."""
+        self.model, self.section, self.run = model, section, run or RewardRun()
         self.missing_end_penalty = rollout.missing_end_penalty or 0.0
-        self.functions = {each.name: (reward_function(each.name), each.weight) for each in section.functions}
+        self.functions = {
+            each.key: reward_function(
+                each.name,
+                options=each.options,
+                timeout=each.timeout,
+                on_timeout=each.on_timeout,
+                run=replace(self.run, label=each.key),
+            )
+            for each in section.functions
+        }
 
     @classmethod
     def of(
@@ -193,38 +283,76 @@ class Rewards:
         rollout: RolloutSection,
         device: torch.device,
         tokenizer: PreTrainedTokenizerBase,
+        run: RewardRun | None = None,
     ) -> Rewards:
         """With a reward model, whose folder's description says how to read its scores; None = only functions."""
         scores = None
         if model is not None:
             scores = ModelScores(model, description, device, tokenizer, ensemble_penalty=section.ensemble_penalty)
-        return cls(scores, section, rollout)
+        return cls(scores, section, rollout, run)
 
     @property
     def read_rows(self) -> bool:
         """Whether any function gets the rows of data."""
-        return any(function.takes_rows for function, _ in self.functions.values())
+        return any(function.takes_rows for function in self.functions.values())
 
-    def __call__(self, responses: Sequence[Response]) -> dict[str, list[float]]:
-        """`total`, and its unweighted parts by name: `model` (normalized) and each function."""
+    def weights(self, iteration: int | None) -> dict[str, float]:
+        """The weight of each function in an iteration, w + (w_end − w)·i/(I − 1); the last ones without an iteration,
+        so that validations are compared by one measure.
+        """
+        last = self.run.iterations - 1
+        part = 1.0 if iteration is None or last < 1 else min(iteration / last, 1.0)
+        found = {}
+        for each in self.section.functions:
+            end = each.weight if each.weight_end is None else each.weight_end
+            found[each.key] = each.weight + (end - each.weight) * part
+        return found
+
+    def __call__(self, responses: Sequence[Response], *, iteration: int | None = None) -> dict[str, list[float]]:
+        """`total`, and its unweighted parts by name: `model` (normalized) and each function, `UNJUDGED` where it did
+        not judge; and `fraction_NAME_…`, 1 or 0, what functions report. iteration: of training. Raises `UserError`,
+        `NonFiniteOutputs`.
+        """
         if not responses:
             return {"total": []}
         parts: dict[str, list[float]] = {}
-        totals = [0.0] * len(responses)
+        fractions: dict[str, list[float]] = {}
+        weights = {"model": self.section.model_weight, **self.weights(iteration)}
         if self.model is not None:
             parts["model"] = self.model(responses)
-            totals = [total + self.section.model_weight * s for total, s in zip(totals, parts["model"], strict=True)]
-        for name, (function, weight) in self.functions.items():
-            parts[name] = function(responses)
-            totals = [total + weight * score for total, score in zip(totals, parts[name], strict=True)]
-        totals = [
-            total if response.ended else total - self.missing_end_penalty
-            for total, response in zip(totals, responses, strict=True)
-        ]
+            if not all(map(math.isfinite, parts["model"])):
+                raise NonFiniteOutputs("the reward model's scores are not finite; use precision fp32")
+        for name, function in self.functions.items():
+            found = function.scores(responses)
+            parts[name] = [UNJUDGED if value is None else value for value in found.values]
+            for what, holds in found.fractions.items():
+                fractions[f"{FRACTION}{name}_{what}"] = [float(each) for each in holds]
+        totals = []
+        for index, response in enumerate(responses):
+            judged = [weights[name] * part[index] for name, part in parts.items() if not math.isnan(part[index])]
+            totals.append(self._bounded(sum(judged), response) if judged else UNJUDGED)
+        return {"total": totals, **parts, **fractions}
+
+    def state(self) -> dict[str, Any]:
+        """The state of this rank's functions that have one, for a checkpoint."""
+        made = {name: function.function.function for name, function in self.functions.items()}
+        return {
+            "rank": self.run.rank,
+            "functions": {name: each.state() for name, each in made.items() if hasattr(each, "state")},
+        }
+
+    def load(self, state: Mapping[str, Any]) -> None:
+        """Restores this rank's part of the states of all `ranks`."""
+        own = [each["functions"] for each in state["ranks"] if each["rank"] == self.run.rank]
+        for name, found in own[0].items() if own else ():
+            made: Any = self.functions[name].function.function if name in self.functions else None
+            if hasattr(made, "load"):
+                made.load(found)
+
+    def _bounded(self, total: float, response: Response) -> float:
+        total -= 0.0 if response.ended else self.missing_end_penalty
         bound = self.section.score_clip
-        if bound is not None:
-            totals = [min(max(total, -bound), bound) for total in totals]
-        return {"total": totals, **parts}
+        return total if bound is None else min(max(total, -bound), bound)
 
 
 def judge_of(
@@ -237,4 +365,15 @@ def judge_of(
         opened = open_reward_model(name)
         check_same_tokens(tokenizer, opened.tokenizer, "evaluation.judge")
         return ModelScores(opened.model.requires_grad_(False).to(device), opened.description, device, tokenizer)
-    return reward_function(name)
+    function = reward_function(name)
+
+    def judged(responses: Sequence[Response]) -> list[float]:
+        found = []
+        for response, score in zip(responses, function(responses), strict=True):
+            if score is None:
+                about = called_for(response.prompt, response.source)
+                raise function.function.error(f"returned None; a judge scores every response\n    for {about}")
+            found.append(score)
+        return found
+
+    return judged
