@@ -16,7 +16,6 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
-from loopos.config.diagnostics import UserError
 from loopos.functional.language_loss import BlockLoss, LogitShape, chunked_loss_sum
 
 # Stored log-probabilities are rounded, so that those of all likely tokens may add up to a little over 1.
@@ -136,12 +135,6 @@ class DistillationLoss:
                     log_q, ids = known(part)
                     log_p = whole if ids is None else _with_rest(whole, ids)
                     each = self.divergence(log_p, log_q, self.settings)
-                    if not isinstance(each, Tensor) or each.shape != chosen[part].shape:
-                        found = list(each.shape) if isinstance(each, Tensor) else type(each).__name__
-                        raise UserError(
-                            f"distillation.loss: its function returned {found}; expected {list(chosen[part].shape)}, "
-                            "one number for each row"
-                        )
                     total = torch.dot(each, weight[part])
                 self._report(sums, whole, log_p, log_q, ids, chosen[part], weight[part], logits[:, :size])
                 if not wants_gradient:

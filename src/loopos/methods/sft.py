@@ -50,7 +50,7 @@ class SftTrainer(Trainer[SftConfigT]):
         self.pretrained = pretrained = self.load_pretrained(causal=True)
         self.tokenizer = pretrained.tokenizer
         self.max_length = self.longest_of(pretrained)
-        self.encoder = SupervisedEncoder(data, self.step_format, self.tokenizer, max_length=self.max_length)
+        self.encoder = self.encoder_of()
         self.template = self.encoder.template
         self.train_rows, self.train_tokens = self.encode(self.learned())
         self.validation_rows: list[Encoded] = []
@@ -60,6 +60,10 @@ class SftTrainer(Trainer[SftConfigT]):
         self.chats = chats_of(self.data.validation)[: config.evaluation.samples] if config.validates else []
         tokens = f"tokens: {self.train_tokens.summary()}"
         self.progress.say(pretrained.summary, *self.data.summary, self.template.summary, tokens)
+
+    def encoder_of(self) -> SupervisedEncoder:
+        """What tokenizes the examples. Raises `UserError` as `SupervisedEncoder`."""
+        return SupervisedEncoder(self.config.data, self.step_format, self.tokenizer, max_length=self.max_length)
 
     def learned(self) -> list[Example]:
         """The examples to learn from."""
@@ -153,16 +157,20 @@ class SftTrainer(Trainer[SftConfigT]):
         """Loss on the validation rows and, every `evaluation.every` validations, generated answers: their metrics, and
         samples for the report.
         """
-        loss = mean_loss(NextToken(self.model), self.validation_rows, device=self.device, world=self.world)
+        losses = self.losses()
         if self.answers is None or not self.generates_now():
-            return {"loss": loss}
+            return losses
         with self.trained.whole():
             metrics, records = self.generated(self.answers)
         if self.world.is_first:
             write_samples(self.fit.run_dir / "samples.jsonl", self.fit.position.step, records)
         answers = [record["answer"] if "answer" in record else record["response"] for record in records]
         references = [record["expected"] if "expected" in record else record["reference"] for record in records]
-        return self.with_own_metrics({"loss": loss, **metrics}, answers, references)
+        return self.with_own_metrics({**losses, **metrics}, answers, references)
+
+    def losses(self) -> dict[str, float]:
+        """What is computed of the validation rows' own answers."""
+        return {"loss": mean_loss(NextToken(self.model), self.validation_rows, device=self.device, world=self.world)}
 
     def generated(self, answers: SampleAnswers) -> tuple[dict[str, float], Records]:
         """Metrics of generated answers, and the answers for samples.jsonl; the same on every process."""
