@@ -27,7 +27,7 @@ def test_the_student_nears_the_teacher(
     sections: dict[str, Any] = {"distillation": {"loss": loss, "on_policy_share": share}}
     if share:
         sections["online"] = {"max_new_tokens": 8, "every": 2}
-    training = {"num_epochs": 6, "validate_every": 9}
+    training = {"num_epochs": 6, "validate_every": 9, **({"num_epochs": 20, "batch_size": 16, "learning_rate": 3e-3, "validate_every": 30} if "sampled" in loss else {})}
     trained(distillation_config(tmp_path / "run", pico_folder, teacher, training=training, **sections))
     first, *_, last = events_of(tmp_path / "run", "validation")
     name = "reverse_kl" if "reverse" in loss else "forward_kl"

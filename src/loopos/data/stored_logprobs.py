@@ -23,8 +23,11 @@ from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
 from loopos.config.diagnostics import DataError, Diagnostic
+from loopos.config.distillation import DistillationDataSection
+from loopos.config.sft import SftDataSection
 from loopos.data.reading import DataReport
 from loopos.data.rows import Row
+from loopos.data.step_format import StepFormat
 from loopos.data.supervised_rows import Example
 from loopos.data.supervised_tokens import (
     OVER_LENGTH,
@@ -153,3 +156,13 @@ class StoredEncoder(SupervisedEncoder):
         policy = RowPolicy(data.over_length, data.max_dropped_share, data.on_bad_row)
         finish(report, dropped, over, policy, "at least one row with a token to learn")
         return rows, report
+
+
+def encoder_of(
+    data: SftDataSection, step_format: StepFormat, tokenizer: PreTrainedTokenizerBase, *, max_length: int | None
+) -> SupervisedEncoder:
+    """What tokenizes the rows of a config: for distillation without a teacher, rows with its log-probabilities. Raises
+    `UserError` as `SupervisedEncoder`.
+    """
+    is_stored = isinstance(data, DistillationDataSection) and data.teacher is None
+    return (StoredEncoder if is_stored else SupervisedEncoder)(data, step_format, tokenizer, max_length=max_length)

@@ -24,7 +24,7 @@ from loopos.data.batches import StepBatches, StepSource, in_step
 from loopos.data.distillation_rows import DistillationBatch, DistillationRows, DistilledRow
 from loopos.data.stored_logprobs import StoredEncoder
 from loopos.data.supervised_rows import Example, PlainText
-from loopos.data.supervised_tokens import SupervisedEncoder, prompt_tokens
+from loopos.data.supervised_tokens import prompt_tokens
 from loopos.data.tokens import Encoded
 from loopos.functional.distillation_loss import TopLogprobs
 from loopos.generation.engine import Engine
@@ -67,10 +67,6 @@ class DistillationTrainer(SftTrainer[DistillationConfig]):
         super().load_data()
         self.open_teacher()
         self.prompts = self.prompts_of(self.train_rows) if self.config.is_on_policy else []
-
-    def encoder_of(self) -> SupervisedEncoder:
-        kind = StoredEncoder if self.config.data.teacher is None else SupervisedEncoder
-        return kind(self.config.data, self.step_format, self.tokenizer, max_length=self.max_length)
 
     def open_teacher(self) -> None:
         """Loads the teacher, if the rows do not have its log-probabilities. Raises `UserError` for one with other

@@ -18,9 +18,9 @@ from loopos.config.sft import SftConfig
 from loopos.data.batches import Batch, PackedRows, StepBatches
 from loopos.data.digest import rows_digest
 from loopos.data.reading import DataReport
+from loopos.data.stored_logprobs import encoder_of
 from loopos.data.supervised import load_supervised
 from loopos.data.supervised_rows import Example
-from loopos.data.supervised_tokens import SupervisedEncoder
 from loopos.data.tokens import Encoded
 from loopos.evaluation.answer_check import SampleAnswers, chats_of
 from loopos.evaluation.metrics import METRIC_DIRECTION
@@ -50,7 +50,7 @@ class SftTrainer(Trainer[SftConfigT]):
         self.pretrained = pretrained = self.load_pretrained(causal=True)
         self.tokenizer = pretrained.tokenizer
         self.max_length = self.longest_of(pretrained)
-        self.encoder = self.encoder_of()
+        self.encoder = encoder_of(data, self.step_format, self.tokenizer, max_length=self.max_length)
         self.template = self.encoder.template
         self.train_rows, self.train_tokens = self.encode(self.learned())
         self.validation_rows: list[Encoded] = []
@@ -60,10 +60,6 @@ class SftTrainer(Trainer[SftConfigT]):
         self.chats = chats_of(self.data.validation)[: config.evaluation.samples] if config.validates else []
         tokens = f"tokens: {self.train_tokens.summary()}"
         self.progress.say(pretrained.summary, *self.data.summary, self.template.summary, tokens)
-
-    def encoder_of(self) -> SupervisedEncoder:
-        """What tokenizes the examples. Raises `UserError` as `SupervisedEncoder`."""
-        return SupervisedEncoder(self.config.data, self.step_format, self.tokenizer, max_length=self.max_length)
 
     def learned(self) -> list[Example]:
         """The examples to learn from."""
