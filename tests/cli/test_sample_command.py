@@ -465,3 +465,98 @@ def test_lines_grow_in_whole_chunks(tmp_path: Path) -> None:
         lines.append([{"a": 5}, {"a": 6}])
         assert [lines.chunk(index) for index in (1, 2)] == [[{"a": 3}], [{"a": 5}, {"a": 6}]]
     assert file.read_bytes() == whole + b'{"a": 5}\n{"a": 6}\n'
+
+
+def test_log_probabilities_are_stored_and_distilled(
+    sampled: Sampled, language_run: Path, pico_folder: Path, tmp_path: Path, invoke: Invoke
+) -> None:
+    """With all tokens as candidates the loss over the file is that of the live teacher on the same tokens."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from loopos.data.rows import Row
+    from loopos.data.stored_logprobs import COLUMN, StoredLogprobs, vocabulary_digest
+
+    plain, _ = sampled("-n", 2, "--keep", "all")
+    rows, _ = sampled("-n", 2, "--keep", "all", "--logprobs", 4)
+    assert [{name: value for name, value in row.items() if name != COLUMN} for row in rows] == plain
+    assert sampled("-n", 2, "--keep", "all", "--logprobs", 4, "--chunk", 3)[0] == rows
+    model = AutoModelForCausalLM.from_pretrained(language_run / "model")
+    tokenizer = AutoTokenizer.from_pretrained(language_run / "model")
+    for number, row in enumerate(rows):
+        stored = StoredLogprobs.of_row(Row(row, "rows", 1, number), tokenizer, vocabulary_digest(tokenizer))
+        ids = torch.tensor([[*stored.prompt, *stored.completion]])
+        logits = model(ids).logits[0, len(stored.prompt) - 1 : -1]
+        expected = torch.log_softmax(logits.detach(), -1).topk(4)
+        assert stored.ids.tolist() == expected.indices.tolist()
+        torch.testing.assert_close(
+            torch.tensor(stored.logprobs.astype("float32")), expected.values, atol=4e-3, rtol=1e-3
+        )
+        assert len(stored.completion) == row["tokens"]
+    # All tokens as candidates: the loss is that of the whole distributions.
+    every, _ = sampled("-n", 1, "--keep", "all", "--logprobs", 400, name="every.jsonl")
+    torch.manual_seed(5)
+    student = AutoModelForCausalLM.from_config(model.config)
+    student.save_pretrained(tmp_path / "student")
+    tokenizer.save_pretrained(tmp_path / "student")
+    config = {
+        "computation": {"mode": "posttraining", "method": "distillation"},
+        "training": {"learning_rate": 1e-3, "batch_size": 16, "max_steps": 1, "precision": "fp32", "warmup": 0},
+        "distillation": {"loss": "reverse_kl"},
+        "evaluation": {"samples": 0},
+        "data": {
+            "pretrained_weights": str(tmp_path / "student"), "training_data": str(tmp_path / "every.jsonl"),
+            "validation_share": 0.0, "output_dir": str(tmp_path / "distilled"),
+        },
+    }  # fmt: skip
+    (tmp_path / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    result = invoke("train", tmp_path / "config.json", "--quiet")
+    assert result.exit_code == 0, result.stderr
+    events = [json.loads(line) for line in (tmp_path / "distilled" / "events.jsonl").read_text().splitlines()]
+    (found,) = [event["metrics"] for event in events if event["event"] == "step"]
+    divergences = []
+    for row in every:
+        prompt, completion = row[COLUMN]["prompt_ids"], row[COLUMN]["completion_ids"]
+        ids = torch.tensor([[*prompt, *completion]])
+        log_p, log_q = (
+            torch.log_softmax(each(ids).logits[0, len(prompt) - 1 : -1].detach(), -1) for each in (student, model)
+        )
+        divergences += (log_p.exp() * (log_p - log_q)).sum(-1).tolist()
+    assert found["loss"] == pytest.approx(sum(divergences) / len(divergences), rel=2e-3)
+    assert found["teacher_top_k_mass"] == pytest.approx(1.0, abs=1e-3)
+
+
+def test_log_probabilities_of_another_tokenizer_are_refused(
+    sampled: Sampled, pico_folder: Path, tmp_path: Path, invoke: Invoke
+) -> None:
+    rows, _ = sampled("-n", 1, "--keep", "all", "--logprobs", 4)
+    rows[3]["teacher"]["vocabulary"] = "0" * 16
+    data = write_jsonl(tmp_path / "other.jsonl", rows)
+    config = {
+        "computation": {"mode": "posttraining", "method": "distillation"},
+        "training": {"learning_rate": 1e-3},
+        "data": {
+            "pretrained_weights": str(pico_folder), "training_data": str(data), "output_dir": str(tmp_path / "run"),
+        },
+    }  # fmt: skip
+    (tmp_path / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    result = invoke("train", tmp_path / "config.json", "--quiet")
+    assert result.exit_code != 0
+    assert "other.jsonl:1: teacher: got tokens of another tokenizer" in result.stderr
+    assert "student and teacher need the same tokenizer" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("--keep", "all", "--logprobs", 0), "--logprobs: got 0; expected 1 or more"),
+        (("--keep", "pairs", "--judge", "exact", "--logprobs", 4), "--logprobs with --keep pairs"),
+        (("--keep", "all", "--logprobs", 4000), "--logprobs: got 4000; expected at most 400"),
+    ],
+)
+def test_log_probabilities_that_cannot_be_kept(
+    words: tuple[object, ...], message: str, language_run: Path, prompts: Path, tmp_path: Path, invoke: Invoke
+) -> None:
+    result = invoke("sample", language_run, prompts, "-o", tmp_path / "rows.jsonl", *words, *WORDS)
+    assert result.exit_code != 0
+    assert message in result.stderr

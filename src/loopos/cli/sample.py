@@ -128,6 +128,10 @@ class SampleOptions:
 
     output: Annotated[Path, typer.Option("--output", "-o", help="File to write.", show_default=False, parser=path)]
     samples: Annotated[int, typer.Option("--samples", "-n", help="Answers to each prompt.")] = 8
+    logprobs: Annotated[
+        int | None,
+        typer.Option("--logprobs", help="Keep the K most likely tokens at each place, for distillation.", metavar="K"),
+    ] = None
     judged: JudgeOptions
     selected: KeepOptions
     sampling: Annotated[
@@ -180,9 +184,14 @@ def run(location: LanguageModel, source: Prompts, options: SampleOptions) -> int
         sampler = RejectionSampler(folder, requests, n=options.samples, chunk=options.chunk)
         # Before anything is generated, so that a checker or function that cannot be used fails at once.
         open_judge = judge_of(reasoner.step_format, requests)
-        speed = sampler.sample(reasoner, options.sampling.settings(), progress=bar.progress)
+        logprobs = None
+        if options.logprobs is not None:
+            from loopos.evaluation.teacher_logprobs import TeacherLogprobs
+
+            logprobs = TeacherLogprobs(reasoner.model, reasoner.tokenizer, options.logprobs)
+        speed = sampler.sample(reasoner, options.sampling.settings(), logprobs=logprobs, progress=bar.progress)
         # The judge may need the memory.
-        del reasoner
+        del reasoner, logprobs
         judge = open_judge()
         if judge is not None:
             sampler.judge(judge, note=note, progress=bar.progress)
@@ -201,12 +210,14 @@ def _diagnostics(options: SampleOptions) -> Iterator[str]:
     judged, selected = options.judged, options.selected
     yield from options.sampling.diagnostics()
     yield from device_diagnostics(options.device, options.precision)
-    for name, value in (("samples", options.samples), ("chunk", options.chunk), ("limit", options.limit),
+    for name, value in (("samples", options.samples), ("chunk", options.chunk), ("limit", options.limit), ("logprobs", options.logprobs),
                         ("top", selected.top)):  # fmt: skip
         if value is not None and value < 1:
             yield f"{option(name)}: got {value}; expected 1 or more"
     if options.samples > 1 and options.sampling.temperature == 0:
         yield f"--samples {options.samples} at --temperature 0: all answers would be equal; use a temperature above 0"
+    if options.logprobs is not None and selected.keep in ("pairs", "groups"):
+        yield f"--logprobs with --keep {selected.keep}: distillation reads single answers; use --keep all or best"
     if options.raw and options.system is not None:
         yield "--system with --raw: a raw prompt has no messages; put the text into the prompt"
     if judged.judge is not None and judged.judge_model is not None:

@@ -16,7 +16,7 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
-from loopos.functional.language_loss import BlockLoss, LogitShape, chunked_loss_sum
+from loopos.functional.language_loss import CHUNK, BlockLoss, LogitShape, blocks, chunked_loss_sum
 
 # Stored log-probabilities are rounded, so that those of all likely tokens may add up to a little over 1.
 _LEAST_REST = 1e-6
@@ -87,6 +87,19 @@ class TopLogprobs:
 
     ids: Tensor
     logprobs: Tensor
+
+
+@torch.no_grad()
+def top_logprobs(states: Logits, k: int) -> TopLogprobs:
+    """The k most likely tokens at each position, most likely first, with their log-probabilities: `[M, k]` each."""
+    ids, logprobs = [], []
+    for first in range(0, len(states.hidden), CHUNK):
+        products = states.hidden[first : first + CHUNK] @ states.embedding.t()
+        for part in blocks(products):
+            top = torch.log_softmax(states.shape(products[part]), -1).topk(k)
+            ids.append(top.indices)
+            logprobs.append(top.values)
+    return TopLogprobs(torch.cat(ids), torch.cat(logprobs))
 
 
 @dataclass

@@ -176,7 +176,7 @@ class DistillationTrainer(SftTrainer[DistillationConfig]):
             validation=self._validation() if self.validation_rows else None,
             identity=self.identity_of(self.train_rows),
             facts=self._facts(),
-            method_state=MethodStates(states),
+            method_state=MethodStates(states) if states else None,
         )
 
     def writer(self, plan: Any, rows: Sequence[DistilledRow]) -> Any:

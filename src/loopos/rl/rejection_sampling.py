@@ -33,6 +33,7 @@ from loopos.evaluation.checkers import Sample, checker
 from loopos.evaluation.checkers import judge as checked
 from loopos.evaluation.grading import Grader
 from loopos.evaluation.reasoning import Reasoner
+from loopos.evaluation.teacher_logprobs import TeacherLogprobs
 from loopos.evaluation.reward_predictor import RewardPredictor, judged_content
 from loopos.generation.settings import SamplingParams
 from loopos.models.language_ensemble import members_of
@@ -189,13 +190,21 @@ class RejectionSampler:
         self._headers: dict[str, Mapping[str, Any]] = {}
 
     def sample(
-        self, reasoner: Reasoner, settings: SamplingParams, *, progress: Callable[[int, int], None] | None = None
+        self,
+        reasoner: Reasoner,
+        settings: SamplingParams,
+        *,
+        logprobs: TeacherLogprobs | None = None,
+        progress: Callable[[int, int], None] | None = None,
     ) -> Speed:
-        """Generates the responses that the folder lacks. progress: takes the numbers of finished prompts and of all.
-        Raises `UserError` if the folder has responses of other settings, `OSError`.
+        """Generates the responses that the folder lacks. logprobs: computes the candidates that are kept beside each.
+        progress: takes the numbers of finished prompts and of all. Raises `UserError` if the folder has responses of
+        other settings, `OSError`.
         """
         sampling = reasoner.sampling(settings)
         self._headers[RESPONSES] = self._identity(reasoner, sampling)
+        if logprobs is not None:
+            self._headers[RESPONSES] = {**self._headers[RESPONSES], "logprobs": logprobs.k}
         try:
             file = self._file(RESPONSES)
         except HeaderDiffers as other:
@@ -211,13 +220,17 @@ class RejectionSampler:
                     progress(start, len(self.requests))
                 prompts = [request.ids for request in self._part(start)]
                 completions = reasoner.engine.generate(prompts, sampling, n=self.n, logprobs=False)
+                columns: Sequence[Mapping[str, Any] | None] = [None] * len(completions)
+                if logprobs is not None:
+                    asked = [prompts[each.prompt_index] for each in completions]
+                    columns = logprobs(asked, [each.token_ids for each in completions])
                 samples = [
-                    Sample(each.text, len(each.token_ids), each.finish_reason in ("stop", "stop string"))
-                    for each in completions
+                    Sample(each.text, len(each.token_ids), each.finish_reason in ("stop", "stop string"), column)
+                    for each, column in zip(completions, columns, strict=True)
                 ]
                 tokens += sum(sample.num_tokens for sample in samples)
                 file.append([
-                    {"samples": [asdict(sample) for sample in samples[first : first + self.n]]}
+                    {"samples": [_as_json(sample) for sample in samples[first : first + self.n]]}
                     for first in range(0, len(samples), self.n)
                 ])  # fmt: skip
         return Speed(tokens, time.monotonic() - began)
@@ -291,6 +304,10 @@ class RejectionSampler:
             "chunk": self.chunk,
             **{f"sampling.{name}": value for name, value in asdict(sampling).items()},
         }
+
+
+def _as_json(sample: Sample) -> dict[str, Any]:
+    return {name: value for name, value in asdict(sample).items() if value is not None}
 
 
 def _samples(line: Mapping[str, Any]) -> tuple[Sample, ...]:
