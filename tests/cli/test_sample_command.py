@@ -542,7 +542,7 @@ def test_log_probabilities_of_another_tokenizer_are_refused(
     (tmp_path / "config.json").write_text(json.dumps(config), encoding="utf-8")
     result = invoke("train", tmp_path / "config.json", "--quiet")
     assert result.exit_code != 0
-    assert "other.jsonl:1: teacher: got tokens of another tokenizer" in result.stderr
+    assert "other.jsonl:4: teacher: got tokens of another tokenizer" in result.stderr
     assert "student and teacher need the same tokenizer" in result.stderr
 
 
@@ -558,5 +558,87 @@ def test_log_probabilities_that_cannot_be_kept(
     words: tuple[object, ...], message: str, language_run: Path, prompts: Path, tmp_path: Path, invoke: Invoke
 ) -> None:
     result = invoke("sample", language_run, prompts, "-o", tmp_path / "rows.jsonl", *words, *WORDS)
+    assert result.exit_code != 0
+    assert message in result.stderr
+
+
+def test_a_teacher_answers_for_the_student(
+    language_run: Path, pico_folder: Path, prompts: Path, tmp_path: Path, invoke: Invoke
+) -> None:
+    """With --teacher the answers are the teacher's; with --logprobs the student's template renders the prompts."""
+    words = ("-n", 2, "--keep", "all", *WORDS)
+    own, taught = tmp_path / "own.jsonl", tmp_path / "taught.jsonl"
+    assert invoke("sample", language_run, prompts, "-o", own, *words).exit_code == 0
+    result = invoke("sample", pico_folder, prompts, "-o", taught, *words, "--teacher", language_run, "--logprobs", 2)
+    assert result.exit_code == 0, result.stderr
+    rows = rows_of(taught)
+    assert len(rows) == len(rows_of(own))
+    assert all(row["teacher"]["k"] == 2 for row in rows)
+
+
+def test_an_endpoint_answers(
+    language_run: Path, prompts: Path, tmp_path: Path, invoke: Invoke, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import threading
+    from http.server import BaseHTTPRequestHandler, HTTPServer
+
+    seen: list[tuple[str | None, dict[str, Any]]] = []
+
+    class Server(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+            seen.append((self.headers["Authorization"], body))
+            text = f"{body['messages'][-1]['content']} {body['seed']}"
+            reply = {
+                "choices": [{"message": {"content": text}, "finish_reason": "stop" if "3" in text else "length"}],
+                "usage": {"total_tokens": 9, "completion_tokens": 4},
+            }
+            content = json.dumps(reply).encode()
+            self.send_response(200)
+            self.send_header("Content-Length", str(len(content)))
+            self.end_headers()
+            self.wfile.write(content)
+
+        def log_message(self, format: str, *args: object) -> None: ...
+
+    server = HTTPServer(("127.0.0.1", 0), Server)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    try:
+        url, file = f"http://127.0.0.1:{server.server_port}/v1", tmp_path / "rows.jsonl"
+        words = ("-o", file, "-n", 2, "--keep", "all", "--teacher", url, "--teacher-model", "big", *WORDS)
+        monkeypatch.delenv("TEACHER_KEY", raising=False)
+        refused = invoke("sample", language_run, prompts, *words, "--api-key-env", "TEACHER_KEY")
+        assert refused.exit_code != 0
+        assert "the environment variable TEACHER_KEY is not set" in refused.stderr
+        monkeypatch.setenv("TEACHER_KEY", "secret")
+        result = invoke("sample", language_run, prompts, *words, "--api-key-env", "TEACHER_KEY")
+        assert result.exit_code == 0, result.stderr
+    finally:
+        server.shutdown()
+        server.server_close()
+    rows = rows_of(file)
+    assert len(seen) == len(rows) == 14
+    assert {key for key, _ in seen} == {"Bearer secret"}
+    assert "secret" not in file.read_text() + result.stdout + result.stderr
+    assert [text_of(row["completion"]) for row in rows[:3]] == [
+        "where is parcel 0 3", "where is parcel 0 4", "where is parcel 1 3",
+    ]  # fmt: skip
+    assert [row["ended"] for row in rows[:2]] == [True, False]
+    assert {body["max_tokens"] for _, body in seen} == {8}
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("--teacher", "http://host/v1"), "use --teacher-model"),
+        (("--teacher-model", "big"), "--teacher-model: needs an endpoint"),
+        (("--teacher", "http://host/v1", "--teacher-model", "big", "--logprobs", 3), "--logprobs with an endpoint"),
+        (("--teacher", "http://host/v1", "--teacher-model", "big", "--top-k", 3), "--top-k with an endpoint"),
+    ],
+)
+def test_contradictions_of_a_teacher(
+    words: tuple[object, ...], message: str, language_run: Path, prompts: Path, tmp_path: Path, invoke: Invoke
+) -> None:
+    result = invoke("sample", language_run, prompts, "-o", tmp_path / "rows.jsonl", "--keep", "all", *words, *WORDS)
     assert result.exit_code != 0
     assert message in result.stderr
