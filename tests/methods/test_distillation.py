@@ -29,7 +29,9 @@ def teacher(tmp_path_factory: pytest.TempPathFactory, pico_tokenizer: Path) -> P
     return pico_teacher(tmp_path_factory.mktemp("teacher"), pico_tokenizer)
 
 
-@pytest.mark.parametrize(("loss", "share"), [("forward_kl", 0.0), pytest.param("jsd", 0.5, marks=pytest.mark.slow), ("reverse_kl", 1.0)])
+@pytest.mark.parametrize(
+    ("loss", "share"), [("forward_kl", 0.0), pytest.param("jsd", 0.5, marks=pytest.mark.slow), ("reverse_kl", 1.0)]
+)
 def test_the_student_nears_the_teacher(
     loss: str, share: float, tmp_path: Path, pico_folder: Path, teacher: Path
 ) -> None:

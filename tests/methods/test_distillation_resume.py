@@ -32,9 +32,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize(
-    "variant", ["off-policy", "on-policy", pytest.param("mixed", marks=pytest.mark.slow)]
-)
+@pytest.mark.parametrize("variant", ["off-policy", "on-policy", pytest.param("mixed", marks=pytest.mark.slow)])
 @pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning")
 def test_killed_at_random_moments(variant: str, pico_folder: Path, pico_tokenizer: Path, tmp_path: Path) -> None:
     teacher = pico_teacher(tmp_path / "teacher", pico_tokenizer)

@@ -198,7 +198,9 @@ class DistillationLoss:
         p, q, every = log_p.exp(), log_q.exp(), whole.exp()
         student_entropy, teacher_entropy = -torch.linalg.vecdot(p, log_p), -torch.linalg.vecdot(q, log_q)
         unscaled = whole if self.temperature == 1.0 else torch.log_softmax(logits, -1)
-        top = log_q.argmax(-1) if ids is None else ids.gather(1, log_q[:, : ids.shape[1]].argmax(-1, keepdim=True))[:, 0]
+        top = (
+            log_q.argmax(-1) if ids is None else ids.gather(1, log_q[:, : ids.shape[1]].argmax(-1, keepdim=True))[:, 0]
+        )
         sums.add(
             weights,
             forward_kl=-teacher_entropy - torch.linalg.vecdot(q, log_p),

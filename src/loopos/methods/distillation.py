@@ -182,9 +182,7 @@ class DistillationTrainer(SftTrainer[DistillationConfig]):
     def writer(self, plan: Any, rows: Sequence[DistilledRow]) -> Any:
         """Writes the rows of a round with the student."""
         with self.trained.whole():
-            engine = LocalRollouts(
-                Engine(self.model.causal, self.tokenizer), data_parallel=self.world.data_parallel
-            )
+            engine = LocalRollouts(Engine(self.model.causal, self.tokenizer), data_parallel=self.world.data_parallel)
         self.progress.say(engine.summary)
         stops, seed = self.template.stop_tokens, self.config.training.seed
         return AnswerWriter(

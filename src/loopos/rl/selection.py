@@ -80,9 +80,7 @@ def best(judged: JudgedPrompt, rule: SelectionRule) -> Selection:
     for index in ranked:
         distinct.setdefault(normalized(judged.samples[index].text), index)
     chosen = tuple(distinct.values())[: rule.top]
-    rows = [
-        _supervised(judged, index) | {"score": judged.scores[index]} | _logprobs(judged, index) for index in chosen
-    ]
+    rows = [_supervised(judged, index) | {"score": judged.scores[index]} | _logprobs(judged, index) for index in chosen]
     others = tuple(i for i, score in enumerate(judged.scores) if i not in chosen and score is not None)
     return Selection(rows, chosen, others if chosen else ())
 

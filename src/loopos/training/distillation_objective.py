@@ -153,4 +153,3 @@ class SampledObjective:
 def _logits(model: Model, batch: DistillationBatch) -> Logits:
     hidden = model.backbone(batch.ids, batch.layout)[batch.targets - 1]
     return Logits(hidden, model.output_embedding, model.shape)
-

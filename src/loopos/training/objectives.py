@@ -284,7 +284,9 @@ def mean_loss(objective: NextToken, rows: Sequence[Encoded], *, device: torch.de
     return total["loss"] / total["count"]
 
 
-def means_of(objective: Objective[MeasuredT], batches: Iterable[tuple[MeasuredT, bool]], world: World) -> dict[str, float]:
+def means_of(
+    objective: Objective[MeasuredT], batches: Iterable[tuple[MeasuredT, bool]], world: World
+) -> dict[str, float]:
     """What an objective computes of batches, as means over all ranks; 0 where nothing counts. Batches marked False do
     not count.
     """

@@ -132,7 +132,9 @@ def _offline_load(config: Any, described: PreTrainedConfig, tokens: int | None, 
     networks = [Network("model", model.parameters, model, "the model in training")]
     if isinstance(config, DistillationConfig):
         if (teacher := teacher_model(config)) is not None:
-            networks.append(Network("teacher", _own(teacher.parameters.total, 0, teacher.parameters), teacher, "frozen"))
+            networks.append(
+                Network("teacher", _own(teacher.parameters.total, 0, teacher.parameters), teacher, "frozen")
+            )
         if config.is_on_policy:
             cache = Cache(written_together(training.batch_size * config.online.every), longest)
     return Load(
