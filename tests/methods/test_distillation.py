@@ -15,7 +15,7 @@ from preference_runs import events_of, write_rows
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import loopos
-from loopos.config.diagnostics import ConfigError, DataError, UserError
+from loopos.config.diagnostics import ConfigError, UserError
 from loopos.methods.distillation import DistillationTrainer
 from loopos.planning.dry_run import plan_of
 from loopos.rl.distillation_rounds import is_written

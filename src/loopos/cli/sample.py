@@ -272,7 +272,8 @@ def _sampled(
     from loopos.evaluation.chat_endpoint import ChatEndpoint
     from loopos.rl.endpoint_answers import EndpointAnswers
 
-    assert taught.teacher is not None and taught.teacher_model is not None, "checked with the options"
+    assert taught.teacher is not None, "checked with the options"
+    assert taught.teacher_model is not None, "checked with the options"
     endpoint = ChatEndpoint(base_url=taught.teacher, model=taught.teacher_model, api_key_env=taught.api_key_env)
 
     def count(text: str) -> int:
@@ -287,7 +288,8 @@ def _diagnostics(options: SampleOptions) -> Iterator[str]:
     judged, selected = options.judged, options.selected
     yield from options.sampling.diagnostics()
     yield from device_diagnostics(options.device, options.precision)
-    for name, value in (("samples", options.samples), ("chunk", options.chunk), ("limit", options.limit), ("logprobs", options.taught.logprobs),
+    for name, value in (("samples", options.samples), ("chunk", options.chunk), ("limit", options.limit),
+                        ("logprobs", options.taught.logprobs),
                         ("top", selected.top)):  # fmt: skip
         if value is not None and value < 1:
             yield f"{option(name)}: got {value}; expected 1 or more"

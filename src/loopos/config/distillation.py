@@ -71,8 +71,8 @@ class DistillationDataSection(SftDataSection):
 
     teacher: Location | None = Field(
         default=None,
-        description="the teacher's weights, named as pretrained_weights; null with rows that hold its log-probabilities "
-        "(`loopos sample --logprobs`)",
+        description="the teacher's weights, named as pretrained_weights; null with rows that have its "
+        "log-probabilities (`loopos sample --logprobs`)",
     )
 
 

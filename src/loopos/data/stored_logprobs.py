@@ -33,8 +33,8 @@ from loopos.data.supervised_tokens import (
     OVER_LENGTH,
     UNTRAINED,
     RowPolicy,
-    SupervisedEncoder,
     Supervised,
+    SupervisedEncoder,
     finish,
     over_length_diagnostic,
 )

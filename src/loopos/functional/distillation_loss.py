@@ -1,7 +1,7 @@
 """Losses of distillation: how far a student's next-token distribution is from a teacher's.
 
-A loss takes the log-probabilities of both over the same outcomes and returns one number per row; `config.variants.LOSSES`
-names it, and the objective weighs, sums and `training.update` divides. Blocks of rows are processed at once: neither
+A loss takes the log-probabilities of both over the same outcomes and returns one number per row;
+`config.variants.LOSSES` names it, and the objective weighs, sums and `training.update` divides. Blocks of rows are processed at once: neither
 model's `[M, V]` logits ever exist. Where only the teacher's k most likely tokens are known, the outcomes are these
 tokens and the rest of the vocabulary as one, so a divergence is a lower bound of the whole one (data processing).
 Letters: M trained positions, d hidden size, V vocabulary, R rows of a block, K outcomes, p student, q teacher.
@@ -57,8 +57,8 @@ def jsd(student: Tensor, teacher: Tensor, settings: DistillationSettings) -> Ten
 
 
 def sampled_reverse_kl(logprobs: Tensor, sampled_logprobs: Tensor, teacher_logprobs: Tensor) -> Tensor:
-    """Reverse KL on the student's own tokens y as a policy gradient: −A·ρ with the advantage A = log q(y) − log p_old(y)
-    of each token and ρ = p(y) / p_old(y) (on-policy distillation: Thinking Machines 2025).
+    """Reverse KL on the student's own tokens y as a policy gradient: −A·ρ, the advantage A = log q(y) − log p_old(y) of
+    each token and ρ = p(y) / p_old(y) (on-policy distillation: Thinking Machines 2025).
 
     logprobs log p(y) with gradient; sampled_logprobs log p_old(y), of the student that wrote them; teacher_logprobs
     log q(y). All `[M]` → `[M]`.

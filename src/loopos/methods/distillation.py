@@ -90,7 +90,7 @@ class DistillationTrainer(SftTrainer[DistillationConfig]):
             if isinstance(example, PlainText):
                 raise UserError(
                     f"{example.row.location}: got plain text with distillation.on_policy_share "
-                    f"{self.config.distillation.on_policy_share:g}; expected rows with a prompt that the student answers"
+                    f"{self.config.distillation.on_policy_share:g}; expected rows with a prompt to answer"
                 )
             found.append(prompt_tokens(self.tokenizer, example, template=self.template))
             if self.max_length is not None and len(found[-1]) >= self.max_length:

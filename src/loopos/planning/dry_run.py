@@ -10,8 +10,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from loopos.config.figures import as_bytes, as_time
 from loopos.config.distillation import DistillationConfig
+from loopos.config.figures import as_bytes, as_time
 from loopos.config.methods import method_row
 from loopos.config.preference import PreferenceConfig
 from loopos.config.sections import TrainingSection

@@ -1,5 +1,5 @@
-"""Answers of a teacher behind an OpenAI-compatible endpoint, for `loopos sample`: texts only, so that any model can learn
-from them by `sft`.
+"""Answers of a teacher behind an OpenAI-compatible endpoint, for `loopos sample`: texts only, from which any model can
+learn by `sft`.
 
 Several requests are under way at once; a killed command repeats at most those of one chunk.
 """

@@ -33,8 +33,8 @@ from loopos.evaluation.checkers import Sample, checker
 from loopos.evaluation.checkers import judge as checked
 from loopos.evaluation.grading import Grader
 from loopos.evaluation.reasoning import Reasoner
-from loopos.evaluation.teacher_logprobs import TeacherLogprobs
 from loopos.evaluation.reward_predictor import RewardPredictor, judged_content
+from loopos.evaluation.teacher_logprobs import TeacherLogprobs
 from loopos.generation.settings import SamplingParams
 from loopos.models.language_ensemble import members_of
 from loopos.models.load import fingerprint
