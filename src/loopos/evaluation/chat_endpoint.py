@@ -1,6 +1,6 @@
 """A client of chat completions as OpenAI's API has them: vLLM, SGLang, Ollama, llama.cpp, `loopos serve` and others.
 
-The key comes from an environment variable only. Standard library only.
+The key comes from an environment variable only. Standard library only. Apart from its users, which judge or sample.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
 """Answers of a teacher behind an OpenAI-compatible endpoint, for `loopos sample`: texts only, from which any model can
 learn by `sft`.
 
-Several requests are under way at once; a killed command repeats at most those of one chunk.
+Several requests are under way at once; a killed command repeats at most those of one chunk. Apart from the command,
+which parses options and imports nothing heavy.
 """
 
 from __future__ import annotations
