@@ -44,6 +44,8 @@ ARROWS: dict[str, set[str]] = {
 # reward_rows is no method, but what reward_model learns from.
 METHODS_THAT_RUN_OTHERS = {
     "rlhf": {"reward_model", "ppo"}, "chain_of_thought": {"sft"}, "kto": {"preference"}, "reward_model": {"reward_rows"},
+    # A student is fine-tuned as sft does, by other losses.
+    "distillation": {"sft"},
 }  # fmt: skip
 MOST_LINES_OF_A_FILE = 500
 MOST_LINES_OF_A_FUNCTION = 65

@@ -20,6 +20,7 @@ from loopos.config.diagnostics import ConfigError, UserError
 CLASSES = {
     *(
         "ChainOfThought",
+        "DistillationTrainer",
         "FineTuner",
         "KtoTrainer",
         "PpoTrainer",
@@ -32,6 +33,7 @@ CLASSES = {
     ),
     *(
         "ChainOfThoughtConfig",
+        "DistillationConfig",
         "FineTuningConfig",
         "PpoConfig",
         "PreferenceConfig",

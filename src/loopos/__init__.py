@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from loopos.config.chain_of_thought import ChainOfThoughtConfig
     from loopos.config.compression import PruningRecipe, QuantizationRecipe
     from loopos.config.diagnostics import ConfigError, DataError, UserError
+    from loopos.config.distillation import DistillationConfig
     from loopos.config.fine_tuning import FineTuningConfig
     from loopos.config.merge import MergeConfig
     from loopos.config.methods import register_method
@@ -39,6 +40,7 @@ if TYPE_CHECKING:
     from loopos.generation.settings import SamplingParams
     from loopos.methods.base import Trainer
     from loopos.methods.chain_of_thought import ChainOfThought
+    from loopos.methods.distillation import DistillationTrainer
     from loopos.methods.fine_tuning import FineTuner
     from loopos.methods.kto import KtoTrainer
     from loopos.methods.ppo import PpoTrainer
@@ -83,6 +85,7 @@ _MODULES = {
     "Trainer": "loopos.methods.base",
     "FineTuner": "loopos.methods.fine_tuning",
     "SftTrainer": "loopos.methods.sft",
+    "DistillationTrainer": "loopos.methods.distillation",
     "ChainOfThought": "loopos.methods.chain_of_thought",
     "PreferenceTrainer": "loopos.methods.preference",
     "KtoTrainer": "loopos.methods.kto",
@@ -93,6 +96,7 @@ _MODULES = {
     # Configs
     "FineTuningConfig": "loopos.config.fine_tuning",
     "SftConfig": "loopos.config.sft",
+    "DistillationConfig": "loopos.config.distillation",
     "ChainOfThoughtConfig": "loopos.config.chain_of_thought",
     "PreferenceConfig": "loopos.config.preference",
     "RewardModelConfig": "loopos.config.reward_model",
@@ -118,6 +122,8 @@ __all__ = [
     "ChainOfThoughtConfig",
     "ConfigError",
     "DataError",
+    "DistillationConfig",
+    "DistillationTrainer",
     "Engine",
     "FineTuner",
     "FineTuningConfig",

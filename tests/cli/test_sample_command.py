@@ -477,3 +477,180 @@ def test_lines_grow_in_whole_chunks(tmp_path: Path) -> None:
         lines.append([{"a": 5}, {"a": 6}])
         assert [lines.chunk(index) for index in (1, 2)] == [[{"a": 3}], [{"a": 5}, {"a": 6}]]
     assert file.read_bytes() == whole + b'{"a": 5}\n{"a": 6}\n'
+
+
+def test_log_probabilities_are_stored_and_distilled(
+    sampled: Sampled, language_run: Path, pico_folder: Path, tmp_path: Path, invoke: Invoke
+) -> None:
+    """With all tokens as candidates the loss over the file is that of the live teacher on the same tokens."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from loopos.data.rows import Row
+    from loopos.data.stored_logprobs import COLUMN, StoredLogprobs, vocabulary_digest
+
+    plain, _ = sampled("-n", 2, "--keep", "all")
+    rows, _ = sampled("-n", 2, "--keep", "all", "--logprobs", 4)
+    assert [{name: value for name, value in row.items() if name != COLUMN} for row in rows] == plain
+    assert sampled("-n", 2, "--keep", "all", "--logprobs", 4, "--chunk", 3)[0] == rows
+    model = AutoModelForCausalLM.from_pretrained(language_run / "model")
+    tokenizer = AutoTokenizer.from_pretrained(language_run / "model")
+    for number, row in enumerate(rows):
+        stored = StoredLogprobs.of_row(Row(row, "rows", 1, number), tokenizer, vocabulary_digest(tokenizer))
+        ids = torch.tensor([[*stored.prompt, *stored.completion]])
+        logits = model(ids).logits[0, len(stored.prompt) - 1 : -1]
+        expected = torch.log_softmax(logits.detach(), -1).topk(4)
+        assert stored.ids.tolist() == expected.indices.tolist()
+        torch.testing.assert_close(
+            torch.tensor(stored.logprobs.astype("float32")), expected.values, atol=4e-3, rtol=1e-3
+        )
+        assert len(stored.completion) == row["tokens"]
+    # All tokens as candidates: the loss is that of the whole distributions.
+    every, _ = sampled("-n", 1, "--keep", "all", "--logprobs", 400, name="every.jsonl")
+    torch.manual_seed(5)
+    student = AutoModelForCausalLM.from_config(model.config)
+    student.save_pretrained(tmp_path / "student")
+    tokenizer.save_pretrained(tmp_path / "student")
+    config = {
+        "computation": {"mode": "posttraining", "method": "distillation"},
+        "training": {"learning_rate": 1e-3, "batch_size": 16, "max_steps": 1, "precision": "fp32", "warmup": 0},
+        "distillation": {"loss": "reverse_kl"},
+        "evaluation": {"samples": 0},
+        "data": {
+            "pretrained_weights": str(tmp_path / "student"), "training_data": str(tmp_path / "every.jsonl"),
+            "validation_share": 0.0, "output_dir": str(tmp_path / "distilled"),
+        },
+    }  # fmt: skip
+    (tmp_path / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    result = invoke("train", tmp_path / "config.json", "--quiet")
+    assert result.exit_code == 0, result.stderr
+    events = [json.loads(line) for line in (tmp_path / "distilled" / "events.jsonl").read_text().splitlines()]
+    (found,) = [event["metrics"] for event in events if event["event"] == "step"]
+    divergences = []
+    for row in every:
+        prompt, completion = row[COLUMN]["prompt_ids"], row[COLUMN]["completion_ids"]
+        ids = torch.tensor([[*prompt, *completion]])
+        log_p, log_q = (
+            torch.log_softmax(each(ids).logits[0, len(prompt) - 1 : -1].detach(), -1) for each in (student, model)
+        )
+        divergences += (log_p.exp() * (log_p - log_q)).sum(-1).tolist()
+    assert found["loss"] == pytest.approx(sum(divergences) / len(divergences), rel=2e-3)
+    assert found["teacher_top_k_mass"] == pytest.approx(1.0, abs=1e-3)
+
+
+def test_log_probabilities_of_another_tokenizer_are_refused(
+    sampled: Sampled, pico_folder: Path, tmp_path: Path, invoke: Invoke
+) -> None:
+    rows, _ = sampled("-n", 1, "--keep", "all", "--logprobs", 4)
+    rows[3]["teacher"]["vocabulary"] = "0" * 16
+    data = write_jsonl(tmp_path / "other.jsonl", rows)
+    config = {
+        "computation": {"mode": "posttraining", "method": "distillation"},
+        "training": {"learning_rate": 1e-3},
+        "data": {
+            "pretrained_weights": str(pico_folder), "training_data": str(data), "output_dir": str(tmp_path / "run"),
+        },
+    }  # fmt: skip
+    (tmp_path / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    result = invoke("train", tmp_path / "config.json", "--quiet")
+    assert result.exit_code != 0
+    assert "other.jsonl:4: teacher: got tokens of another tokenizer" in result.stderr
+    assert "student and teacher need the same tokenizer" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("--keep", "all", "--logprobs", 0), "--logprobs: got 0; expected 1 or more"),
+        (("--keep", "pairs", "--judge", "exact", "--logprobs", 4), "--logprobs with --keep pairs"),
+        (("--keep", "all", "--logprobs", 4000), "--logprobs: got 4000; expected at most 400"),
+    ],
+)
+def test_log_probabilities_that_cannot_be_kept(
+    words: tuple[object, ...], message: str, language_run: Path, prompts: Path, tmp_path: Path, invoke: Invoke
+) -> None:
+    result = invoke("sample", language_run, prompts, "-o", tmp_path / "rows.jsonl", *words, *WORDS)
+    assert result.exit_code != 0
+    assert message in result.stderr
+
+
+def test_a_teacher_answers_for_the_student(
+    language_run: Path, pico_folder: Path, prompts: Path, tmp_path: Path, invoke: Invoke
+) -> None:
+    """With --teacher the answers are the teacher's; with --logprobs the student's template renders the prompts."""
+    words = ("-n", 2, "--keep", "all", *WORDS)
+    own, taught = tmp_path / "own.jsonl", tmp_path / "taught.jsonl"
+    assert invoke("sample", language_run, prompts, "-o", own, *words).exit_code == 0
+    result = invoke("sample", pico_folder, prompts, "-o", taught, *words, "--teacher", language_run, "--logprobs", 2)
+    assert result.exit_code == 0, result.stderr
+    rows = rows_of(taught)
+    assert len(rows) == len(rows_of(own))
+    assert all(row["teacher"]["k"] == 2 for row in rows)
+
+
+def test_an_endpoint_answers(
+    language_run: Path, prompts: Path, tmp_path: Path, invoke: Invoke, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import threading
+    from http.server import BaseHTTPRequestHandler, HTTPServer
+
+    seen: list[tuple[str | None, dict[str, Any]]] = []
+
+    class Server(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+            seen.append((self.headers["Authorization"], body))
+            text = f"{body['messages'][-1]['content']} {body['seed']}"
+            reply = {
+                "choices": [{"message": {"content": text}, "finish_reason": "stop" if "3" in text else "length"}],
+                "usage": {"total_tokens": 9, "completion_tokens": 4},
+            }
+            content = json.dumps(reply).encode()
+            self.send_response(200)
+            self.send_header("Content-Length", str(len(content)))
+            self.end_headers()
+            self.wfile.write(content)
+
+        def log_message(self, format: str, *args: object) -> None: ...
+
+    server = HTTPServer(("127.0.0.1", 0), Server)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    try:
+        url, file = f"http://127.0.0.1:{server.server_port}/v1", tmp_path / "rows.jsonl"
+        words = ("-o", file, "-n", 2, "--keep", "all", "--teacher", url, "--teacher-model", "big", *WORDS)
+        monkeypatch.delenv("TEACHER_KEY", raising=False)
+        refused = invoke("sample", language_run, prompts, *words, "--api-key-env", "TEACHER_KEY")
+        assert refused.exit_code != 0
+        assert "the environment variable TEACHER_KEY is not set" in refused.stderr
+        monkeypatch.setenv("TEACHER_KEY", "secret")
+        result = invoke("sample", language_run, prompts, *words, "--api-key-env", "TEACHER_KEY")
+        assert result.exit_code == 0, result.stderr
+    finally:
+        server.shutdown()
+        server.server_close()
+    rows = rows_of(file)
+    assert len(seen) == len(rows) == 14
+    assert {key for key, _ in seen} == {"Bearer secret"}
+    assert "secret" not in file.read_text() + result.stdout + result.stderr
+    assert [text_of(row["completion"]) for row in rows[:3]] == [
+        "where is parcel 0 3", "where is parcel 0 4", "where is parcel 1 3",
+    ]  # fmt: skip
+    assert [row["ended"] for row in rows[:2]] == [True, False]
+    assert {body["max_tokens"] for _, body in seen} == {8}
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("--teacher", "http://host/v1"), "use --teacher-model"),
+        (("--teacher-model", "big"), "--teacher-model: needs an endpoint"),
+        (("--teacher", "http://host/v1", "--teacher-model", "big", "--logprobs", 3), "--logprobs with an endpoint"),
+        (("--teacher", "http://host/v1", "--teacher-model", "big", "--top-k", 3), "--top-k with an endpoint"),
+    ],
+)
+def test_contradictions_of_a_teacher(
+    words: tuple[object, ...], message: str, language_run: Path, prompts: Path, tmp_path: Path, invoke: Invoke
+) -> None:
+    result = invoke("sample", language_run, prompts, "-o", tmp_path / "rows.jsonl", "--keep", "all", *words, *WORDS)
+    assert result.exit_code != 0
+    assert message in result.stderr

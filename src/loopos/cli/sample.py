@@ -52,7 +52,7 @@ if TYPE_CHECKING:
     from loopos.data.step_format import StepFormat
     from loopos.evaluation.reasoning import Reasoner
     from loopos.models.resolve import ModelRef
-    from loopos.rl.rejection_sampling import Judge, RejectionSampler, Request
+    from loopos.rl.rejection_sampling import Judge, RejectionSampler, Request, Speed
     from loopos.rl.selection import SelectionRule
 
 KEEP = ("best", "pairs", "groups", "all")
@@ -97,6 +97,36 @@ class JudgeOptions:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class TeacherOptions:
+    """Who writes the answers that MODEL is to learn from."""
+
+    teacher: Annotated[
+        str | None,
+        typer.Option(
+            "--teacher",
+            metavar="MODEL_OR_URL",
+            help="Answer with this model, or an OpenAI-compatible endpoint, in place of MODEL, which learns from it.",
+            parser=expanded,
+        ),
+    ] = None
+    teacher_model: Annotated[
+        str | None, typer.Option("--teacher-model", help="Name of the model at the endpoint.", metavar="NAME")
+    ] = None
+    api_key_env: Annotated[
+        str | None, typer.Option("--api-key-env", help="Environment variable with the key.", metavar="VARIABLE")
+    ] = None
+    logprobs: Annotated[
+        int | None,
+        typer.Option("--logprobs", help="Keep the K most likely tokens at each place, for distillation.", metavar="K"),
+    ] = None
+
+    @property
+    def is_endpoint(self) -> bool:
+        """Whether the answers come over HTTP."""
+        return self.teacher is not None and self.teacher.startswith(("http://", "https://"))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class KeepOptions:
     """Which answers become rows."""
 
@@ -133,6 +163,7 @@ class SampleOptions:
 
     output: Annotated[Path, typer.Option("--output", "-o", help="File to write.", show_default=False, parser=path)]
     samples: Annotated[int, typer.Option("--samples", "-n", help="Answers to each prompt.")] = 8
+    taught: TeacherOptions
     judged: JudgeOptions
     selected: KeepOptions
     sampling: Annotated[
@@ -171,21 +202,18 @@ def run(location: LanguageModel, source: Prompts, options: SampleOptions) -> int
     for sentence in options.sampling.notes():
         note(sentence)
     from loopos.cli.bar import Bar
-    from loopos.cli.opened_models import open_reasoner
     from loopos.cli.prompts import read_prompts
     from loopos.rl.rejection_sampling import RejectionSampler
 
     prompts = read_prompts(source, columns, raw=options.raw, rules=rules)
     folder = options.output.with_name(f"{options.output.name}.progress")
     with only_writer(folder, note=note), Bar("prompts") as bar:
-        reasoner = open_reasoner(
-            model, device=options.device, precision=options.precision, trust_remote_code=options.trust_remote_code
-        )
+        reasoner = _opened(model, options)
         requests, dropped = _requests(reasoner, prompts, options)
-        sampler = RejectionSampler(folder, requests, n=options.samples, chunk=options.chunk)
+        sampler = RejectionSampler(folder, requests, n=options.samples, chunk=_chunk(options))
         # Before anything is generated, so that a checker or function that cannot be used fails at once.
         open_judge = judge_of(reasoner.step_format, requests)
-        speed = sampler.sample(reasoner, options.sampling.settings(), progress=bar.progress)
+        speed = _sampled(sampler, reasoner, options, bar.progress)
         # The judge may need the memory.
         del reasoner
         judge = open_judge()
@@ -201,17 +229,80 @@ def run(location: LanguageModel, source: Prompts, options: SampleOptions) -> int
     return 0
 
 
+def _opened(model: ModelRef, options: SampleOptions) -> Reasoner:
+    """The model that answers, or that prompts are rendered for where an endpoint answers. Raises `UserError`."""
+    from loopos.cli.opened_models import open_reasoner, require_language_model
+
+    taught = options.taught
+    own = taught.teacher is None or taught.is_endpoint
+    reasoner = open_reasoner(
+        model if own else require_language_model(str(taught.teacher)),
+        device=options.device,
+        precision=options.precision,
+        trust_remote_code=options.trust_remote_code,
+    )
+    if not own and taught.logprobs is not None:
+        from loopos.data.templates import ChatTemplate
+        from loopos.models.folders import check_same_tokens
+        from loopos.models.tokenizers import open_tokenizer
+
+        # The tokens are those that MODEL learns: its template renders the prompts and ends the answers.
+        student = open_tokenizer(model, trust_remote_code=options.trust_remote_code)
+        check_same_tokens(student, reasoner.tokenizer, f"--teacher {taught.teacher}", of="student")
+        reasoner.template = ChatTemplate(student)
+    return reasoner
+
+
+def _chunk(options: SampleOptions) -> int | None:
+    """Prompts of a chunk; None for the sampler's own number."""
+    if options.chunk is not None or not options.taught.is_endpoint:
+        return options.chunk
+    from loopos.rl.endpoint_answers import ANSWERS_OF_A_CHUNK
+
+    return max(1, ANSWERS_OF_A_CHUNK // options.samples)
+
+
+def _sampled(
+    sampler: RejectionSampler, reasoner: Reasoner, options: SampleOptions, progress: Callable[[int, int], None]
+) -> Speed:
+    """Makes the answers, with the model or by the endpoint. Raises `UserError`."""
+    taught = options.taught
+    if not taught.is_endpoint:
+        logprobs = None
+        if taught.logprobs is not None:
+            from loopos.evaluation.teacher_logprobs import TeacherLogprobs
+
+            logprobs = TeacherLogprobs(reasoner.model, reasoner.tokenizer, taught.logprobs)
+        return sampler.sample(reasoner, options.sampling.settings(), logprobs=logprobs, progress=progress)
+    from loopos.evaluation.chat_endpoint import ChatEndpoint
+    from loopos.rl.endpoint_answers import EndpointAnswers
+
+    assert taught.teacher is not None, "checked with the options"
+    assert taught.teacher_model is not None, "checked with the options"
+    endpoint = ChatEndpoint(base_url=taught.teacher, model=taught.teacher_model, api_key_env=taught.api_key_env)
+
+    def count(text: str) -> int:
+        return len(reasoner.tokenizer(text, add_special_tokens=False)["input_ids"])
+
+    answers = EndpointAnswers(endpoint, options.sampling.settings(), options.samples, count)
+    return sampler.write_with(answers, answers.identity(sampler.requests, sampler.chunk), progress=progress)
+
+
 def _diagnostics(options: SampleOptions) -> Iterator[str]:
     """Messages for invalid options; without torch."""
     judged, selected = options.judged, options.selected
     yield from options.sampling.diagnostics()
     yield from device_diagnostics(options.device, options.precision)
     for name, value in (("samples", options.samples), ("chunk", options.chunk), ("limit", options.limit),
+                        ("logprobs", options.taught.logprobs),
                         ("top", selected.top)):  # fmt: skip
         if value is not None and value < 1:
             yield f"{option(name)}: got {value}; expected 1 or more"
     if options.samples > 1 and options.sampling.temperature == 0:
         yield f"--samples {options.samples} at --temperature 0: all answers would be equal; use a temperature above 0"
+    yield from _teacher_diagnostics(options)
+    if options.taught.logprobs is not None and selected.keep in ("pairs", "groups"):
+        yield f"--logprobs with --keep {selected.keep}: distillation reads single answers; use --keep all or best"
     if options.raw and options.system is not None:
         yield "--system with --raw: a raw prompt has no messages; put the text into the prompt"
     if judged.judge is not None and judged.judge_model is not None:
@@ -251,6 +342,25 @@ def _option_diagnostics(judged: JudgeOptions) -> Iterator[str]:
 def _is_function(name: str) -> bool:
     """Whether --judge names a reward function rather than the folder of a reward model."""
     return name in REWARDS or (":" in name and not os.path.exists(name))
+
+
+def _teacher_diagnostics(options: SampleOptions) -> Iterator[str]:
+    """Options of a teacher that contradict each other."""
+    taught = options.taught
+    if not taught.is_endpoint:
+        for name in ("teacher_model", "api_key_env"):
+            if getattr(taught, name) is not None:
+                yield f"{option(name)}: needs an endpoint; use --teacher http://HOST/v1"
+        return
+    if taught.teacher_model is None:
+        yield "--teacher with a URL: needs the name of the model there; use --teacher-model"
+    if taught.logprobs is not None:
+        yield "--logprobs with an endpoint: its tokens may be others than MODEL's; use --teacher with a model"
+    if options.raw:
+        yield "--raw with an endpoint: it answers messages; leave --raw out"
+    for name in changed_fields(options.sampling):
+        if name in ("top_k", "min_p"):
+            yield f"{option(name)} with an endpoint: OpenAI's API has no such setting"
 
 
 def _idle_options(options: SampleOptions) -> Iterator[str]:

@@ -151,6 +151,13 @@ BUILTIN: Mapping[str, MethodRow] = {
         "judgments",
         "prompts",
     ),
+    "distillation": _row(
+        "posttraining",
+        "distillation:DistillationConfig",
+        "distillation:DistillationTrainer",
+        "a student from a teacher's next-token distributions: on data, or on its own answers",
+        "demonstrations",
+    ),
     "autoregressive": _row(
         "pretraining",
         "pretraining:PretrainingConfig",

@@ -166,7 +166,9 @@ class LossRow:
     it may have the parameters probabilities and margins. One of "preference" (`dpo` and its relatives) is called as
     `loss(pairs, settings)`, as `functional.preference_losses` describes; `reference`: whether it reads the reference's
     log-probabilities, `ranks`: whether it compares ranks within a step, `reads`: the keys of `preference` that it reads
-    besides beta, None for any.
+    besides beta, None for any. One of "distillation" is called as `loss(student, teacher, settings)`, log-probabilities
+    `[R, K]` of both over K outcomes, as `functional.distillation_loss` describes, and returns `[R]`; `on_policy`:
+    whether it is a loss of tokens that the student sampled; `reads`: the keys of `distillation` that it reads.
     """
 
     function: Target
@@ -176,6 +178,7 @@ class LossRow:
     reference: bool = True
     ranks: bool = False
     reads: tuple[str, ...] | None = None
+    on_policy: bool = False
 
     @property
     def summary(self) -> str:
@@ -199,6 +202,15 @@ PREFERENCE = "preference"
 def _preference_loss(function: str, *reads: str, reference: bool = True, ranks: bool = False) -> LossRow:
     target = Reference(f"loopos.functional.preference_losses:{function}")
     return LossRow(target, (PREFERENCE,), reference=reference, ranks=ranks, reads=reads)
+
+
+DISTILLATION = "distillation"
+"""The method of distillation in `LossRow.methods`."""
+
+
+def _distillation_loss(function: str, *reads: str, on_policy: bool = False) -> LossRow:
+    target = Reference(f"loopos.functional.distillation_loss:{function}")
+    return LossRow(target, (DISTILLATION,), reads=reads, on_policy=on_policy)
 
 
 _SMOOTHING, _DIVERGENCE, _MARGINS, _SOFT = "label_smoothing", "divergence", "margins", "soft_labels"
@@ -228,6 +240,10 @@ LOSSES: Registry[LossRow] = Registry(
         "cpo": _preference_loss("cpo", _SMOOTHING, _MARGINS, _SOFT, reference=False),
         "orpo": _preference_loss("orpo", _SMOOTHING, _SOFT, reference=False),
         "sft": _preference_loss("likelihood", reference=False),
+        "forward_kl": _distillation_loss("forward_kl"),
+        "reverse_kl": _distillation_loss("reverse_kl"),
+        "jsd": _distillation_loss("jsd", "beta"),
+        "sampled_reverse_kl": _distillation_loss("sampled_reverse_kl", on_policy=True),
     },
     decorator="register_loss",
     adopt=lambda function: LossRow(function, ("fine_tuning", "reward_model"), TASKS),

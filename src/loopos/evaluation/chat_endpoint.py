@@ -1,7 +1,6 @@
 """A client of chat completions as OpenAI's API has them: vLLM, SGLang, Ollama, llama.cpp, `loopos serve` and others.
 
-The key comes from an environment variable only. Standard library only. Apart from the judge that asks with it, because
-it knows nothing of rewards.
+The key comes from an environment variable only. Standard library only. Apart from its users, which judge or sample.
 """
 
 from __future__ import annotations
@@ -31,11 +30,13 @@ class EndpointFailed(UserError):
 @dataclass(frozen=True, slots=True)
 class Reply:
     """`text` of the first choice; `tokens` of request and reply together, as the server counts them (0: it does not
-    say).
+    say), `written` those of the reply; `ended`: by itself, not by a limit.
     """
 
     text: str
     tokens: int
+    written: int = 0
+    ended: bool = True
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -99,7 +100,8 @@ def _reply(content: bytes) -> Reply:
     """Raises ValueError for another form."""
     try:
         found = json.loads(content)
-        text, usage = found["choices"][0]["message"]["content"], found.get("usage") or {}
-        return Reply(text or "", int(usage.get("total_tokens", 0)))
+        choice, usage = found["choices"][0], found.get("usage") or {}
+        text, ended = choice["message"]["content"], choice.get("finish_reason") != "length"
+        return Reply(text or "", int(usage.get("total_tokens", 0)), int(usage.get("completion_tokens", 0)), ended)
     except (KeyError, IndexError, TypeError, AttributeError) as problem:
         raise ValueError(f"the reply {shown(content.decode('utf-8', 'replace'))} has no message") from problem

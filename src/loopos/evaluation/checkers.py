@@ -126,11 +126,14 @@ def _users(name: str) -> Checker:
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """One generated text. `num_tokens` includes the end token; `ended`: by an end token, not by a limit."""
+    """One generated text. `num_tokens` includes the end token; `ended`: by an end token, not by a limit. `teacher`: the
+    column of `data.stored_logprobs`, None without it.
+    """
 
     text: str
     num_tokens: int
     ended: bool
+    teacher: Mapping[str, Any] | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
@@ -58,7 +58,13 @@ def softmax_and_normalizer(logits: Tensor) -> tuple[Tensor, Tensor]:
     return probabilities, top - probabilities.amax(-1, keepdim=True).log()
 
 
-class _ChunkedCrossEntropy(torch.autograd.Function):
+BlockLoss: TypeAlias = Callable[[slice, Tensor, bool], tuple[Tensor, Tensor | None]]
+"""(rows within the chunk, their logits `[R, V]` fp32, whether gradients are needed) → the sum of the rows' losses,
+and d sum / d logits, in memory of its own, or None where no gradients are needed.
+"""
+
+
+class _ChunkedLoss(torch.autograd.Function):
     """Loss and gradients in one pass over the chunks; the full `[M, V]` logits never exist.
 
     The gradient of the output embedding is summed in fp32, whatever its dtype, and added to the embedding's gradient
@@ -67,7 +73,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, embedding: Tensor, targets: Tensor, weights: Tensor, shape: LogitShape
+        ctx: Any, hidden: Tensor, embedding: Tensor, losses: Callable[[slice], BlockLoss], shape: LogitShape
     ) -> Tensor:
         total = torch.zeros((), dtype=torch.float32, device=hidden.device)
         wants_hidden, wants_embedding = ctx.needs_input_grad[:2]
@@ -75,19 +81,15 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         d_embedding = (
             torch.zeros(embedding.shape, dtype=torch.float32, device=hidden.device) if wants_embedding else None
         )
-        for first in range(0, len(targets), CHUNK):
-            rows = slice(first, first + CHUNK)
-            states, chosen, weight = hidden[rows], targets[rows, None], weights[rows, None]
+        for rows in _chunks(len(hidden)):
+            states, loss = hidden[rows], losses(rows)
             products = states @ embedding.t()
             for part in blocks(products):
                 logits = shape(products[part])
-                probabilities, log_normalizer = softmax_and_normalizer(logits)
-                total += ((log_normalizer - logits.gather(1, chosen[part])) * weight[part]).sum()
-                if d_hidden is None and d_embedding is None:
-                    continue
-                # d loss / d logits = weight · (softmax − one at the target)
-                d_logits = (probabilities * weight[part]).scatter_add_(1, chosen[part], -weight[part])
-                products[part] = shape.backward(logits, d_logits)
+                found, d_logits = loss(part, logits, wants_hidden or wants_embedding)
+                total += found
+                if d_logits is not None:
+                    products[part] = shape.backward(logits, d_logits)
             if d_hidden is not None:
                 torch.mm(products, embedding, out=d_hidden[rows])
             if d_embedding is not None:
@@ -108,7 +110,18 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             ctx.buffer().addcmul_(saved.pop(0), gradient)
         elif ctx.wants[1]:
             d_embedding = (saved.pop(0) * gradient).to(ctx.embedding_dtype)
-        return d_hidden, d_embedding, None, None, None
+        return d_hidden, d_embedding, None, None
+
+
+def chunked_loss_sum(
+    hidden: Tensor, embedding: Tensor, losses: Callable[[slice], BlockLoss], *, shape: LogitShape = LogitShape()
+) -> Tensor:
+    """The sum of losses of logits z_i = shape(E·h_i), for any loss of single rows, as a scalar in fp32.
+
+    hidden `[M, d]`, embedding E `[V, d]`. losses: rows of a chunk → the loss of parts of it.
+    """
+    apply: Callable[..., Tensor] = _ChunkedLoss.apply
+    return apply(hidden, embedding, losses, shape)
 
 
 def next_token_loss_sum(
@@ -126,8 +139,22 @@ def next_token_loss_sum(
     """
     if weights is None:
         weights = torch.ones(len(targets), dtype=torch.float32, device=hidden.device)
-    apply: Callable[..., Tensor] = _ChunkedCrossEntropy.apply
-    return apply(hidden, embedding, targets, weights.float(), shape)
+    factors = weights.float()
+
+    def losses(rows: slice) -> BlockLoss:
+        chosen, weight = targets[rows, None], factors[rows, None]
+
+        def loss(part: slice, logits: Tensor, wants_gradient: bool) -> tuple[Tensor, Tensor | None]:
+            probabilities, log_normalizer = softmax_and_normalizer(logits)
+            total = ((log_normalizer - logits.gather(1, chosen[part])) * weight[part]).sum()
+            if not wants_gradient:
+                return total, None
+            # d loss / d logits = weight · (softmax − one at the target)
+            return total, (probabilities * weight[part]).scatter_add_(1, chosen[part], -weight[part])
+
+        return loss
+
+    return chunked_loss_sum(hidden, embedding, losses, shape=shape)
 
 
 def _chunks(num_rows: int) -> Iterator[slice]:

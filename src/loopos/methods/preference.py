@@ -51,7 +51,7 @@ from loopos.rl.rollouts import RolloutPlan
 from loopos.rl.workers.protocol import LocalRollouts
 from loopos.training.fit import Fit, RunPlan
 from loopos.training.identity import of_comparisons
-from loopos.training.objectives import with_router_loss
+from loopos.training.objectives import means_of, with_router_loss
 from loopos.training.preference_objective import PreferenceBatches, PreferenceObjective, ranked
 from loopos.training.progress import write_samples
 from loopos.training.reference import FollowedBatches, ReferenceCache, ReferenceCopy, cached_logprobs
@@ -368,16 +368,8 @@ class PreferenceTrainer(Trainer[PreferenceConfig]):
         return metrics
 
     def means(self, batches: Iterable[tuple[Any, bool]]) -> dict[str, float]:
-        """What the objective computes of batches, as means over all ranks. Batches marked False do not count."""
-        sums: dict[str, float] = {}
-        counts: dict[str, float] = {}
-        for batch, counted in batches:
-            found, number = self.objective.loss(batch), self.objective.counts(batch)
-            for name, value in found.items():
-                sums[name] = sums.get(name, 0.0) + (float(value) if counted else 0.0)
-                counts[name] = counts.get(name, 0.0) + (number[name] if counted else 0.0)
-        total, number = self.world.sum_floats(sums), self.world.sum_floats(counts)
-        return {name: total[name] / number[name] if number[name] else 0.0 for name in total}
+        """As `means_of`."""
+        return means_of(self.objective, batches, self.world)
 
     def _validation_batches(self, rank: int, size: int) -> Iterator[tuple[PreferenceBatch, bool]]:
         """This rank's batches, and whether they count; with the ranks that AOT compares, over all that count."""

@@ -18,9 +18,9 @@ from loopos.config.sft import SftConfig
 from loopos.data.batches import Batch, PackedRows, StepBatches
 from loopos.data.digest import rows_digest
 from loopos.data.reading import DataReport
+from loopos.data.stored_logprobs import encoder_of
 from loopos.data.supervised import load_supervised
 from loopos.data.supervised_rows import Example
-from loopos.data.supervised_tokens import SupervisedEncoder
 from loopos.data.tokens import Encoded
 from loopos.evaluation.answer_check import SampleAnswers, chats_of
 from loopos.evaluation.metrics import METRIC_DIRECTION
@@ -50,7 +50,7 @@ class SftTrainer(Trainer[SftConfigT]):
         self.pretrained = pretrained = self.load_pretrained(causal=True)
         self.tokenizer = pretrained.tokenizer
         self.max_length = self.longest_of(pretrained)
-        self.encoder = SupervisedEncoder(data, self.step_format, self.tokenizer, max_length=self.max_length)
+        self.encoder = encoder_of(data, self.step_format, self.tokenizer, max_length=self.max_length)
         self.template = self.encoder.template
         self.train_rows, self.train_tokens = self.encode(self.learned())
         self.validation_rows: list[Encoded] = []
@@ -153,16 +153,20 @@ class SftTrainer(Trainer[SftConfigT]):
         """Loss on the validation rows and, every `evaluation.every` validations, generated answers: their metrics, and
         samples for the report.
         """
-        loss = mean_loss(NextToken(self.model), self.validation_rows, device=self.device, world=self.world)
+        losses = self.losses()
         if self.answers is None or not self.generates_now():
-            return {"loss": loss}
+            return losses
         with self.trained.whole():
             metrics, records = self.generated(self.answers)
         if self.world.is_first:
             write_samples(self.fit.run_dir / "samples.jsonl", self.fit.position.step, records)
         answers = [record["answer"] if "answer" in record else record["response"] for record in records]
         references = [record["expected"] if "expected" in record else record["reference"] for record in records]
-        return self.with_own_metrics({"loss": loss, **metrics}, answers, references)
+        return self.with_own_metrics({**losses, **metrics}, answers, references)
+
+    def losses(self) -> dict[str, float]:
+        """What is computed of the validation rows' own answers."""
+        return {"loss": mean_loss(NextToken(self.model), self.validation_rows, device=self.device, world=self.world)}
 
     def generated(self, answers: SampleAnswers) -> tuple[dict[str, float], Records]:
         """Metrics of generated answers, and the answers for samples.jsonl; the same on every process."""

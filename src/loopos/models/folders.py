@@ -154,12 +154,16 @@ def descriptions_together(descriptions: Sequence[Mapping[str, Any]]) -> dict[str
     return {**found, "process": processes[0] if processes else None}
 
 
-def check_same_tokens(policy: PreTrainedTokenizerBase, other: PreTrainedTokenizerBase, key: str) -> None:
-    """Raises `UserError` unless both tokenizers have the same tokens. key: the config key of the other model."""
-    if policy.get_vocab() != other.get_vocab():
+def check_same_tokens(
+    own: PreTrainedTokenizerBase, other: PreTrainedTokenizerBase, key: str, *, of: str = "policy"
+) -> None:
+    """Raises `UserError` unless both tokenizers have the same tokens. key: the config key of the other model; of: what
+    the run trains.
+    """
+    if own.get_vocab() != other.get_vocab():
         raise UserError(
-            f"{key}: its tokenizer has other tokens than the policy's ({len(other)} and {len(policy)}); expected a "
-            "model trained from weights with the policy's tokenizer"
+            f"{key}: its tokenizer has other tokens than the {of}'s ({len(other)} and {len(own)}); expected a "
+            f"model trained from weights with the {of}'s tokenizer"
         )
 
 

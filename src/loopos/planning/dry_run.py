@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from loopos.config.distillation import DistillationConfig
 from loopos.config.figures import as_bytes, as_time
 from loopos.config.methods import method_row
 from loopos.config.preference import PreferenceConfig
@@ -25,11 +26,12 @@ from loopos.planning.work import (
     Work,
     open_prompts,
     open_reward_shapes,
+    open_teacher,
     planned_reward_shape,
     trained_reward_shapes,
     work_of,
 )
-from loopos.rl import preference_rounds
+from loopos.rl import distillation_rounds, preference_rounds
 from loopos.training.precision import pick_device, resolve
 
 
@@ -187,6 +189,9 @@ def _offline_plan(config: AnyConfig, *, trust_remote_code: bool) -> dict[str, An
     if isinstance(config, PreferenceConfig) and config.online is not None:
         rounds = preference_rounds.plan_of(config, num_prompts=len(work.train), rank=0, world=1)
         planned, left_out = rounds.iterations * rounds.minibatches, {"left_out": ["writing and scoring answers"]}
+    if isinstance(config, DistillationConfig) and config.is_on_policy:
+        rounds = distillation_rounds.plan_of(config, num_rows=len(work.train), rank=0, world=1)
+        planned, left_out = rounds.iterations * rounds.minibatches, {"left_out": ["writing answers"]}
     steps = planned if training.max_steps is None else min(planned, training.max_steps)
     epochs = steps / batches.steps_an_epoch
     largest, longest = largest_batch(batches)
@@ -206,6 +211,13 @@ def _offline_plan(config: AnyConfig, *, trust_remote_code: bool) -> dict[str, An
         validation_targets=validations * count_targets(work.validation),
         trains_output=model.trains_output,
     )
+    if isinstance(config, DistillationConfig) and (teacher := teacher_model(config)) is not None:
+        tokens = round(count_tokens(work.train) * epochs) + validations * count_tokens(work.validation)
+        targets = round(count_targets(work.train) * epochs) + validations * count_targets(work.validation)
+        seconds += estimate.forward_seconds(
+            teacher.parameters, tokens=tokens, targets=targets, output=teacher.output,
+            operations_a_second=machine.operations_a_second,
+        )  # fmt: skip
     return {
         "model": model_facts(config, model, machine),
         "data": {"said": work.summary},
@@ -305,6 +317,15 @@ def storage(
             moves = config.preference.sync_reference is not None
         if config.data.reward_models:
             memory["reward models"] = (2 if half else 4) * reward_parameters(config)
+    if isinstance(config, DistillationConfig) and (teacher := teacher_model(config)) is not None:
+        memory["teacher"] = (2 if half else 4) * teacher.parameters.total
+        # Its logits of a chunk, beside the student's.
+        memory["logits"] += estimate.logit_bytes(
+            width=teacher.shape.width,
+            vocabulary=teacher.vocabulary,
+            number_bytes=2 if half else 4,
+            trains_output=False,
+        )
     disk = estimate.disk_bytes(
         model.parameters,
         half_precision=half,
@@ -323,6 +344,9 @@ def generation_bytes(config: Any, model: Model, longest: int, number_bytes: int)
     if isinstance(config, PreferenceConfig) and config.online is not None:
         answers = preference_rounds.plan_of(config, num_prompts=1, rank=0, world=1).batch_size
         generated.append((min(_GENERATED_TOGETHER, answers), longest))
+    if isinstance(config, DistillationConfig) and config.is_on_policy:
+        answers = distillation_rounds.plan_of(config, num_rows=1, rank=0, world=1).batch_size
+        generated.append((min(_GENERATED_TOGETHER, answers), longest + config.online.max_new_tokens))
     if config.generates:
         generated.append((generated_rows(config), longest + config.generation.max_new_tokens))
     return max(
@@ -336,9 +360,22 @@ def generation_bytes(config: Any, model: Model, longest: int, number_bytes: int)
     )
 
 
+def teacher_model(config: DistillationConfig) -> Model | None:
+    """The teacher as shapes; None where rows hold its log-probabilities. Raises `UserError`."""
+    architecture = open_teacher(config)
+    if architecture is None:
+        return None
+    return meta_model(_whole(config.training), architecture, head=None, trust_remote_code=False)
+
+
+def _whole(training: TrainingSection) -> TrainingSection:
+    """Settings of a model that has nothing beside its weights."""
+    return training.model_copy(update={"trainable": "all", "freeze_layers": 0, "unfreeze_step": None})
+
+
 def reward_parameters(config: PreferenceConfig) -> int:
     """Parameters of the reward models that compare the policy's answers."""
-    whole = config.training.model_copy(update={"trainable": "all", "freeze_layers": 0, "unfreeze_step": None})
+    whole = _whole(config.training)
     models = (
         meta_model(whole, each.architecture, head=each.heads, trust_remote_code=False)
         for each in open_reward_shapes(config)

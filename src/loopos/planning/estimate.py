@@ -192,6 +192,16 @@ def training_seconds(
     return operations / (operations_a_second * MATMUL_EFFICIENCY) + moved / bytes_a_second
 
 
+def forward_seconds(
+    parameters: Parameters, *, tokens: int, targets: int, output: int, operations_a_second: float
+) -> float:
+    """Time of forward passes of a frozen model (s): 2 operations per multiplied parameter and token, and per parameter
+    of the output embedding and target.
+    """
+    operations = 2.0 * (tokens * parameters.multiplied + targets * output)
+    return operations / (operations_a_second * MATMUL_EFFICIENCY)
+
+
 def generation_seconds(
     parameters: Parameters,
     *,

@@ -16,6 +16,7 @@ from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 from loopos.config.chain_of_thought import ChainOfThoughtConfig
 from loopos.config.diagnostics import UserError
+from loopos.config.distillation import DistillationConfig
 from loopos.config.fine_tuning import FineTuningConfig
 from loopos.config.methods import method_row
 from loopos.config.ppo import PpoConfig
@@ -38,6 +39,7 @@ from loopos.data.preference_tokens import EncodedComparison, PreferenceEncoder
 from loopos.data.preferences import Comparison, Pair
 from loopos.data.prompts import Prompt, distinct_prompts
 from loopos.data.reading import DataReport
+from loopos.data.stored_logprobs import encoder_of
 from loopos.data.supervised import SupervisedData, load_supervised
 from loopos.data.supervised_tokens import SupervisedEncoder
 from loopos.data.tokens import Encoded, encode_labeled, longest
@@ -184,6 +186,18 @@ def trained_reward_shapes(
         lora = _adapter(model.adapter) if model.adapter is not None and over_policy else None
         found.append(RewardShape(load_config(model), len(model.description["score_mean"]), lora))
     return found
+
+
+def open_teacher(config: DistillationConfig) -> PreTrainedConfig | None:
+    """The teacher's architecture; None where rows hold its log-probabilities. Raises `UserError`, also for a tokenizer
+    that is not the student's.
+    """
+    location = config.data.teacher
+    if location is None:
+        return None
+    student = open_tokenizer(resolve(config.data.pretrained_weights), config.data.tokenizer)
+    check_same_tokens(student, open_tokenizer(resolve(location)), f"data.teacher: {location}", of="student")
+    return load_config(resolve(location))
 
 
 def open_reward_shapes(config: PreferenceConfig) -> list[RewardShape]:
@@ -383,7 +397,7 @@ def open_supervised(config: SftConfig, *, trust_remote_code: bool) -> Supervised
     section = config.data
     data = load_supervised(section, seed=config.training.seed)
     architecture, tokenizer, max_length = _opened(config, trust_remote_code)
-    encoder = SupervisedEncoder(section, data.step_format, tokenizer, max_length=max_length)
+    encoder = encoder_of(section, data.step_format, tokenizer, max_length=max_length)
     return SupervisedInputs(data, encoder, architecture)
 
 

@@ -13,26 +13,24 @@ import statistics
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from loopos.config.diagnostics import UserError
 from loopos.config.preference import PreferenceConfig
-from loopos.data.batches import Cursor
 from loopos.data.digest import prompts_digest, records_digest
 from loopos.data.preference_tokens import EncodedComparison, PreferenceEncoder
 from loopos.data.preferences import Pair
 from loopos.data.prompts import WithPrompt, distinct_prompts
 from loopos.data.reading import DataReport
-from loopos.data.response_batches import PreferenceBatch, PreferenceRows
+from loopos.data.response_batches import PreferenceBatch
 from loopos.generation.settings import SamplingParams
 from loopos.models.folders import OpenedReward, check_same_tokens, open_reward_model
 from loopos.models.load import fingerprint
 from loopos.rl.collector import Collector, ScoredResponse, answer_metrics, request_of, seeded
 from loopos.rl.rollouts import RolloutPlan
-from loopos.training.distributed import World
+from loopos.rl.rounds import Rounds
 
 # So often a round is written anew if no prompt has answers of different rewards.
 _MOST_ATTEMPTS = 10
@@ -170,80 +168,23 @@ class RoundWriter:
         )
 
 
-class RoundBatches:
-    """The comparisons of rounds, divided evenly over the steps of each. A round with fewer comparisons than steps ends
-    early. It is part of the checkpoint, so that a resumed run has the same answers.
-    """
+class RoundBatches(Rounds[EncodedComparison, PreferenceBatch]):
+    """The comparisons of rounds."""
 
-    def __init__(
-        self,
-        plan: RolloutPlan,
-        write: Callable[[int], list[EncodedComparison]],
-        rows_of: Callable[[list[EncodedComparison]], PreferenceRows],
-    ) -> None:
-        """write: number of a round → its comparisons, the same on every rank."""
-        self.plan, self._write, self._rows_of = plan, write, rows_of
-        self.comparisons: list[EncodedComparison] = []
-        self._rows: PreferenceRows | None = None
-
-    @property
-    def num_rows(self) -> int:
-        return self.plan.num_prompts
-
-    @property
-    def rows_a_step(self) -> int:
-        return self.plan.batch_size // (self.plan.responses_per_prompt * self.plan.minibatches)
-
-    @property
-    def steps_an_epoch(self) -> int:
-        return self.plan.minibatches
-
-    def step(self, cursor: Cursor) -> list[PreferenceBatch]:
-        """This rank's micro-batches; the first step of a round writes its comparisons."""
-        if not self.comparisons:
-            assert cursor.step == 0, f"no comparisons at {cursor}"
-            self.comparisons = self._write(cursor.epoch)
-        if self._rows is None:
-            self._rows = self._rows_of(self.comparisons)
-        rows = self._rows
-        return [rows(chosen) for chosen in self.plan.batches_of(cursor, rows.lengths)]
-
-    def idle(self) -> PreferenceBatch:
-        """A batch of the first comparison."""
-        assert self._rows is not None, "idle is called after step"
-        return self._rows([0])
-
-    def after(self, cursor: Cursor, losses: Mapping[str, float]) -> Cursor:
-        """The next step, or the next round."""
-        if cursor.step + 1 < min(self.steps_an_epoch, len(self.comparisons)):
-            return Cursor(cursor.epoch, cursor.step + 1)
-        self.comparisons, self._rows = [], None
-        return Cursor(cursor.epoch + 1, 0)
-
-    def synchronize(self, world: World) -> None:
-        """All ranks have the same comparisons."""
-
-    def tensors(self) -> Mapping[str, Tensor]:
-        """The comparisons of the round, for a checkpoint: ids and lengths of prompt, best and worst answer, margins."""
-        if not self.comparisons:
-            return {}
-        texts = [ids for each in self.comparisons for ids in (each.prompt, *each.responses)]
+    def tensors_of(self, rows: Sequence[EncodedComparison]) -> Mapping[str, Tensor]:
+        """Ids and lengths of prompt, best and worst answer, and margins."""
+        texts = [ids for each in rows for ids in (each.prompt, *each.responses)]
         return {
             "ids": torch.tensor([token for ids in texts for token in ids]),
             "lengths": torch.tensor([len(ids) for ids in texts]),
-            "indices": torch.tensor([each.index for each in self.comparisons]),
-            "margins": torch.tensor([each.pairs[0].margin for each in self.comparisons], dtype=torch.float64),
+            "indices": torch.tensor([each.index for each in rows]),
+            "margins": torch.tensor([each.pairs[0].margin for each in rows], dtype=torch.float64),
         }
 
-    def state(self) -> dict[str, Any]:
-        return {}
-
-    def load(self, tensors: Mapping[str, Tensor], state: Mapping[str, Any]) -> None:
-        """Restores `tensors`."""
-        self.comparisons, self._rows = [], None
-        if not tensors:
-            return
+    def rows_from(self, tensors: Mapping[str, Tensor]) -> list[EncodedComparison]:
         texts = [part.tolist() for part in torch.split(tensors["ids"], tensors["lengths"].tolist())]
         numbers = zip(tensors["indices"].tolist(), tensors["margins"].tolist(), strict=True)
-        for (index, margin), prompt, best, worst in zip(numbers, texts[::3], texts[1::3], texts[2::3], strict=True):
-            self.comparisons.append(EncodedComparison(prompt, [best, worst], (Pair(0, 1, margin=margin),), index))
+        return [
+            EncodedComparison(prompt, [best, worst], (Pair(0, 1, margin=margin),), index)
+            for (index, margin), prompt, best, worst in zip(numbers, texts[::3], texts[1::3], texts[2::3], strict=True)
+        ]

@@ -36,6 +36,7 @@ from loopos.evaluation.checkers import judge as checked
 from loopos.evaluation.grading import Grader
 from loopos.evaluation.reasoning import Reasoner
 from loopos.evaluation.reward_predictor import RewardPredictor, judged_content
+from loopos.evaluation.teacher_logprobs import TeacherLogprobs
 from loopos.generation.settings import SamplingParams
 from loopos.models.language_ensemble import members_of
 from loopos.models.load import fingerprint
@@ -193,13 +194,45 @@ class RejectionSampler:
         self._headers: dict[str, Mapping[str, Any]] = {}
 
     def sample(
-        self, reasoner: Reasoner, settings: SamplingParams, *, progress: Callable[[int, int], None] | None = None
+        self,
+        reasoner: Reasoner,
+        settings: SamplingParams,
+        *,
+        logprobs: TeacherLogprobs | None = None,
+        progress: Callable[[int, int], None] | None = None,
     ) -> Speed:
-        """Generates the responses that the folder lacks. progress: takes the numbers of finished prompts and of all.
-        Raises `UserError` if the folder has responses of other settings, `OSError`.
-        """
+        """`write` with a model. logprobs: computes the candidates that are kept beside each response."""
         sampling = reasoner.sampling(settings)
-        self._headers[RESPONSES] = self._identity(reasoner, sampling)
+        identity = self._identity(reasoner, sampling)
+        if logprobs is not None:
+            identity["logprobs"] = logprobs.k
+
+        def answers(requests: Sequence[Request]) -> list[Sample]:
+            prompts = [request.ids for request in requests]
+            completions = reasoner.engine.generate(prompts, sampling, n=self.n, logprobs=False)
+            columns: Sequence[Mapping[str, Any] | None] = [None] * len(completions)
+            if logprobs is not None:
+                asked = [prompts[each.prompt_index] for each in completions]
+                columns = logprobs(asked, [each.token_ids for each in completions])
+            return [
+                Sample(each.text, len(each.token_ids), each.finish_reason in ("stop", "stop string"), column)
+                for each, column in zip(completions, columns, strict=True)
+            ]
+
+        return self.write_with(answers, identity, progress=progress)
+
+    def write_with(
+        self,
+        answers: Callable[[Sequence[Request]], list[Sample]],
+        identity: Mapping[str, Any],
+        *,
+        progress: Callable[[int, int], None] | None = None,
+    ) -> Speed:
+        """Makes the responses that the folder lacks. answers: n to each request, one after another; identity: what they
+        depend on. progress: takes the numbers of finished prompts and of all. Raises `UserError` if the folder has
+        responses of other settings, `OSError`.
+        """
+        self._headers[RESPONSES] = identity
         try:
             file = self._file(RESPONSES)
         except HeaderDiffers as other:
@@ -213,15 +246,10 @@ class RejectionSampler:
             for start in self._starts[file.num_chunks :]:
                 if progress is not None:
                     progress(start, len(self.requests))
-                prompts = [request.ids for request in self._part(start)]
-                completions = reasoner.engine.generate(prompts, sampling, n=self.n, logprobs=False)
-                samples = [
-                    Sample(each.text, len(each.token_ids), each.finish_reason in ("stop", "stop string"))
-                    for each in completions
-                ]
+                samples = answers(self._part(start))
                 tokens += sum(sample.num_tokens for sample in samples)
                 file.append([
-                    {"samples": [asdict(sample) for sample in samples[first : first + self.n]]}
+                    {"samples": [_as_json(sample) for sample in samples[first : first + self.n]]}
                     for first in range(0, len(samples), self.n)
                 ])  # fmt: skip
         return Speed(tokens, time.monotonic() - began)
@@ -295,6 +323,10 @@ class RejectionSampler:
             "chunk": self.chunk,
             **{f"sampling.{name}": value for name, value in asdict(sampling).items()},
         }
+
+
+def _as_json(sample: Sample) -> dict[str, Any]:
+    return {name: value for name, value in asdict(sample).items() if value is not None}
 
 
 def _samples(line: Mapping[str, Any]) -> tuple[Sample, ...]:

@@ -17,6 +17,7 @@ from typing import Any, Literal, TypeAlias
 from loopos.data.conversations import ASSISTANT
 from loopos.data.prompts import PromptContent
 from loopos.data.record import text_problem
+from loopos.data.stored_logprobs import COLUMN
 from loopos.data.tool_schemas import Tool
 from loopos.evaluation.checkers import Sample
 from loopos.evaluation.sample_metrics import normalized
@@ -79,7 +80,7 @@ def best(judged: JudgedPrompt, rule: SelectionRule) -> Selection:
     for index in ranked:
         distinct.setdefault(normalized(judged.samples[index].text), index)
     chosen = tuple(distinct.values())[: rule.top]
-    rows = [_supervised(judged, index) | {"score": judged.scores[index]} for index in chosen]
+    rows = [_supervised(judged, index) | {"score": judged.scores[index]} | _logprobs(judged, index) for index in chosen]
     others = tuple(i for i, score in enumerate(judged.scores) if i not in chosen and score is not None)
     return Selection(rows, chosen, others if chosen else ())
 
@@ -124,7 +125,7 @@ def every(judged: JudgedPrompt, rule: SelectionRule) -> Selection:
         if score is not None:
             row["score"] = score
         numbers = {"sample": index, "tokens": sample.num_tokens, "ended": sample.ended}
-        rows.append(row | numbers | _beside(judged))
+        rows.append(row | numbers | _logprobs(judged, index) | _beside(judged))
     chosen, rejected = (tuple(i for i, label in labels.items() if label is side) for side in (True, False))
     return Selection(rows, chosen, rejected)
 
@@ -187,6 +188,12 @@ def _prompt(judged: JudgedPrompt) -> dict[str, Any]:
 def _response(judged: JudgedPrompt, index: int) -> Any:
     text = judged.samples[index].text
     return text if isinstance(judged.prompt, str) else [{"role": ASSISTANT, "content": text}]
+
+
+def _logprobs(judged: JudgedPrompt, index: int) -> dict[str, Any]:
+    """The stored log-probabilities of a response, if it has them."""
+    teacher = judged.samples[index].teacher
+    return {} if teacher is None else {COLUMN: dict(teacher)}
 
 
 def _tools(judged: JudgedPrompt) -> dict[str, Any]:

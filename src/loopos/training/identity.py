@@ -15,6 +15,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from loopos.config.differences import shown
+from loopos.config.distillation import DistillationConfig
 from loopos.config.fine_tuning import FineTuningConfig
 from loopos.config.ppo import PpoConfig
 from loopos.config.preference import PreferenceConfig
@@ -250,6 +251,25 @@ def of_sft(config: SftConfig, rows: Sequence[Encoded], encoder: SupervisedEncode
     return {
         **_learned_from(config, key, digest, encoder.tokenizer, encoder.max_length, base),
         **_template(encoder.template.source),
+    }
+
+
+def of_distillation(
+    config: DistillationConfig, rows: Sequence[Encoded], encoder: SupervisedEncoder, *, base: str, teacher: str
+) -> Identity:
+    """Identity of a student: that of `of_sft`, the teacher, and how it is learned from. teacher: the fingerprint of its
+    weights, or the digest of its stored candidates.
+    """
+    section, online = config.distillation, config.online
+    answers = online.model_dump(mode="json") if config.is_on_policy else None
+    return {
+        **of_sft(config, rows, encoder, base=base),
+        "teacher": Trait(teacher, ("data.teacher", f"data.{config.data.source_key}"), "the teacher's weights"),
+        **{
+            f"distillation.{name}": Trait(getattr(section, name), (f"distillation.{name}",))
+            for name in ("loss", "beta", "temperature", "on_policy_share")
+        },
+        **setting("online", answers),
     }
 
 

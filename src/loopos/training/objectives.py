@@ -7,7 +7,7 @@ Letters: N sequences or responses, C outputs, P pairs, M steps, k reward heads, 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Generic, Protocol, TypeVar
@@ -64,6 +64,7 @@ class Packed(Protocol):
 
 
 BatchT = TypeVar("BatchT", bound=Packed)
+MeasuredT = TypeVar("MeasuredT")
 
 
 @dataclass(frozen=True)
@@ -281,6 +282,23 @@ def mean_loss(objective: NextToken, rows: Sequence[Encoded], *, device: torch.de
             sums["count"] += objective.counts(batch)["loss"]
     total = world.sum_floats(sums)
     return total["loss"] / total["count"]
+
+
+def means_of(
+    objective: Objective[MeasuredT], batches: Iterable[tuple[MeasuredT, bool]], world: World
+) -> dict[str, float]:
+    """What an objective computes of batches, as means over all ranks; 0 where nothing counts. Batches marked False do
+    not count.
+    """
+    sums: dict[str, float] = {}
+    counts: dict[str, float] = {}
+    for batch, counted in batches:
+        found, number = objective.loss(batch), objective.counts(batch)
+        for name, value in found.items():
+            sums[name] = sums.get(name, 0.0) + (float(value) if counted else 0.0)
+            counts[name] = counts.get(name, 0.0) + (number[name] if counted else 0.0)
+    total, number = world.sum_floats(sums), world.sum_floats(counts)
+    return {name: total[name] / number[name] if number[name] else 0.0 for name in total}
 
 
 @dataclass(frozen=True)

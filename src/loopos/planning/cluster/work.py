@@ -12,13 +12,14 @@ from typing import Any
 from transformers import PreTrainedConfig
 
 from loopos.config.diagnostics import UserError
+from loopos.config.distillation import DistillationConfig
 from loopos.config.methods import method_row
 from loopos.config.ppo import PpoConfig
 from loopos.config.sections import TrainingSection
 from loopos.models.load import Sizes, load_config, new_config
 from loopos.models.tokenizers import open_tokenizer
 from loopos.planning import estimate
-from loopos.planning.dry_run import generated_rows
+from loopos.planning.dry_run import generated_rows, teacher_model
 from loopos.planning.policy import written_together
 from loopos.planning.shapes import Model, meta_model, role_shapes, value_head
 from loopos.planning.work import RewardShape, planned_reward_shape, trained_reward_shapes
@@ -128,11 +129,18 @@ def _offline_load(config: Any, described: PreTrainedConfig, tokens: int | None, 
     cache = None
     if config.generates:
         cache = Cache(generated_rows(config), longest + config.generation.max_new_tokens)
-    network = Network("model", model.parameters, model, "the model in training")
+    networks = [Network("model", model.parameters, model, "the model in training")]
+    if isinstance(config, DistillationConfig):
+        if (teacher := teacher_model(config)) is not None:
+            networks.append(
+                Network("teacher", _own(teacher.parameters.total, 0, teacher.parameters), teacher, "frozen")
+            )
+        if config.is_on_policy:
+            cache = Cache(written_together(training.batch_size * config.online.every), longest)
     return Load(
         config.computation.method,
         training,
-        [network],
+        networks,
         training.batch_size,
         row_tokens,
         training.gradient_accumulation,
