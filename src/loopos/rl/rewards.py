@@ -22,6 +22,7 @@ from loopos.evaluation.checkers import checker
 from loopos.evaluation.own_code import called_for, numbers_of
 from loopos.evaluation.process_rewards import Process, process_of, step_scores
 from loopos.evaluation.reward_predictor import Normalization, raw_scores
+from loopos.functional.advantages import overlong_penalty
 from loopos.models.folders import RewardEnsemble, check_same_tokens, open_reward_model
 from loopos.models.heads import PooledModel
 
@@ -174,14 +175,16 @@ class ModelScores:
 
 
 class Rewards:
-    """Σ weight · score of the reward model and the functions, minus the penalty for a missing end token, clipped to
-    ±`score_clip`.
+    """Σ weight · score of the reward model and the functions, minus the penalties for a missing end token and for a
+    response near the longest, clipped to ±`score_clip`.
     """
 
     def __init__(self, model: ModelScores | None, section: PpoRewardSection, rollout: RolloutSection) -> None:
         """Raises `UserError` for a function that does not exist."""
         self.model, self.section = model, section
         self.missing_end_penalty = rollout.missing_end_penalty or 0.0
+        self.max_new_tokens, self.overlong_tokens = rollout.max_new_tokens, rollout.overlong_tokens
+        self.overlong_weight = rollout.overlong_penalty
         self.functions = {each.name: (reward_function(each.name), each.weight) for each in section.functions}
 
     @classmethod
@@ -205,6 +208,9 @@ class Rewards:
         """Whether any function gets the rows of data."""
         return any(function.takes_rows for function, _ in self.functions.values())
 
+    def _overlong(self, response: Response) -> float:
+        return overlong_penalty(len(response.ids), longest=self.max_new_tokens, buffer=self.overlong_tokens)
+
     def __call__(self, responses: Sequence[Response]) -> dict[str, list[float]]:
         """`total`, and its unweighted parts by name: `model` (normalized) and each function."""
         if not responses:
@@ -221,6 +227,11 @@ class Rewards:
             total if response.ended else total - self.missing_end_penalty
             for total, response in zip(totals, responses, strict=True)
         ]
+        if self.overlong_tokens:
+            totals = [
+                total - self.overlong_weight * self._overlong(response)
+                for total, response in zip(totals, responses, strict=True)
+            ]
         bound = self.section.score_clip
         if bound is not None:
             totals = [min(max(total, -bound), bound) for total in totals]
