@@ -244,21 +244,6 @@ WRONG: list[tuple[str, list[str], str, str]] = [
     ("ppo", ['reward.functions=[{"weight": 1}]'], "reward.functions.0.name", '"module:name"'),
     ("ppo", ["training.trainable=head"], "training.trainable", '"all" or "lora"'),
     ("ppo", ["training.kl_in=loss", "training.kl_estimator=k1"], "training.kl_estimator", '"k2", "k3", or nothing'),
-    ("grpo", ["training.algorithm=dapo"], "training.algorithm", '"grpo", or nothing'),
-    (
-        "grpo",
-        ["generation.responses_per_prompt=1", "training.dynamic_sampling=0"],
-        "generation.responses_per_prompt",
-        "at least 2",
-    ),
-    ("reinforce_pp", ["training.dynamic_sampling=2"], "training.dynamic_sampling", "at least 2"),
-    ("grpo", ["training.batch_size=12"], "training.batch_size", "a multiple of responses_per_prompt (8)"),
-    (
-        "grpo",
-        ["training.curriculum={}", "rollout.engine=ray", "rollout.max_staleness=1"],
-        "training.curriculum",
-        "max_staleness 0",
-    ),
     ("ppo", ["training.kl_target=6", "training.kl_coefficient=0"], "training.kl_target", "kl_coefficient > 0"),
     ("ppo", ["training.metric=loss"], "training.metric", '"reward" or null'),
     (
