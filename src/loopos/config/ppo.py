@@ -312,6 +312,7 @@ def _effects(config: PpoConfig) -> dict[str, tuple[bool, str]]:
         "training.gae_lambda": critic if built_in else (True, ""),
         "training.kl_in": (has_penalty, "kl_coefficient is 0"),
         "training.kl_estimator": (has_penalty, "kl_coefficient is 0"),
+        "training.kl_importance": (has_penalty and training.kl_in == "loss", "there is no KL in the loss"),
         "training.kl_horizon": (training.kl_target is not None, "kl_target is not set"),
         "reward.model_weight": (has_model, "there is no data.reward_model"),
         "reward.ensemble_penalty": (has_model, "there is no data.reward_model"),

@@ -129,6 +129,11 @@ class PpoTrainingSection(LanguageTrainingSection):
     kl_estimator: KlEstimator | None = Field(
         default=None, description="estimator of the penalized KL; k1 in the reward and k2 in the loss when null"
     )
+    kl_importance: bool = Field(
+        default=False,
+        description="multiply each token's KL in the loss by its ratio of new to old probability, so that k3 has the "
+        "gradient of the KL",
+    )
     kl_report: KlEstimator = Field(
         default="k1", description="estimator of the KL that is logged, monitored and targeted"
     )

@@ -15,7 +15,7 @@ from torch import Tensor
 from loopos.config.rl import PpoTrainingSection
 from loopos.functional.advantages import KlController, KlEstimator, kl_terms
 from loopos.functional.packing import PackedLayout
-from loopos.functional.policy_loss import clipped_value_terms
+from loopos.functional.policy_loss import clipped_value_terms, ratio_of
 from loopos.rl.algorithms import PPO, Algorithm, PolicyInputs
 from loopos.rl.experience import PolicyOutputs, ResponseBatch, ReusedForward
 from loopos.rl.monitors import Monitor
@@ -82,6 +82,7 @@ class PpoObjective:
     clip_epsilon_high: float | None = None
     loss_normalization: Literal["token", "sequence", "constant"] = "token"
     max_new_tokens: int = 1
+    kl_importance: bool = False
 
     @classmethod
     def of(
@@ -110,6 +111,7 @@ class PpoObjective:
             clip_epsilon_high=settings.clip_epsilon_high,
             loss_normalization=settings.loss_normalization,
             max_new_tokens=max_new_tokens,
+            kl_importance=settings.kl_importance,
         )
 
     @property
@@ -172,7 +174,10 @@ class PpoObjective:
             "ratio": masked(policy.ratio).sum(),
         }
         if self.kl_loss is not None:
-            sums["kl_loss"] = factors(kl_terms(logprobs, columns["reference_logprobs"], self.kl_loss)).sum()
+            kl = kl_terms(logprobs, columns["reference_logprobs"], self.kl_loss)
+            # The gradient flows through the ratio too (DeepSeek-AI 2025, DeepSeek-V3.2, section 3.1).
+            weighted = kl * ratio_of(logprobs - old) if self.kl_importance else kl
+            sums["kl_loss"] = factors(weighted).sum()
         return sums
 
     def _factors(self, batch: ResponseBatch) -> Callable[[Tensor], Tensor]:
