@@ -8,12 +8,12 @@ from typing import Any
 
 import pytest
 
+from loopos.config.algorithms import ALGORITHMS
 from loopos.config.diagnostics import ConfigError
 from loopos.config.load import LoadedConfig, load
 from loopos.config.methods import ONLINE_METHODS, config_classes
 from loopos.config.ppo import PpoConfig
 from loopos.config.rlhf import RlhfConfig
-from loopos.config.variants import ALGORITHMS
 
 
 def loaded(folder: Path, method: str, *overrides: str, **training: Any) -> LoadedConfig:

@@ -11,8 +11,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from loopos.config.algorithms import ALGORITHMS
 from loopos.config.rl import PpoTrainingSection
-from loopos.config.variants import ALGORITHMS
 from loopos.data.batches import Cursor
 from loopos.functional.advantages import overlong_penalty, relative_rewards
 from loopos.functional.packing import PackedLayout

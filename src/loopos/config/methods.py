@@ -99,7 +99,7 @@ ONLINE_METHODS: Mapping[str, str] = {
     "cispo": "CISPO (no critic)",
     "gspo": "GSPO (no critic)",
 }
-"""The algorithms of `config.variants.ALGORITHMS` that are methods too, with their defaults."""
+"""The algorithms of `config.algorithms.ALGORITHMS` that are methods too, with their defaults."""
 
 BUILTIN: Mapping[str, MethodRow] = {
     "fine_tuning": _row(

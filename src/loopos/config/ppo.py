@@ -8,6 +8,7 @@ from typing import Any, Literal
 from pydantic import Field, model_validator
 
 from loopos.config import checks
+from loopos.config.algorithms import ALGORITHMS, AlgorithmRow
 from loopos.config.diagnostics import Problem
 from loopos.config.keys import Section
 from loopos.config.learning_rates import rate_notes
@@ -39,7 +40,6 @@ from loopos.config.sections import (
     MethodConfig,
     check_distributed,
 )
-from loopos.config.variants import ALGORITHMS, AlgorithmRow
 
 EXAMPLE_PROMPT = '{"prompt": "Where is my parcel?"}'
 

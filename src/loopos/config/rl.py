@@ -12,6 +12,7 @@ from typing import Annotated, ClassVar, Literal, TypeAlias
 
 from pydantic import Field
 
+from loopos.config.algorithms import ALGORITHMS
 from loopos.config.diagnostics import Problem
 from loopos.config.keys import (
     AS_IT_IS,
@@ -28,7 +29,7 @@ from loopos.config.keys import (
 )
 from loopos.config.preferences import PreferenceTextSection, check_reward_model
 from loopos.config.sections import EarlyStoppingSection, LanguageTrainingSection
-from loopos.config.variants import ALGORITHMS, REWARDS
+from loopos.config.variants import REWARDS
 
 _FUNCTION = r"[A-Za-z_][\w.]*:[A-Za-z_]\w*"
 KlEstimator: TypeAlias = Literal["k1", "k2", "k3"]

@@ -2,7 +2,7 @@
 
 An algorithm is two pure functions: `advantages(inputs: AdvantageInputs)` returns token advantages, and for one with a
 critic the pair of advantages and returns; `policy_loss(inputs: PolicyInputs)` returns a loss per token. The table of
-algorithms is in `config.variants`; `experience` calls the first function and `objective` the second.
+algorithms is in `config.algorithms`; `experience` calls the first function and `objective` the second.
 Letters: B responses of an iteration, L tokens of the longest, M tokens of the responses of one forward pass.
 """
 
@@ -14,9 +14,9 @@ from typing import TypeAlias
 
 from torch import Tensor
 
+from loopos.config.algorithms import AlgorithmRow
 from loopos.config.diagnostics import UserError
 from loopos.config.registry import loaded
-from loopos.config.variants import AlgorithmRow
 from loopos.functional.advantages import Baseline, Scale, future_rewards, generalized_advantages, relative_rewards
 from loopos.functional.policy_loss import (
     PolicyTerms,
