@@ -151,24 +151,7 @@ class PpoTrainer(Trainer[PpoConfig]):
             world=size,
             responses_per_prompt=config.generation.responses_per_prompt,
         )
-        # In one process, and a format that does not run in steps alone, judging is the first step's forward pass.
-        # Dynamic sampling replaces responses after they were judged.
-        keeps = world.size == 1 and self.precision != "fp16" and not settings.dynamic_sampling
-        reused = ReusedForward(plan.response_batches) if keeps else None
-        self.collector = Collector(
-            self.engine,
-            self.roles,
-            rewards,
-            device=self.device,
-            origins=self.encoder.origins,
-            reused=reused,
-            share_prompts=self.share_prompts,
-            gather=world.gather_data_parallel,
-        )
-        self._updates_began: float | None = None
-        self.curriculum = None
-        if settings.curriculum is not None:
-            self.curriculum = Curriculum(settings.curriculum, num_prompts=len(self.prompts), seed=settings.seed)
+        reused = self._build_collector(rewards, plan)
         self.controller = KlController(settings.kl_coefficient, target=settings.kl_target, horizon=settings.kl_horizon)
         self.monitor = Monitor(MonitorLimits(**config.guards.model_dump(exclude={"stop"})))
         self.objective = PpoObjective.of(
@@ -202,6 +185,29 @@ class PpoTrainer(Trainer[PpoConfig]):
             ),
             method_state=self.state,
         )
+
+    def _build_collector(self, rewards: Rewards, plan: RolloutPlan) -> ReusedForward | None:
+        """Sets what makes the rollouts of an iteration; returns what keeps their forward pass for the first step."""
+        settings, world = self.config.training, self.world
+        # In one process, and a format that does not run in steps alone, judging is the first step's forward pass.
+        # Dynamic sampling replaces responses after they were judged.
+        keeps = world.size == 1 and self.precision != "fp16" and not settings.dynamic_sampling
+        reused = ReusedForward(plan.response_batches) if keeps else None
+        self.collector = Collector(
+            self.engine,
+            self.roles,
+            rewards,
+            device=self.device,
+            origins=self.encoder.origins,
+            reused=reused,
+            share_prompts=self.share_prompts,
+            gather=world.gather_data_parallel,
+        )
+        self._updates_began: float | None = None
+        self.curriculum: Curriculum | None = None
+        if settings.curriculum is not None:
+            self.curriculum = Curriculum(settings.curriculum, num_prompts=len(self.prompts), seed=settings.seed)
+        return reused
 
     def _facts(self, iterations: int) -> dict[str, Any]:
         """The account of rows and tokens, for the log."""

@@ -1,7 +1,8 @@
 """Which prompts an iteration trains on: a curriculum by pass rate, and other prompts in place of those whose responses
 all have the same score (dynamic sampling: Yu et al. 2025, section 3.2).
 
-Both draw from counted random numbers, so that every process and a resumed run draw the same prompts.
+Both draw from counted random numbers, so that every process and a resumed run draw the same prompts. Apart from
+`rollouts`, which plans without having seen a score.
 """
 
 from __future__ import annotations
