@@ -9,9 +9,10 @@ from pathlib import Path
 
 import pytest
 
+from loopos.config.algorithms import ALGORITHMS
 from loopos.config.methods import METHODS
 from loopos.config.registry import load_plugins
-from loopos.config.variants import ALGORITHMS, EXPORTERS, FORMATS, LOSSES, MERGE_METHODS, REWARDS, TRACKERS
+from loopos.config.variants import EXPORTERS, FORMATS, LOSSES, MERGE_METHODS, REWARDS, TRACKERS
 
 REGISTRIES = (METHODS, ALGORITHMS, EXPORTERS, FORMATS, LOSSES, MERGE_METHODS, REWARDS, TRACKERS)
 

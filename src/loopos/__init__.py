@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from loopos.api import generate, load, read_config, train
     from loopos.changes import ensemble, export, merge, prune, quantize
+    from loopos.config.algorithms import register_algorithm
     from loopos.config.chain_of_thought import ChainOfThoughtConfig
     from loopos.config.compression import PruningRecipe, QuantizationRecipe
     from loopos.config.diagnostics import ConfigError, DataError, UserError
@@ -25,7 +26,6 @@ if TYPE_CHECKING:
     from loopos.config.rlhf import RlhfConfig
     from loopos.config.sft import SftConfig
     from loopos.config.variants import (
-        register_algorithm,
         register_exporter,
         register_format,
         register_loss,
@@ -66,7 +66,7 @@ _MODULES = {
     "ensemble": "loopos.changes",
     "read_config": "loopos.api",
     "register_method": "loopos.config.methods",
-    "register_algorithm": "loopos.config.variants",
+    "register_algorithm": "loopos.config.algorithms",
     "register_exporter": "loopos.config.variants",
     "register_format": "loopos.config.variants",
     "register_loss": "loopos.config.variants",

@@ -243,8 +243,7 @@ WRONG: list[tuple[str, list[str], str, str]] = [
     ("ppo", ['reward.functions=[{"name": "lengths"}]'], "reward.functions.0.name", '"module:name"'),
     ("ppo", ['reward.functions=[{"weight": 1}]'], "reward.functions.0.name", '"module:name"'),
     ("ppo", ["training.trainable=head"], "training.trainable", '"all" or "lora"'),
-    ("ppo", ["training.kl_in=loss", "training.kl_estimator=k1"], "training.kl_estimator", '"k2", or nothing'),
-    ("ppo", ["training.kl_in=loss", "training.kl_estimator=k3"], "training.kl_estimator", '"k2", or nothing'),
+    ("ppo", ["training.kl_in=loss", "training.kl_estimator=k1"], "training.kl_estimator", '"k2", "k3", or nothing'),
     ("ppo", ["training.kl_target=6", "training.kl_coefficient=0"], "training.kl_target", "kl_coefficient > 0"),
     ("ppo", ["training.metric=loss"], "training.metric", '"reward" or null'),
     (
@@ -313,7 +312,7 @@ WRONG: list[tuple[str, list[str], str, str]] = [
     ("rlhf", ["model.num_heads=5", "model.d_model=12"], "model.d_model", "a multiple of num_heads (5)"),
     ("rlhf", ["training.momentum=0.5"], "training.momentum", "0, or optimizer sgd or muon"),
     ("rlhf", ["training.precision=fp16", "training.device=cpu"], "training.precision", "auto, fp32 or bf16"),
-    ("rlhf", ["training.kl_in=loss", "training.kl_estimator=k1"], "training.kl_estimator", '"k2", or nothing'),
+    ("rlhf", ["training.kl_in=loss", "training.kl_estimator=k1"], "training.kl_estimator", '"k2", "k3", or nothing'),
     ("rlhf", ["training.metric=pair_accuracy"], "training.metric", '"reward" or null'),
     ("rlhf", ["rewards.model_weight=0"], "rewards.model_weight", "other than 0"),
     ("rlhf", ["reward.model_weight=1"], "reward.model_weight", "a key of reward"),
@@ -469,7 +468,7 @@ def test_keys_without_effect_are_noted(
 
 
 @pytest.mark.parametrize(
-    ("config_class", "num_definitions"), [(RewardModelConfig, 11), (PpoConfig, 14), (RlhfConfig, 19)]
+    ("config_class", "num_definitions"), [(RewardModelConfig, 11), (PpoConfig, 15), (RlhfConfig, 20)]
 )
 def test_the_schema_describes_every_key(config_class: type[MethodConfig], num_definitions: int) -> None:
     described = schema(config_class)

@@ -182,7 +182,7 @@ def test_with_adapters_and_no_critic_one_adapter_trains(tmp_path: Path, pico_fol
 @pytest.mark.parametrize(
     "sections",
     [
-        {"training": {"kl_in": "loss"}},
+        {"training": {"kl_in": "loss", "kl_coefficient": 0.1}},
         {"training": {"kl_coefficient": 0.1, "kl_target": 1.0}},
         {"guards": {"kl": 5.0}},
         {"evaluation": {"kl_limit": 5.0}},

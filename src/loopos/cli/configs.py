@@ -12,10 +12,11 @@ import typer
 from loopos.cli.answers import say, say_json, table
 from loopos.cli.options import Config, Json, Overrides
 from loopos.cli.outcome import note
+from loopos.config.algorithms import ALGORITHMS
 from loopos.config.diagnostics import DiagnosticsError, UserError
 from loopos.config.methods import METHODS, config_classes
 from loopos.config.registry import Registry, choices, did_you_mean
-from loopos.config.variants import ALGORITHMS, EXPORTERS, FORMATS, LOSSES, MERGE_METHODS, REWARDS, TRACKERS
+from loopos.config.variants import EXPORTERS, FORMATS, LOSSES, MERGE_METHODS, REWARDS, TRACKERS
 
 if TYPE_CHECKING:
     from loopos.config.load import LoadedConfig

@@ -88,6 +88,19 @@ PREFERENCE_METHODS: Mapping[str, str] = {
 }
 """The presets of preference optimization (`config.preference.PRESETS`)."""
 
+ONLINE_METHODS: Mapping[str, str] = {
+    "ppo": "reinforcement learning from a reward model, or from functions: PPO",
+    "grpo": "GRPO (no critic)",
+    "dr_grpo": "Dr. GRPO (no critic)",
+    "dapo": "DAPO (no critic)",
+    "rloo": "RLOO (no critic)",
+    "reinforce_pp": "REINFORCE++ (no critic)",
+    "reinforce_pp_baseline": "REINFORCE++-baseline (no critic)",
+    "cispo": "CISPO (no critic)",
+    "gspo": "GSPO (no critic)",
+}
+"""The algorithms of `config.algorithms.ALGORITHMS` that are methods too, with their defaults."""
+
 BUILTIN: Mapping[str, MethodRow] = {
     "fine_tuning": _row(
         "posttraining",
@@ -136,13 +149,16 @@ BUILTIN: Mapping[str, MethodRow] = {
         "thumbs",
         model="language",
     ),
-    "ppo": _row(
-        "posttraining",
-        "ppo:PpoConfig",
-        "ppo:PpoTrainer",
-        "reinforcement learning from a reward model, or from functions",
-        "prompts",
-    ),
+    **{
+        name: _row(
+            "posttraining",
+            "ppo:PpoConfig",
+            "ppo:PpoTrainer",
+            summary if name == "ppo" else f"a policy against rewards: {summary}",
+            "prompts",
+        )
+        for name, summary in ONLINE_METHODS.items()
+    },
     "rlhf": _row(
         "posttraining",
         "rlhf:RlhfConfig",
@@ -237,9 +253,13 @@ def methods_help() -> str:
     """The built-in methods for `loopos train --help`, one per line, presets of one method together; the mark in front
     keeps the lines apart.
     """
-    shown = {method: row for method, row in BUILTIN.items() if method not in PREFERENCE_METHODS or method == "dpo"}
-    width = max(map(len, shown))
-    lines = [f"  {method:<{width}}  {row.summary}" for method, row in shown.items()]
-    presets = [f"  {' ':<{width}}  {' '.join(names)}" for names in _eights([*PREFERENCE_METHODS][1:])]
-    after = 1 + [*shown].index("dpo")
-    return "\n".join(["\b", "Methods (computation.method):", *lines[:after], *presets, *lines[after:]])
+    families = {"dpo": [*PREFERENCE_METHODS][1:], "ppo": [*ONLINE_METHODS][1:]}
+    presets = {name for names in families.values() for name in names}
+    width = max(len(method) for method in BUILTIN if method not in presets)
+    lines = ["\b", "Methods (computation.method):"]
+    for method, row in BUILTIN.items():
+        if method in presets:
+            continue
+        lines.append(f"  {method:<{width}}  {row.summary}")
+        lines += [f"  {' ':<{width}}  {' '.join(names)}" for names in _eights(families.get(method, []))]
+    return "\n".join(lines)

@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Literal
+from collections.abc import Collection, Iterator
+from typing import Any, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from loopos.config import checks
+from loopos.config.algorithms import ALGORITHMS, AlgorithmRow
 from loopos.config.diagnostics import Problem
+from loopos.config.keys import Section
 from loopos.config.learning_rates import rate_notes
+from loopos.config.methods import ONLINE_METHODS
 from loopos.config.preferences import (
     check_reward_model,
     check_text_files,
     text_effects,
     validation_notes,
 )
+from loopos.config.registry import Reference
 from loopos.config.rl import (
     GuardSection,
     PpoDataSection,
@@ -36,7 +40,6 @@ from loopos.config.sections import (
     MethodConfig,
     check_distributed,
 )
-from loopos.config.variants import ALGORITHMS, AlgorithmRow
 
 EXAMPLE_PROMPT = '{"prompt": "Where is my parcel?"}'
 
@@ -62,6 +65,12 @@ class PpoConfig(MethodConfig):
     )
     data: PpoDataSection = Field(description="weights, prompts and output folder")
 
+    @model_validator(mode="before")
+    @classmethod
+    def _with_defaults_of_the_algorithm(cls, values: Any) -> Any:
+        """The sections with the defaults of the algorithm where they set no value."""
+        return with_defaults(values) if isinstance(values, dict) else values
+
     @property
     def validates(self) -> bool:
         """Whether validation ever runs."""
@@ -81,8 +90,7 @@ class PpoConfig(MethodConfig):
     def needs_reference(self) -> bool:
         """Whether the initial policy is needed: by the algorithm, by a penalty on the KL, or by a limit of it."""
         training, limits = self.training, (self.training.kl_target, self.guards.kl, self.evaluation.kl_limit)
-        has_penalty = training.kl_coefficient > 0 or training.kl_in == "loss"
-        return self.algorithm.reference or has_penalty or any(limit is not None for limit in limits)
+        return self.algorithm.reference or training.kl_coefficient > 0 or any(limit is not None for limit in limits)
 
     @property
     def old_logprobs(self) -> Literal["forward", "engine"]:
@@ -134,7 +142,14 @@ class PpoConfig(MethodConfig):
 
     def notes(self) -> list[str]:
         training, data, generation = self.training, self.data, self.generation
-        notes = checks.without_effect(self, _effects(self))
+        # What the algorithm's defaults bring is not the user's to mend.
+        defaults = self.algorithm.defaults
+        effects = {
+            key: effect
+            for key, effect in _effects(self).items()
+            if key not in defaults or _value(self, key) != defaults[key]
+        }
+        notes = checks.without_effect(self, effects)
         notes += rate_notes(self, "policy")
         if training.minibatches > training.batch_size:
             notes.append(
@@ -154,6 +169,44 @@ class PpoConfig(MethodConfig):
         return notes + validation_notes(training, data, source, validates=self.validates)
 
 
+def _value(config: PpoConfig, key: str) -> Any:
+    """The value of "section.key"."""
+    section, name = key.split(".")
+    return getattr(getattr(config, section), name)
+
+
+def with_defaults(values: dict[str, Any]) -> dict[str, Any]:
+    """The sections of a config, as mappings or as `Section`s, with the defaults of its algorithm where they set none.
+    Unchanged where the algorithm's name is no name: that is reported with the other mistakes.
+    """
+
+    def value_of(section: str, key: str) -> Any:
+        found = values.get(section)
+        return found.get(key) if isinstance(found, dict) else getattr(found, key, None)
+
+    method = value_of("computation", "method")
+    is_set = "algorithm" in _keys_set(values.get("training"))
+    name = value_of("training", "algorithm") if is_set else method if method in ONLINE_METHODS else "ppo"
+    if not isinstance(name, str) or ALGORITHMS.why_missing(name) or (":" not in name and name not in ALGORITHMS):
+        return values
+    found = dict(values)
+    for key, value in {"training.algorithm": name, **ALGORITHMS[name].defaults}.items():
+        section, inner = key.split(".")
+        # A config without `training` is told so, whatever its algorithm brings.
+        part = found.get(section, None if section == "training" else {})
+        if inner in _keys_set(part):
+            continue
+        if isinstance(part, dict):
+            found[section] = {**part, inner: value}
+        elif isinstance(part, Section):
+            found[section] = part.model_copy(update={inner: value})
+    return found
+
+
+def _keys_set(section: Any) -> Collection[str]:
+    return section.model_fields_set if isinstance(section, Section) else section if isinstance(section, dict) else ()
+
+
 def _check_answers(config: PpoConfig) -> Iterator[Problem]:
     """Refuse keys that need answered validation prompts if there are none."""
     training, evaluation = config.training, config.evaluation
@@ -169,8 +222,13 @@ def _check_answers(config: PpoConfig) -> Iterator[Problem]:
 
 
 def _check_algorithm(config: PpoConfig) -> Iterator[Problem]:
-    """Check the groups of responses that the algorithm needs."""
-    name, number, size = config.training.algorithm, config.generation.responses_per_prompt, config.training.batch_size
+    """Check the groups of responses that the algorithm needs, and what chooses their prompts."""
+    training, method = config.training, config.computation.method
+    name, number, size = training.algorithm, config.generation.responses_per_prompt, training.batch_size
+    if method in ONLINE_METHODS and method != "ppo" and name != method:
+        fields = ("training.algorithm", "computation.method")
+        hint = 'a method\'s name is its algorithm; "method": "ppo" takes any'
+        yield Problem(fields, f'"{name}" with method "{method}"', f'"{method}", or nothing', hint)
     if config.algorithm.groups and number == 1:
         fields = ("generation.responses_per_prompt", "training.algorithm")
         hint = "it compares responses to the same prompt"
@@ -178,6 +236,14 @@ def _check_algorithm(config: PpoConfig) -> Iterator[Problem]:
     if size % number:
         fields = ("training.batch_size", "generation.responses_per_prompt")
         yield Problem(fields, f"{size} responses", f"a multiple of responses_per_prompt ({number})")
+    if training.dynamic_sampling and number == 1:
+        fields = ("training.dynamic_sampling", "generation.responses_per_prompt")
+        hint = "a single response to a prompt always has the same score as itself"
+        yield Problem(fields, f"{training.dynamic_sampling} with 1 response to a prompt", "at least 2", hint)
+    if training.curriculum is not None and config.rollout.max_staleness > 0:
+        fields = ("training.curriculum", "rollout.max_staleness")
+        hint = "the prompts of later iterations would be drawn before the scores that choose them are known"
+        yield Problem(fields, f"with max_staleness {config.rollout.max_staleness}", "max_staleness 0", hint)
 
 
 def _check_reward(config: PpoConfig) -> Iterator[Problem]:
@@ -190,10 +256,10 @@ def _check_reward(config: PpoConfig) -> Iterator[Problem]:
 
 def _check_penalty(training: PpoTrainingSection) -> Iterator[Problem]:
     """Check the keys of the KL penalty."""
-    if training.kl_in == "loss" and training.kl_estimator in ("k1", "k3"):
+    if training.kl_in == "loss" and training.kl_estimator == "k1":
         fields = ("training.kl_estimator", "training.kl_in")
-        actual = f'"{training.kl_estimator}" with kl_in "loss"'
-        yield Problem(fields, actual, '"k2", or nothing', "as a loss, only k2 has the gradient of the KL")
+        hint = "as a loss, k1 has the gradient 0 in expectation, k2 that of the KL, k3 that of the forward KL (GRPO)"
+        yield Problem(fields, '"k1" with kl_in "loss"', '"k2", "k3", or nothing', hint)
     if training.kl_target is not None and training.kl_coefficient == 0:
         fields = ("training.kl_target", "training.kl_coefficient")
         actual = f"{training.kl_target} with kl_coefficient 0"
@@ -219,6 +285,13 @@ def _effects(config: PpoConfig) -> dict[str, tuple[bool, str]]:
     """Keys that may have no effect → whether they have one, and the reason if not."""
     training, evaluation, guards = config.training, config.evaluation, config.guards
     critic = (config.algorithm.critic, f'the algorithm "{training.algorithm}" has no critic')
+    target = config.algorithm.advantages
+    # A function of the user may read every setting.
+    built_in = target.target.partition(":")[2] if isinstance(target, Reference) else ""
+    relative = (
+        built_in in ("", "relative_advantages"),
+        f'the advantages of "{training.algorithm}" are not relative to other responses',
+    )
     has_model, has_penalty = config.data.reward_model is not None, training.kl_coefficient > 0
     limits = (guards.kl, guards.entropy_share, guards.length_ratio, guards.repetition)
     is_guarded = any(limit is not None for limit in (*limits, guards.eos_rate_drop, guards.judge_drop))
@@ -233,8 +306,13 @@ def _effects(config: PpoConfig) -> dict[str, tuple[bool, str]]:
         "training.value_learning_rate": critic,
         "training.value_coefficient": critic,
         "training.value_clip": critic,
+        "training.advantage_baseline": relative,
+        "training.advantage_scale": relative,
+        "generation.overlong_penalty": (config.generation.overlong_buffer is not None, "overlong_buffer is not set"),
+        "training.gae_lambda": critic if built_in else (True, ""),
         "training.kl_in": (has_penalty, "kl_coefficient is 0"),
         "training.kl_estimator": (has_penalty, "kl_coefficient is 0"),
+        "training.kl_importance": (has_penalty and training.kl_in == "loss", "there is no KL in the loss"),
         "training.kl_horizon": (training.kl_target is not None, "kl_target is not set"),
         "reward.model_weight": (has_model, "there is no data.reward_model"),
         "reward.ensemble_penalty": (has_model, "there is no data.reward_model"),
@@ -242,6 +320,7 @@ def _effects(config: PpoConfig) -> dict[str, tuple[bool, str]]:
         "guards.patience": (is_guarded, "no guard has a limit"),
         "guards.stop": (is_guarded, "no guard has a limit"),
         "evaluation.judge": unanswered,
+        "evaluation.responses": unanswered,
         "evaluation.best_of": (
             (config.validates and training.validate_at_start, "nothing is validated before the first step")
             if config.validates

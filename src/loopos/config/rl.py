@@ -12,6 +12,7 @@ from typing import Annotated, Any, ClassVar, Literal, TypeAlias
 
 from pydantic import Field
 
+from loopos.config.algorithms import ALGORITHMS
 from loopos.config.diagnostics import Problem
 from loopos.config.keys import (
     AS_IT_IS,
@@ -29,7 +30,7 @@ from loopos.config.keys import (
 from loopos.config.preferences import PreferenceTextSection, check_reward_model
 from loopos.config.reward_options import check_options
 from loopos.config.sections import EarlyStoppingSection, LanguageTrainingSection
-from loopos.config.variants import ALGORITHMS, REWARDS
+from loopos.config.variants import REWARDS
 
 _FUNCTION = r"[A-Za-z_][\w.]*:[A-Za-z_]\w*"
 KlEstimator: TypeAlias = Literal["k1", "k2", "k3"]
@@ -48,11 +49,26 @@ class PolicyEarlyStoppingSection(EarlyStoppingSection):
     )
 
 
+class CurriculumSection(Section):
+    """Which prompts are preferred, by the share of their responses that passed: p(1 − p) is largest where half do."""
+
+    pass_score: float = Field(default=0.5, description="score from which a response passes")
+    decay: Annotated[float, Field(ge=0, lt=1)] = Field(
+        default=0.5, description="weight of the earlier pass rate of a prompt when it is drawn again"
+    )
+    floor: Annotated[float, Field(gt=0, le=1)] = Field(
+        default=0.1,
+        description="smallest weight of a prompt; one that was never drawn, or passed half the time, has 1",
+    )
+
+
 class PpoTrainingSection(LanguageTrainingSection):
     """The optimizer, the losses of policy and values, the KL penalty, and when to validate, save and stop."""
 
     algorithm: Annotated[str, VariantName(ALGORITHMS)] = Field(
-        default="ppo", description="how scores become advantages and advantages a loss (`loopos list algorithms`)"
+        default="ppo",
+        description="how scores become advantages and advantages a loss (`loopos list algorithms`); the method's own "
+        "when absent. It brings defaults of its own",
     )
     batch_size: Count = Field(default=16, description="responses of an iteration, per process")
     gradient_accumulation: Count = Field(default=1, description="forward passes per minibatch")
@@ -76,15 +92,49 @@ class PpoTrainingSection(LanguageTrainingSection):
     clip_epsilon: Annotated[float, Field(gt=0, lt=1)] = Field(
         default=0.2, description="distance from 1 at which the ratio of new to old probability is clipped"
     )
+    clip_epsilon_high: AboveZero | None = Field(
+        default=None, description="the same above 1 (clip-higher); clip_epsilon when null"
+    )
     dual_clip: Annotated[float, Field(gt=1)] | None = Field(
-        default=None, description="bound of the ratio where the advantage is negative; null is none"
+        default=None,
+        description="bound of the ratio where the advantage is negative (the delta of a two-sided clip); null is none",
+    )
+    advantage_baseline: Literal["group", "leave_one_out", "batch", "none"] = Field(
+        default="group",
+        description="what is subtracted from a reward: the mean of the responses to the prompt, of the other ones, or "
+        "of all responses of the iteration (relative advantages)",
+    )
+    advantage_scale: Literal["group", "batch", "none"] = Field(
+        default="group",
+        description="the standard deviation of the rewards that divides: of the responses to the prompt, or of all",
+    )
+    loss_normalization: Literal["token", "sequence", "constant"] = Field(
+        default="token",
+        description="what the policy loss of a minibatch is divided by: its tokens; its responses, after the mean over "
+        "the tokens of each; or its responses times generation.max_new_tokens",
+    )
+    mask_truncated: bool = Field(
+        default=False, description="leave responses without their end out of the losses and of what divides them"
+    )
+    dynamic_sampling: Annotated[int, Field(ge=0)] = Field(
+        default=0,
+        description="times that prompts whose responses all have the same score are replaced by other prompts, in an "
+        "iteration",
+    )
+    curriculum: CurriculumSection | None = Field(
+        default=None, description="prefer prompts that the policy solves sometimes; null draws all alike"
     )
     kl_coefficient: ZeroOrMore = Field(
         default=0.05, description="weight of the KL to the reference (reward per nat); with kl_target its first value"
     )
     kl_in: Literal["reward", "loss"] = Field(default="reward", description="where the KL is penalized")
     kl_estimator: KlEstimator | None = Field(
-        default=None, description="estimator of the penalized KL; k1 in the reward and k2 in the loss when absent"
+        default=None, description="estimator of the penalized KL; k1 in the reward and k2 in the loss when null"
+    )
+    kl_importance: bool = Field(
+        default=False,
+        description="multiply each token's KL in the loss by its ratio of new to old probability, so that k3 has the "
+        "gradient of the KL",
     )
     kl_report: KlEstimator = Field(
         default="k1", description="estimator of the KL that is logged, monitored and targeted"
@@ -120,6 +170,9 @@ class PpoTrainingSection(LanguageTrainingSection):
     )
     old_logprobs: Literal["forward", "engine"] = Field(
         default="forward", description="old log-probabilities: a forward pass like training's, or those of generation"
+    )
+    log_rollouts: Annotated[int, Field(ge=0)] = Field(
+        default=0, description="responses of each iteration that rollouts.jsonl gets, with scores and advantages"
     )
     validate_every: Count | Literal["never"] = Field(default=10, description="when to validate (iterations)")
     early_stopping: PolicyEarlyStoppingSection | None = Field(
@@ -160,6 +213,18 @@ class RolloutSection(ResponseSection):
     missing_end_penalty: ZeroOrMore | None = Field(
         default=None, description="subtracted from the score of a response without its end (reward); null is none"
     )
+    overlong_buffer: Annotated[float, Field(gt=0, le=1)] | None = Field(
+        default=None,
+        description="share of max_new_tokens at its end over which overlong_penalty rises from 0; null is no penalty",
+    )
+    overlong_penalty: AboveZero = Field(
+        default=1.0, description="subtracted from the score of a response of max_new_tokens (reward)"
+    )
+
+    @property
+    def overlong_tokens(self) -> int:
+        """Tokens before max_new_tokens over which the penalty of long responses rises; 0 without one."""
+        return 0 if self.overlong_buffer is None else max(1, round(self.overlong_buffer * self.max_new_tokens))
 
 
 class OnlineSection(RolloutSection):
@@ -314,6 +379,9 @@ class JudgedAnswersSection(Section):
 class PpoEvaluationSection(JudgedAnswersSection):
     """How the policy is evaluated while training."""
 
+    responses: Count = Field(
+        default=1, description="responses to each validation prompt; where all scores are 0 or 1, pass@k is measured"
+    )
     best_of: list[Count] = Field(default=[], description="compare with best-of-n of the initial policy, for these n")
     kl_limit: AboveZero | None = Field(
         default=None, description="KL (nats a response) above which a checkpoint is never the best; null is none"

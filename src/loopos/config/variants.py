@@ -31,56 +31,6 @@ class FunctionRow:
         return loaded(self.function)
 
 
-_CLIPPED_LOSS = Reference("loopos.rl.algorithms:clipped_loss")
-
-
-@dataclass(frozen=True, slots=True)
-class AlgorithmRow:
-    """An algorithm of reinforcement learning: two functions, as `rl.algorithms` describes them, and what they need.
-
-    `critic`: a value model, which gives `advantages` the values of states and learns its returns. `reference`: the
-    log-probabilities of the initial policy. `groups`: several responses to each prompt.
-    """
-
-    advantages: Target
-    policy_loss: Target = _CLIPPED_LOSS
-    critic: bool = False
-    reference: bool = False
-    groups: bool = False
-
-    @property
-    def summary(self) -> str:
-        """What it does, in a line."""
-        return summary_of(self.advantages)
-
-
-ALGORITHMS: Registry[AlgorithmRow] = Registry(
-    "algorithm",
-    {"ppo": AlgorithmRow(Reference("loopos.rl.algorithms:ppo_advantages"), critic=True, reference=True)},
-    decorator="register_algorithm",
-)
-
-
-def register_algorithm(
-    name: str,
-    *,
-    policy_loss: Callable[..., Any] | None = None,
-    critic: bool = False,
-    reference: bool = False,
-    groups: bool = False,
-) -> Callable[[Function], Function]:
-    """Registers the decorated function of advantages as the algorithm `name`. policy_loss: PPO's clipped loss when
-    absent; critic, reference, groups: as in `AlgorithmRow`.
-    """
-
-    def registered(advantages: Function) -> Function:
-        row = AlgorithmRow(advantages, policy_loss or _CLIPPED_LOSS, critic, reference, groups)
-        ALGORITHMS.register(name, row, source=advantages.__module__, decorated=advantages)
-        return advantages
-
-    return registered
-
-
 def _by_reference(module: str, names: Mapping[str, str]) -> dict[str, FunctionRow]:
     return {name: FunctionRow(Reference(f"{module}:{function}")) for name, function in names.items()}
 

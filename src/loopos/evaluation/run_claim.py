@@ -13,7 +13,7 @@ from loopos.storage.durable import DiskFull, explain_disk_full
 from loopos.storage.folder_lock import only_writer
 from loopos.storage.whole_folder import clear_leftovers
 
-_FILES = (CONFIG, EVENTS, "samples.jsonl", "report.md")
+_FILES = (CONFIG, EVENTS, "samples.jsonl", "rollouts.jsonl", "report.md")
 _FOLDERS = ("checkpoints", "model", "adapter", "curves", "rounds")
 # Bytes that a folder needs on the disk: an entry and a block.
 _NEEDED_BYTES = 4096

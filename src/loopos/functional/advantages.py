@@ -13,6 +13,8 @@ from typing import Literal, TypeAlias
 import torch
 from torch import Tensor
 
+Baseline: TypeAlias = Literal["group", "leave_one_out", "batch", "none"]
+Scale: TypeAlias = Literal["group", "batch", "none"]
 KlEstimator: TypeAlias = Literal["k1", "k2", "k3"]
 KL_ESTIMATORS: tuple[KlEstimator, ...] = ("k1", "k2", "k3")
 
@@ -72,6 +74,57 @@ def generalized_advantages(
         advantages[:, t] = next_advantage
         next_value = values[:, t]
     return advantages, advantages + values
+
+
+# Added to a standard deviation that divides, as in TRL: rewards that differ only by rounding have no signal.
+_SCALE_EPSILON = 1e-4
+
+
+def relative_rewards(rewards: Tensor, groups: Tensor, *, baseline: Baseline, scale: Scale) -> Tensor:
+    """(r − b) / s of each response, against the other responses of its iteration.
+
+    b: the mean of the response's group ("group"; Shao et al. 2024), of the other responses of the group
+    ("leave_one_out"; Kool et al. 2019, Ahmadian et al. 2024), or of all responses ("batch"); "none" is 0.
+    s: the standard deviation, with Bessel's correction, of the group or of all responses, plus 10⁻⁴; "none" is 1. A
+    group of one response has the mean of itself as baseline, and the standard deviation 0.
+    rewards `[B]`, groups `[B]`: the number of each response's group, from 0 → `[B]` fp32.
+    """
+    values = rewards.double()
+    counts = torch.bincount(groups).double()
+    sums = torch.zeros_like(counts).index_add(0, groups, values)
+    means = (sums / counts.clamp(min=1.0))[groups]
+    centered = values
+    if baseline == "group":
+        centered = values - means
+    elif baseline == "leave_one_out":
+        # r − (Σ − r)/(n − 1) = (r − mean)·n/(n − 1).
+        centered = (values - means) * (counts / (counts - 1.0).clamp(min=1.0))[groups]
+    elif baseline == "batch":
+        centered = values - values.mean()
+    if scale == "group":
+        squares = torch.zeros_like(counts).index_add(0, groups, (values - means).square())
+        centered = centered / ((squares / (counts - 1.0).clamp(min=1.0)).sqrt()[groups] + _SCALE_EPSILON)
+    elif scale == "batch":
+        centered = centered / ((values.std() if len(values) > 1 else 0.0) + _SCALE_EPSILON)
+    return centered.float()
+
+
+def future_rewards(rewards: Tensor, mask: Tensor, *, discount: float = 1.0) -> Tensor:
+    """R_t = r_t + γ·R_{t+1}: the discounted rewards from token t on. rewards, mask `[B, L]` → `[B, L]`."""
+    rewards = rewards.where(mask, 0.0)
+    found = torch.zeros_like(rewards)
+    following = torch.zeros_like(rewards[:, 0])
+    for t in range(rewards.shape[1] - 1, -1, -1):
+        following = rewards[:, t] + discount * following
+        found[:, t] = following
+    return found
+
+
+def overlong_penalty(length: int, *, longest: int, buffer: int) -> float:
+    """The soft over-length penalty of a response (Yu et al. 2025, equation 13), from 0 to 1: 0 up to `longest` −
+    `buffer` tokens, then rising evenly to 1 at `longest`.
+    """
+    return min(max((length - (longest - buffer)) / buffer, 0.0), 1.0)
 
 
 def whitened(values: Tensor, mask: Tensor, *, shift_mean: bool = True) -> Tensor:

@@ -2,8 +2,9 @@
 
 A loss takes the log-probabilities of both over the same outcomes and returns one number per row;
 `config.variants.LOSSES` names it, and the objective weighs, sums and `training.update` divides. Blocks of rows are
-processed at once: neither model's `[M, V]` logits ever exist. Where only the teacher's k most likely tokens are known, the outcomes are these
-tokens and the rest of the vocabulary as one, so a divergence is a lower bound of the whole one (data processing).
+processed at once: neither model's `[M, V]` logits ever exist. Where only the teacher's k most likely tokens are known,
+the outcomes are these tokens and the rest of the vocabulary as one, so a divergence is a lower bound of the whole one
+(data processing).
 Letters: M trained positions, d hidden size, V vocabulary, R rows of a block, K outcomes, p student, q teacher.
 """
 

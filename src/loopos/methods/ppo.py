@@ -1,15 +1,16 @@
-"""Proximal policy optimization: a language model learns to write responses that are scored high.
+"""Reinforcement learning: a language model learns to write responses that are scored high, by PPO or another algorithm
+of `rl.algorithms`.
 
-    prompts → responses → scores, reference, values → token rewards → GAE → shuffled minibatches → update
+    prompts → responses → scores, reference, values → token rewards → advantages → shuffled minibatches → update
 
-After Schulman et al. 2017, Ziegler et al. 2019, Ouyang et al. 2022 and Huang et al. 2024. The four models are in
-`rl.roles`, the rollouts in `rl.collector`.
+After Schulman et al. 2017, Ziegler et al. 2019, Ouyang et al. 2022, Huang et al. 2024 and Shao et al. 2024. The models
+are in `rl.roles`, the rollouts in `rl.collector`.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, closing
 from typing import Any
 
@@ -34,8 +35,10 @@ from loopos.rl.algorithms import Algorithm
 from loopos.rl.collector import (
     Collector,
     PolicyCheck,
+    Rollout,
     request_of,
     rollout_metrics,
+    rollout_records,
     sampling_of,
     seeded,
     variance_explained,
@@ -43,6 +46,7 @@ from loopos.rl.collector import (
 from loopos.rl.experience import AdvantageSettings, Experience, ResponseBatch, ReusedForward, experience_of
 from loopos.rl.monitors import Monitor, MonitorLimits
 from loopos.rl.objective import PolicyState, PpoObjective
+from loopos.rl.prompt_sampling import Curriculum, Drawn, draw, no_signal_share
 from loopos.rl.rewards import RewardRun, Rewards, judge_of
 from loopos.rl.roles import RolePlan, Roles, build_roles
 from loopos.rl.rollouts import RolloutBatches, RolloutPlan
@@ -104,6 +108,11 @@ class PpoTrainer(Trainer[PpoConfig]):
         self.reward_description = descriptions_together([opened.description for opened in self.opened_rewards])
         # What became an adapter of the policy's trunk needs its own weights no more.
         self.opened_rewards.clear()
+        self.share_prompts = (
+            config.generation.responses_per_prompt > 1
+            and self.device.type == "cpu"
+            and self.roles.actor_critic.supports_shared_prompts
+        )
         self.roles.cast_frozen(NUMBER_FORMATS["bf16"] if self.precision == "bf16" else None)
         self.train_weights(
             self.roles.actor_critic,
@@ -148,20 +157,21 @@ class PpoTrainer(Trainer[PpoConfig]):
             self.tokenizer,
             RewardRun(self.run_dir, world.rank, plan.iterations),
         )
-        # In one process, and a format that does not run in steps alone, judging is the first step's forward pass.
-        reused = ReusedForward(plan.batches_of) if world.size == 1 and self.precision != "fp16" else None
-        origins, gather = self.encoder.origins, world.gather_data_parallel
-        self.collector = Collector(
-            self.engine, self.roles, rewards, device=self.device, origins=origins, reused=reused, gather=gather
-        )
+        reused = self._build_collector(rewards, plan)
         self.controller = KlController(settings.kl_coefficient, target=settings.kl_target, horizon=settings.kl_horizon)
         self.monitor = Monitor(MonitorLimits(**config.guards.model_dump(exclude={"stop"})))
-        self.objective = PpoObjective.of(settings, actor_critic, self.algorithm, reused=reused)
-        self.batches = RolloutBatches(plan, self.collect, self.device)
+        self.objective = PpoObjective.of(
+            settings,
+            actor_critic,
+            self.algorithm,
+            max_new_tokens=config.generation.max_new_tokens,
+            reused=reused,
+        )
+        self.batches = RolloutBatches(plan, self.collect, self.device, share_prompts=self.share_prompts)
         self.check = self._check() if self.validation_prompts else None
         ahead = self.engine if isinstance(self.engine, RemoteRollouts) else None
-        self.state = PolicyState(self.batches, self.controller, self.objective, self.monitor, self.check, ahead)
-        self.state.rewards = rewards
+        parts = self.batches, self.controller, self.objective, self.monitor, self.check
+        self.state = PolicyState(*parts, ahead=ahead, curriculum=self.curriculum, rewards=rewards)
         values = {name for name, _ in actor_critic.named_parameters() if name.startswith("critic.")}
         optimizer = settings.model_copy(update={"head_learning_rate": settings.value_learning_rate})
         return self.fit_of(
@@ -182,6 +192,29 @@ class PpoTrainer(Trainer[PpoConfig]):
             method_state=self.state,
         )
 
+    def _build_collector(self, rewards: Rewards, plan: RolloutPlan) -> ReusedForward | None:
+        """Sets what makes the rollouts of an iteration; returns what keeps their forward pass for the first step."""
+        settings, world = self.config.training, self.world
+        # In one process, and a format that does not run in steps alone, judging is the first step's forward pass.
+        # Dynamic sampling replaces responses after they were judged.
+        keeps = world.size == 1 and self.precision != "fp16" and not settings.dynamic_sampling
+        reused = ReusedForward(plan.response_batches) if keeps else None
+        self.collector = Collector(
+            self.engine,
+            self.roles,
+            rewards,
+            device=self.device,
+            origins=self.encoder.origins,
+            reused=reused,
+            share_prompts=self.share_prompts,
+            gather=world.gather_data_parallel,
+        )
+        self._updates_began: float | None = None
+        self.curriculum: Curriculum | None = None
+        if settings.curriculum is not None:
+            self.curriculum = Curriculum(settings.curriculum, num_prompts=len(self.prompts), seed=settings.seed)
+        return reused
+
     def _facts(self, iterations: int) -> dict[str, Any]:
         """The account of rows and tokens, for the log."""
         rows, tokens = [report.summary() for report in self.data.reports], self.tokens.counts()
@@ -189,41 +222,91 @@ class PpoTrainer(Trainer[PpoConfig]):
 
     def collect(self, iteration: int) -> Experience:
         """The experience of an iteration, from the policy as it is; its metrics are logged and monitored."""
-        settings, began, cap = self.config.training, time.monotonic(), self.config.rollout.importance_cap
-        request, coefficient = self.request(iteration), self.controller.coefficient
-        with self.trained.whole():
-            rollouts = self.collector(request, iteration=iteration)
-        how = AdvantageSettings.of(
-            settings,
-            self.algorithm,
-            importance_cap=cap,
-            responses_per_prompt=self.config.generation.responses_per_prompt,
+        config, settings, began, stepped = (
+            self.config,
+            self.config.training,
+            time.monotonic(),
+            self.fit.position.seconds,
         )
-        old = self.config.old_logprobs
+        coefficient, cap = self.controller.coefficient, config.rollout.importance_cap
+        size = config.generation.responses_per_prompt
+        drawn = self._drawn(iteration)
+        how = AdvantageSettings.of(settings, self.algorithm, importance_cap=cap, responses_per_prompt=size)
         experience = experience_of(
-            request.prompts, rollouts, old_logprobs=old, kl_coefficient=coefficient, settings=how
+            [rollout.response.prompt_ids for rollout in drawn.trained],
+            drawn.trained,
+            old_logprobs=config.old_logprobs,
+            kl_coefficient=coefficient,
+            settings=how,
         )
         self.state.join_extremes(self.world)
         metrics = {
-            **rollout_metrics(rollouts, estimator=settings.kl_report, importance_cap=cap),
+            **rollout_metrics(drawn.first, estimator=settings.kl_report, importance_cap=cap),
+            **({"no_signal": no_signal_share(drawn.first, size)} if size > 1 else {}),
+            **self._redrawn(drawn),
             **variance_explained(experience.values, experience.returns),
             "kl_coefficient": coefficient,
             **self.objective.extremes.taken(),
         }
         self.objective.kl_coefficient = coefficient
         if "kl" in metrics:
-            self.controller.observe(metrics["kl"], len(rollouts))
-        timing = {"seconds": time.monotonic() - began, **self.engine.timing()}
+            self.controller.observe(metrics["kl"], len(drawn.first))
+        timing = {"seconds": time.monotonic() - began, **self.collector.timing(), **self.engine.timing()}
+        if self._updates_began is not None:
+            # A step that begins an iteration has its rollouts in its seconds.
+            timing["update_seconds"] = stepped - self._updates_began
+        self._updates_began = stepped + timing["seconds"]
         self.fit.record("rollout", {"iteration": iteration, **metrics}, timing)
-        shown = [name for name in ("reward", "kl", "response_length", "eos_rate") if name in metrics]
+        shown = [name for name in ("reward", "kl", "no_signal", "response_length", "eos_rate") if name in metrics]
         figures = [f"{name} {figure(metrics[name])}" for name in shown]
         self.progress.say(f"iteration {iteration + 1}: {' · '.join(figures)}")
+        if settings.log_rollouts and self.world.is_first:
+            records = rollout_records(drawn.trained, experience.advantages, iteration)[: settings.log_rollouts]
+            write_samples(self.run_dir / "rollouts.jsonl", self.fit.position.step, records)
         self._watch(metrics)
         return experience
 
+    def _drawn(self, iteration: int) -> Drawn:
+        """The rollouts of an iteration, with other prompts in place of those without signal."""
+        sampling = seeded(self.sampling, iteration)
+
+        def generate(numbers: Sequence[int], attempt: int) -> list[Rollout]:
+            if attempt == 0:
+                return self.collector(self.request(iteration), iteration=iteration)
+            prompts = [self.prompts[number] for number in numbers]
+            return self.collector(request_of(prompts, seeded(sampling, attempt)), reward_iteration=iteration)
+
+        with self.trained.whole():
+            drawn = draw(
+                generate,
+                self._prompts_of(iteration),
+                self.batches.plan,
+                iteration=iteration,
+                attempts=self.config.training.dynamic_sampling,
+            )
+        if self.curriculum is not None:
+            for number, scores in drawn.groups:
+                self.curriculum.observe(number, scores)
+        return drawn
+
+    def _redrawn(self, drawn: Drawn) -> dict[str, float]:
+        """How many groups were generated in addition, and the fraction that trains without signal all the same."""
+        if not self.config.training.dynamic_sampling:
+            return {}
+        left = no_signal_share(drawn.trained, self.config.generation.responses_per_prompt)
+        return {"groups_redrawn": float(drawn.redrawn), "no_signal_left": left}
+
+    def _prompts_of(self, iteration: int) -> list[int]:
+        """Indices of an iteration's prompts, one for each response."""
+        plan = self.batches.plan
+        if self.curriculum is None:
+            return plan.prompts_of(iteration)
+        chosen = self.curriculum.choose(iteration, plan.num_groups)
+        return [number for number in chosen for _ in range(plan.responses_per_prompt)]
+
     def request(self, iteration: int) -> Request:
         """What the engine generates in an iteration."""
-        prompts = [self.prompts[index] for index in self.batches.plan.prompts_of(iteration)]
+        prompts = [self.prompts[index] for index in self._prompts_of(iteration)]
         return request_of(prompts, seeded(self.sampling, iteration))
 
     def _watch(self, metrics: Mapping[str, float]) -> None:
@@ -237,7 +320,7 @@ class PpoTrainer(Trainer[PpoConfig]):
         if section.judge is not None:
             judge = judge_of(section.judge, self.tokenizer, self.device, is_function=section.judge_is_function)
         where = self.collector, self.validation_prompts, self.sampling
-        return PolicyCheck(*where, judge, estimator=report, kl_limit=section.kl_limit)
+        return PolicyCheck(*where, judge, estimator=report, kl_limit=section.kl_limit, responses=section.responses)
 
     def _validation(self) -> Validation:
         metric = "reward" if self.config.evaluation.kl_limit is None else "reward_within_kl"
@@ -276,7 +359,7 @@ class PpoTrainer(Trainer[PpoConfig]):
     def description(self) -> dict[str, Any]:
         """What the model folder records of how the policy ends an answer."""
         return {
-            "method": "ppo",
+            "method": self.config.computation.method,
             "stop_tokens": list(self.encoder.template.stop_tokens),
             **super().description(),
         }

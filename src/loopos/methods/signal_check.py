@@ -71,7 +71,7 @@ def _sampled(trainer: Any, config: PpoConfig, num_prompts: int, num_answers: int
     began = time.monotonic()
     for number, first in enumerate(range(0, len(chosen), size)):
         ids = chosen[first : first + size]
-        scored = collector.scored_answers(request_of(ids, seeded(trainer.sampling, number), num_answers))
+        scored = collector.scored_answers(request_of(ids, seeded(trainer.sampling, number), num_answers), 0)
         for answers in scored:
             group = SampledGroup(
                 tuple(Sample(each.response.text, len(each.response.ids), each.response.ended) for each in answers),

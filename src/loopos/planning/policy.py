@@ -41,7 +41,7 @@ class Prompts:
 class Amounts:
     """The amount of work of a run, with every response at its maximum length. `prompt_tokens`, `response_tokens`: mean
     of an iteration, sum of a validation. `largest`: tokens of the largest forward pass of an update, `longest`: of one
-    row.
+    row. Of responses that share their prompt in a pass each has its own here: whether they do depends on the model.
     """
 
     iterations: int
@@ -134,9 +134,9 @@ def amounts_of(config: PpoConfig, prompts: Prompts) -> Amounts:
         prompt_tokens=round(plan.batch_size * sum(prompts.train) / len(prompts.train)),
         response_tokens=plan.batch_size * longest_response,
         validations=validations,
-        validation_prompts=len(prompts.validation),
-        validation_prompt_tokens=sum(prompts.validation),
-        validation_response_tokens=len(prompts.validation) * longest_response,
+        validation_prompts=len(prompts.validation) * config.evaluation.responses,
+        validation_prompt_tokens=sum(prompts.validation) * config.evaluation.responses,
+        validation_response_tokens=len(prompts.validation) * config.evaluation.responses * longest_response,
         passes=steps / plan.minibatches,
         largest=sum(by_length[index % len(by_length)] + longest_response for index in range(rows)),
         longest=max(prompts.train + prompts.validation) + longest_response,
@@ -233,6 +233,7 @@ def time_of(config: PpoConfig, shapes: RoleShapes, amounts: Amounts, machine: Ma
     updated = sum(_updates(config, model, amounts, machine) for model in (policy, shapes.critic) if model is not None)
     left_out = ["sampling and attention to generated tokens"]
     left_out += ["the reward functions"] if config.reward.functions else []
+    left_out += ["groups that dynamic sampling draws in addition"] if config.training.dynamic_sampling else []
     left_out += ["the judge"] if config.evaluation.judge is not None and amounts.validations else []
     left_out += ["the responses of evaluation.best_of"] if config.evaluation.best_of and amounts.validations else []
     parts = {"generation": written, "scoring": scored, "updates": updated}

@@ -2,7 +2,7 @@
 
 An algorithm is two pure functions: `advantages(inputs: AdvantageInputs)` returns token advantages, and for one with a
 critic the pair of advantages and returns; `policy_loss(inputs: PolicyInputs)` returns a loss per token. The table of
-algorithms is in `config.variants`; `experience` calls the first function and `objective` the second.
+algorithms is in `config.algorithms`; `experience` calls the first function and `objective` the second.
 Letters: B responses of an iteration, L tokens of the longest, M tokens of the responses of one forward pass.
 """
 
@@ -14,11 +14,17 @@ from typing import TypeAlias
 
 from torch import Tensor
 
+from loopos.config.algorithms import AlgorithmRow
 from loopos.config.diagnostics import UserError
 from loopos.config.registry import loaded
-from loopos.config.variants import AlgorithmRow
-from loopos.functional.advantages import generalized_advantages
-from loopos.functional.policy_loss import PolicyTerms, clipped_policy_terms, policy_terms
+from loopos.functional.advantages import Baseline, Scale, future_rewards, generalized_advantages, relative_rewards
+from loopos.functional.policy_loss import (
+    PolicyTerms,
+    clipped_importance_terms,
+    clipped_policy_terms,
+    policy_terms,
+    summed_by_response,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,8 +34,9 @@ class AdvantageInputs:
     `scores` `[B]`. `rewards` `[B, L]`: the score at the last token, minus the KL penalty of each token where it is part
     of the reward (reward). `mask` `[B, L]`: True = a token of the response. `groups` `[B]`: the number of the prompt
     within the iteration; responses to one prompt have the same number. `values` `[B, L]`: of the state before each
-    token; None without a critic. `discount` γ, `gae_lambda` λ: of the config. `judged` `[B]`: False where no reward
-    judged the response; its score is then the mean of its group, and its advantages become 0. None: all are judged.
+    token; None without a critic. `discount` γ, `gae_lambda` λ, `baseline`, `scale`: of the config. `judged` `[B]`:
+    False where no reward judged the response; its score is then the mean of its group, and its advantages become 0.
+    None: all are judged.
     """
 
     scores: Tensor
@@ -40,13 +47,15 @@ class AdvantageInputs:
     discount: float
     gae_lambda: float
     judged: Tensor | None = None
+    baseline: Baseline = "group"
+    scale: Scale = "group"
 
 
 @dataclass(frozen=True, kw_only=True)
 class PolicyInputs:
     """The tokens of one forward pass. `[M]`: `logprobs` with gradient, `old_logprobs` of the policy that the ratio is
-    to, `advantages`, and `responses`, the number of the response that a token belongs to. `clip_epsilon`, `dual_clip`:
-    of the config.
+    to, `advantages`, and `responses`, the number of the response that a token belongs to. `clip_epsilon`,
+    `clip_epsilon_high`, `dual_clip`: of the config.
     """
 
     logprobs: Tensor
@@ -55,6 +64,7 @@ class PolicyInputs:
     responses: Tensor
     clip_epsilon: float
     dual_clip: float | None = None
+    clip_epsilon_high: float | None = None
 
 
 Advantages: TypeAlias = Callable[[AdvantageInputs], Tensor | tuple[Tensor, Tensor]]
@@ -115,14 +125,56 @@ def ppo_advantages(inputs: AdvantageInputs) -> tuple[Tensor, Tensor]:
     )
 
 
+def relative_advantages(inputs: AdvantageInputs) -> Tensor:
+    """Every token of a response has the advantage (r − b) / s, by `advantage_baseline` and `advantage_scale` (Shao et
+    al. 2024). r is the score, less β·KL where the KL is in the reward.
+    """
+    found = relative_rewards(inputs.rewards.sum(1), inputs.groups, baseline=inputs.baseline, scale=inputs.scale)
+    return found[:, None].expand_as(inputs.rewards)
+
+
+def token_returns(inputs: AdvantageInputs) -> Tensor:
+    """The advantage of a token is the discounted sum of the rewards from it on, the KL penalty of each token included
+    (Hu et al. 2025).
+    """
+    return future_rewards(inputs.rewards, inputs.mask, discount=inputs.discount)
+
+
 def clipped_loss(inputs: PolicyInputs) -> PolicyTerms:
     """The clipped loss of PPO (Schulman et al. 2017, equation 7)."""
+    return _clipped(inputs, None)
+
+
+def response_ratio_loss(inputs: PolicyInputs) -> PolicyTerms:
+    """The clipped loss with the ratio of whole responses, π(y) / π_old(y), for each of their tokens (Ahmadian et al.
+    2024).
+    """
+    return _clipped(inputs, summed_by_response(inputs.logprobs.float() - inputs.old_logprobs, inputs.responses))
+
+
+def mean_ratio_loss(inputs: PolicyInputs) -> PolicyTerms:
+    """The clipped loss with the ratio (π(y) / π_old(y))^(1/|y|) of a response for each of its tokens (GSPO: Zheng et
+    al. 2025, equations 5 and 7).
+    """
+    difference = inputs.logprobs.float() - inputs.old_logprobs
+    return _clipped(inputs, summed_by_response(difference, inputs.responses, mean=True))
+
+
+def clipped_importance_loss(inputs: PolicyInputs) -> PolicyTerms:
+    """The weighted log-likelihood of CISPO (MiniMax 2025, equation 4)."""
+    high = inputs.clip_epsilon if inputs.clip_epsilon_high is None else inputs.clip_epsilon_high
+    return clipped_importance_terms(inputs.logprobs, inputs.old_logprobs, inputs.advantages, clip_epsilon_high=high)
+
+
+def _clipped(inputs: PolicyInputs, log_ratio: Tensor | None) -> PolicyTerms:
     return clipped_policy_terms(
         inputs.logprobs,
         inputs.old_logprobs,
         inputs.advantages,
         clip_epsilon=inputs.clip_epsilon,
+        clip_epsilon_high=inputs.clip_epsilon_high,
         dual_clip=inputs.dual_clip,
+        log_ratio=log_ratio,
     )
 
 

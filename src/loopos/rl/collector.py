@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Callable, Collection, Mapping, Sequence
+import time
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import Any, Protocol
@@ -20,6 +22,7 @@ from torch import Tensor
 from loopos.config.rl import ResponseSection
 from loopos.data.batches import in_order
 from loopos.data.preference_tokens import Origin
+from loopos.evaluation.checkers import pass_at_k
 from loopos.evaluation.outputs import NonFiniteOutputs
 from loopos.evaluation.policy_metrics import (
     WinRate,
@@ -100,21 +103,43 @@ class Collector:
         device: torch.device,
         origins: Mapping[tuple[int, ...], Origin] = MappingProxyType({}),
         reused: ReusedForward | None = None,
+        share_prompts: bool = False,
         gather: Callable[[object], list[object]] = lambda value: [value],
     ) -> None:
         """roles: None where only `answers` and `scored_answers` are called. rewards: None where only a judge scores.
         origins: prompt ids → the prompt's text and source; without it the text is decoded from the ids. reused: stores
-        the forward pass over an iteration's responses for its first optimizer step. gather(value): the values of all
+        the forward pass over an iteration's responses for its first optimizer step. share_prompts: as in
+        `ResponseRows`. gather(value): the values of all
         ranks; the engine generates only this rank's part.
         """
         self.engine, self.roles, self.rewards, self.device = engine, roles, rewards, device
         self._origins, self._reused, self._gather = origins, reused, gather
+        self._share_prompts = share_prompts
+        self._seconds: dict[str, float] = {}
 
-    def __call__(self, request: Request, *, iteration: int | None = None) -> list[Rollout]:
-        """One rollout per prompt, in order, from all ranks. iteration: the training iteration of these rollouts."""
+    def __call__(
+        self, request: Request, *, iteration: int | None = None, reward_iteration: int | None = None
+    ) -> list[Rollout]:
+        """One rollout per prompt, in order, from all ranks. iteration: the training iteration of these rollouts; None
+        for others. reward_iteration: which iteration's weights of rewards count, where it is not `iteration`.
+        """
         written, staleness = self._generated(request, iteration)
-        found: list[Rollout] = self._of_all(self._scored(written, staleness, iteration))
+        weights_of = iteration if reward_iteration is None else reward_iteration
+        found: list[Rollout] = self._of_all(self._scored(written, staleness, iteration, weights_of))
         return found
+
+    @contextmanager
+    def _timed(self, name: str) -> Iterator[None]:
+        began = time.monotonic()
+        yield
+        self._seconds[name] = self._seconds.get(name, 0.0) + time.monotonic() - began
+
+    def timing(self) -> dict[str, float]:
+        """Seconds of this process since the last call: of generation, of rewards, and of the forward passes over the
+        responses.
+        """
+        taken, self._seconds = self._seconds, {}
+        return taken
 
     def answers(self, request: Request) -> list[list[Response]]:
         """n responses to every prompt, from all ranks, without scores."""
@@ -137,7 +162,8 @@ class Collector:
 
     def _generated(self, request: Request, iteration: int | None = None) -> tuple[list[tuple[Response, Tensor]], int]:
         """This rank's responses with the log-probabilities `[L]` from generation, and their staleness."""
-        written = self.engine.write(request, iteration=iteration)
+        with self._timed("generation_seconds"):
+            written = self.engine.write(request, iteration=iteration)
         tokenizer, found = self.engine.tokenizer, []
         for completion in written.completions:
             prompt = request.prompts[completion.prompt_index]
@@ -149,11 +175,17 @@ class Collector:
         return found, written.staleness
 
     def _scored(
-        self, written: Sequence[tuple[Response, Tensor]], staleness: int, iteration: int | None
+        self,
+        written: Sequence[tuple[Response, Tensor]],
+        staleness: int,
+        iteration: int | None,
+        reward_iteration: int | None,
     ) -> list[Rollout]:
         responses = [response for response, _ in written]
-        scored = self._with_scores(responses, iteration)
-        passes = self._passes(responses, iteration)
+        with self._timed("reward_seconds"):
+            scored = self._with_scores(responses, reward_iteration)
+        with self._timed("forward_seconds"):
+            passes = self._passes(responses, iteration)
         return [
             Rollout(
                 each.response,
@@ -180,12 +212,13 @@ class Collector:
     def _passes(self, responses: Sequence[Response], iteration: int | None) -> dict[str, list[Tensor]]:
         """Name → `[L]` of each response, by forward passes like those of training."""
         assert self.roles is not None, "rollouts have roles"
-        rows = ResponseRows([r.prompt_ids for r in responses], [r.ids for r in responses], self.device)
+        prompts, ids = [r.prompt_ids for r in responses], [r.ids for r in responses]
+        rows = ResponseRows(prompts, ids, self.device, share_prompts=self._share_prompts)
         found: dict[str, list[Tensor]] = {}
         first = None
         if self._reused is not None and iteration is not None:
             first = self._reused.batch(rows, iteration)
-        for batch in in_order(rows, tokens=_TOKENS) if first is None else [first]:
+        for batch in in_order(rows.by_group(), tokens=_TOKENS) if first is None else [first]:
             arguments = (batch.ids, batch.layout, batch.positions, batch.targets)
             with torch.set_grad_enabled(batch is first):
                 outputs = self.roles.actor_critic(*arguments)
@@ -283,6 +316,26 @@ def answer_metrics(answers: Sequence[Rollout | ScoredResponse], *, is_rewarded: 
     return metrics
 
 
+def rollout_records(rollouts: Sequence[Rollout], advantages: Tensor, iteration: int) -> list[dict[str, Any]]:
+    """One record per rollout, for rollouts.jsonl. advantages: of all their tokens, one rollout after another, `[M]`;
+    a record has the mean over the rollout's tokens.
+    """
+    each = torch.split(advantages, [len(rollout.response.ids) for rollout in rollouts])
+    return [
+        {
+            "iteration": iteration,
+            "prompt": rollout.response.prompt,
+            "response": rollout.response.text,
+            "ended": rollout.response.ended,
+            "tokens": len(rollout.response.ids),
+            "reward": rollout.score,
+            **{f"score_{name}": score for name, score in rollout.parts.items()},
+            "advantage": float(own.mean()),
+        }
+        for rollout, own in zip(rollouts, each, strict=True)
+    ]
+
+
 def _require_finite(metrics: Mapping[str, float], number: int, *, is_rewarded: bool) -> None:
     """Raises `NonFiniteOutputs` for metrics of `number` responses that are not finite."""
     unusable = {name: value for name, value in metrics.items() if not math.isfinite(value)}
@@ -331,6 +384,18 @@ def best_of_n(
     return found
 
 
+def passing_metrics(scores: Sequence[float], number: int) -> dict[str, float]:
+    """pass@k for k = 1, 2, 4, … and `number` (Chen et al. 2021, equation 1), of `number` scores to each prompt, one
+    prompt after another; empty unless every score is 0 or 1.
+    """
+    if not set(scores) <= {0.0, 1.0}:
+        return {}
+    right = [int(sum(scores[start : start + number])) for start in range(0, len(scores), number)]
+    powers = {2**exponent for exponent in range(number.bit_length())}
+    numbers = sorted({*powers, number})
+    return {f"pass@{k}": statistics.fmean(pass_at_k(number, each, k) for each in right) for k in numbers}
+
+
 class PolicyCheck:
     """Measures the policy on the same prompts with the same seeds each time."""
 
@@ -343,8 +408,10 @@ class PolicyCheck:
         *,
         estimator: KlEstimator,
         kl_limit: float | None,
+        responses: int = 1,
     ) -> None:
-        """kl_limit: nats per response above which "reward_within_kl" is −inf."""
+        """kl_limit: nats per response above which "reward_within_kl" is −inf. responses: to each prompt."""
+        self.responses = responses
         self.collector, self.prompts, self.sampling, self.judge = collector, prompts, sampling, judge
         self.estimator, self.kl_limit = estimator, kl_limit
         self._first: dict[str, list[float]] = {}
@@ -353,11 +420,17 @@ class PolicyCheck:
         """Metrics and one record per prompt, the same on every rank. "judge": the judge's mean score. "win_rate": the
         fraction of prompts whose response the judge scores higher than the response before training, with its 95%
         interval "win_rate_low" to "win_rate_high"; ties count half. "reward_win_rate": the same by reward. is_start:
-        store these responses as the baseline; without a baseline there are no win rates.
+        store these responses as the baseline; without a baseline there are no win rates. With several responses to a
+        prompt, judge, win rates and records are of the first one.
         """
-        rollouts = self.collector(request_of(self.prompts, self.sampling))
+        every = self.collector(
+            request_of([each for each in self.prompts for _ in range(self.responses)], self.sampling)
+        )
+        rollouts = every[:: self.responses]
         is_rewarded = self.collector.rewards is not None
-        metrics = rollout_metrics(rollouts, estimator=self.estimator, is_rewarded=is_rewarded)
+        metrics = rollout_metrics(every, estimator=self.estimator, is_rewarded=is_rewarded)
+        if self.responses > 1 and is_rewarded:
+            metrics |= passing_metrics([rollout.score for rollout in every], self.responses)
         if self.kl_limit is not None:
             metrics["reward_within_kl"] = metrics["reward"] if metrics["kl"] <= self.kl_limit else -math.inf
         scores = {"reward": [rollout.score for rollout in rollouts]} if is_rewarded else {}

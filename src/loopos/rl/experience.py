@@ -16,8 +16,17 @@ from torch import Tensor
 
 from loopos.config.rl import PpoTrainingSection
 from loopos.data.batches import Cursor
-from loopos.functional.advantages import KlEstimator, kl_terms, token_rewards, truncated_importance, whitened
+from loopos.functional.advantages import (
+    Baseline,
+    KlEstimator,
+    Scale,
+    kl_terms,
+    token_rewards,
+    truncated_importance,
+    whitened,
+)
 from loopos.functional.packing import PackedLayout
+from loopos.models.attention import FUSED_FROM
 from loopos.rl.algorithms import PPO, AdvantageInputs, Algorithm
 
 PolicyOutputs: TypeAlias = tuple[Tensor, Tensor, Tensor | None]
@@ -29,9 +38,11 @@ class ResponseBatch:
     """Prompts and responses of one forward pass, packed.
 
     `ids` `[T]`. `positions` `[M]`: positions whose hidden states predict the tokens `targets` `[M]`; each is the
-    position before its token. `columns`: `old_logprobs`, `advantages`, with a reference `reference_logprobs`, with a
-    critic `values` (old) and `returns`, `[M]` fp32. `is_first`: the policy has not changed since it generated the
-    responses. `responses` `[M]`: the index among `rows` of the response that a token belongs to.
+    position before its token. Responses to one prompt that follow each other may share its tokens. `columns`:
+    `old_logprobs`, `advantages`, with a reference `reference_logprobs`, with a critic `values` (old) and `returns`,
+    `[M]` fp32. `is_first`: the policy has not changed since it generated the responses. `responses` `[M]`: the index
+    among `rows` of the response that a token belongs to. `lengths`: tokens of each response; `learned`: whether it has
+    a loss.
     """
 
     ids: Tensor
@@ -41,6 +52,8 @@ class ResponseBatch:
     rows: tuple[int, ...]
     columns: Mapping[str, Tensor]
     responses: Tensor
+    lengths: tuple[int, ...]
+    learned: tuple[bool, ...]
     is_first: bool = False
 
     @property
@@ -50,37 +63,106 @@ class ResponseBatch:
 
 @dataclass(frozen=True)
 class ResponseRows:
-    """Prompts with responses, as rows of `ResponseBatch`es. columns: name → one value per token of each response."""
+    """Prompts with responses, as rows of `ResponseBatch`es. columns: name → one value per token of each response.
+    learned: whether each response has a loss; all when None. share_prompts: run a prompt once for its responses that
+    follow each other here.
+    """
 
     prompts: Sequence[Sequence[int]]
     responses: Sequence[Sequence[int]]
     device: torch.device
     columns: Mapping[str, Sequence[Tensor]] | None = None
+    learned: Sequence[bool] | None = None
+    share_prompts: bool = False
 
     @cached_property
     def lengths(self) -> list[int]:
         return [len(prompt) + len(response) for prompt, response in zip(self.prompts, self.responses, strict=True)]
 
+    @cached_property
+    def groups(self) -> list[list[int]]:
+        """Rows that follow each other and may share their prompt, else each row alone. A group is as long as the dense
+        attention of shared prompts allows.
+        """
+        found: list[list[int]] = []
+        tokens = 0
+        for row, prompt in enumerate(self.prompts):
+            tokens += len(self.responses[row])
+            fits = self.share_prompts and tokens < FUSED_FROM
+            if found and fits and prompt == self.prompts[found[-1][0]]:
+                found[-1].append(row)
+            else:
+                found.append([row])
+                tokens = self.lengths[row]
+        return found
+
+    @cached_property
+    def _group_of(self) -> list[int]:
+        return [number for number, group in enumerate(self.groups) for _ in group]
+
+    def by_group(self) -> GroupedRows:
+        """The groups as rows."""
+        return GroupedRows(self)
+
     def __call__(self, rows: Sequence[int], *, is_first: bool = False) -> ResponseBatch:
         ids: list[int] = []
         positions: list[int] = []
-        for row in rows:
-            positions += range(len(ids) + len(self.prompts[row]) - 1, len(ids) + self.lengths[row] - 1)
-            ids += [*self.prompts[row], *self.responses[row]]
+        segments: list[tuple[int, ...]] = []
+        ordered: list[int] = []
+        for group in self._together(rows):
+            prompt = self.prompts[group[0]]
+            ids += prompt
+            last = len(ids) - 1
+            for row in group:
+                response = self.responses[row]
+                # The first token of a response is predicted by the last token of the prompt.
+                positions += [last, *range(len(ids), len(ids) + len(response) - 1)][: len(response)]
+                ids += response
+            segments.append((len(prompt), *(len(self.responses[row]) for row in group)))
+            ordered += group
         flat = torch.tensor(ids, device=self.device)
-        lengths = torch.tensor([len(self.responses[row]) for row in rows])
-        before = torch.tensor(positions, device=self.device)
-        columns = {name: torch.cat([column[row] for row in rows]) for name, column in (self.columns or {}).items()}
+        lengths = tuple(len(self.responses[row]) for row in ordered)
+        columns = {name: torch.cat([column[row] for row in ordered]) for name, column in (self.columns or {}).items()}
         return ResponseBatch(
             ids=flat,
-            layout=PackedLayout(tuple(self.lengths[row] for row in rows), self.device),
-            positions=before,
-            targets=flat[before + 1],
-            rows=tuple(rows),
+            layout=self._layout(segments),
+            positions=torch.tensor(positions, device=self.device),
+            targets=torch.tensor([token for row in ordered for token in self.responses[row]], device=self.device),
+            rows=tuple(ordered),
             columns={name: column.to(self.device) for name, column in columns.items()},
-            responses=torch.repeat_interleave(torch.arange(len(rows)), lengths).to(self.device),
+            responses=torch.repeat_interleave(torch.arange(len(ordered)), torch.tensor(lengths)).to(self.device),
+            lengths=lengths,
+            learned=tuple(self.learned is None or self.learned[row] for row in ordered),
             is_first=is_first,
         )
+
+    def _together(self, rows: Sequence[int]) -> list[list[int]]:
+        """Rows of one group together, in the order of the first of each."""
+        found: dict[int, list[int]] = {}
+        for row in rows:
+            found.setdefault(self._group_of[row], []).append(row)
+        return list(found.values())
+
+    def _layout(self, segments: Sequence[tuple[int, ...]]) -> PackedLayout:
+        if all(len(each) == 2 for each in segments):
+            return PackedLayout(tuple(map(sum, segments)), self.device)
+        return PackedLayout.of_shared_prefixes(segments, self.device)
+
+
+@dataclass(frozen=True)
+class GroupedRows:
+    """The groups of `rows` as rows."""
+
+    rows: ResponseRows
+
+    @cached_property
+    def lengths(self) -> list[int]:
+        """Tokens of each group, its prompt once."""
+        rows = self.rows
+        return [len(rows.prompts[group[0]]) + sum(len(rows.responses[row]) for row in group) for group in rows.groups]
+
+    def __call__(self, rows: Sequence[int]) -> ResponseBatch:
+        return self.rows([row for group in rows for row in self.rows.groups[group]])
 
 
 @dataclass(eq=False)
@@ -121,7 +203,7 @@ class Experience:
     """The responses of one iteration from all processes. The tensors are `[M]` fp32 on CPU, concatenated over
     responses; None for those of a reference or a critic that the run does not have. `kl_coefficient`: β of the penalty
     in the rewards. `is_own`: `old_logprobs` are those of the policy before its update, so that its first ratio is 1;
-    otherwise those of an older policy.
+    otherwise those of an older policy. `learned`: whether each response has a loss; None = all.
     """
 
     prompts: list[list[int]]
@@ -133,11 +215,12 @@ class Experience:
     returns: Tensor | None
     kl_coefficient: float
     is_own: bool = True
+    learned: list[bool] | None = None
 
-    def rows(self, device: torch.device) -> ResponseRows:
+    def rows(self, device: torch.device, *, share_prompts: bool = False) -> ResponseRows:
         lengths = [len(response) for response in self.responses]
         columns = {name: torch.split(column, lengths) for name, column in self._columns().items()}
-        return ResponseRows(self.prompts, self.responses, device, columns)
+        return ResponseRows(self.prompts, self.responses, device, columns, self.learned, share_prompts)
 
     def _columns(self) -> dict[str, Tensor]:
         return {name: column for name in _COLUMNS if (column := getattr(self, name)) is not None}
@@ -148,6 +231,8 @@ class Experience:
         for name, texts in (("prompts", self.prompts), ("responses", self.responses)):
             stored[name] = torch.tensor([token for ids in texts for token in ids])
             stored[f"{name}_lengths"] = torch.tensor([len(ids) for ids in texts])
+        if self.learned is not None:
+            stored["learned"] = torch.tensor(self.learned)
         return stored
 
     @classmethod
@@ -159,7 +244,8 @@ class Experience:
         }
         columns = {name: tensors[name].clone() if name in tensors else None for name in _COLUMNS}
         assert all(columns[name] is not None for name in _ALWAYS), sorted(tensors)
-        named: dict[str, Any] = {**texts, **columns}
+        learned = tensors["learned"].tolist() if "learned" in tensors else None
+        named: dict[str, Any] = {**texts, **columns, "learned": learned}
         return cls(**named, kl_coefficient=kl_coefficient, is_own=is_own)
 
 
@@ -167,7 +253,8 @@ class Experience:
 class AdvantageSettings:
     """How scores become advantages. `penalty`: KL estimator of the penalty in the rewards; None if the KL is a loss
     instead. `importance_cap`: bound of π/μ, if advantages are multiplied by it.
-    `responses_per_prompt`: so many responses to one prompt follow each other.
+    `responses_per_prompt`: so many responses to one prompt follow each other. `baseline`, `scale`: of relative
+    advantages. `mask_truncated`: responses without their end have no loss.
     """
 
     penalty: KlEstimator | None
@@ -178,6 +265,9 @@ class AdvantageSettings:
     importance_cap: float | None = None
     algorithm: Algorithm = PPO
     responses_per_prompt: int = 1
+    baseline: Baseline = "group"
+    scale: Scale = "group"
+    mask_truncated: bool = False
 
     @classmethod
     def of(
@@ -198,14 +288,19 @@ class AdvantageSettings:
             importance_cap=importance_cap,
             algorithm=algorithm,
             responses_per_prompt=responses_per_prompt,
+            baseline=settings.advantage_baseline,
+            scale=settings.advantage_scale,
+            mask_truncated=settings.mask_truncated,
         )
 
 
 class Response(Protocol):
-    """Tokens that a policy generated."""
+    """Tokens that a policy generated, and whether they have their end."""
 
     @property
     def ids(self) -> Sequence[int]: ...
+    @property
+    def ended(self) -> bool: ...
 
 
 class Scored(Protocol):
@@ -272,6 +367,8 @@ def experience_of(
         values=state_values,
         discount=settings.discount,
         gae_lambda=settings.gae_lambda,
+        baseline=settings.baseline,
+        scale=settings.scale,
     )
     advantages, returns = settings.algorithm.advantages(inputs)
     if settings.whiten_advantages:
@@ -293,6 +390,7 @@ def experience_of(
         returns=None if returns is None else returns[mask],
         kl_coefficient=kl_coefficient,
         is_own=not by_engine or not any(each.staleness for each in scored),
+        learned=[each.response.ended for each in scored] if settings.mask_truncated else None,
     )
 
 

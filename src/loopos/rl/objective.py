@@ -5,9 +5,9 @@ Letters: M tokens of responses.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor
@@ -15,14 +15,22 @@ from torch import Tensor
 from loopos.config.rl import PpoTrainingSection
 from loopos.functional.advantages import KlController, KlEstimator, kl_terms
 from loopos.functional.packing import PackedLayout
-from loopos.functional.policy_loss import clipped_value_terms
+from loopos.functional.policy_loss import clipped_value_terms, ratio_of
 from loopos.rl.algorithms import PPO, Algorithm, PolicyInputs
 from loopos.rl.experience import PolicyOutputs, ResponseBatch, ReusedForward
 from loopos.rl.monitors import Monitor
 from loopos.rl.rollouts import RolloutBatches
 from loopos.training.distributed import World
 
-_REPORTED = ("entropy", "clip_share", "value_clip_share", "approximate_kl", "ratio")
+_REPORTED = (
+    "entropy",
+    "clip_share",
+    "clip_share_low",
+    "clip_share_high",
+    "value_clip_share",
+    "approximate_kl",
+    "ratio",
+)
 
 
 class ActorCritic(Protocol):
@@ -54,6 +62,10 @@ class PpoObjective:
     """policy + c_v·value − c_e·entropy (+ β·KL to the reference, if it is a loss), each the mean over all tokens of the
     minibatch (Schulman et al. 2017, equation 9); the policy term is the algorithm's, and the value term is there only
     with a critic. docs/metrics.md defines the names.
+
+    `loss_normalization` of the policy term and the KL: "token"; "sequence", the mean over responses of the mean over
+    their tokens (Shao et al. 2024); "constant", the sum over the number of responses times `max_new_tokens` (Liu et al.
+    2025). Responses that are not learned count nowhere.
     """
 
     actor_critic: ActorCritic
@@ -67,6 +79,10 @@ class PpoObjective:
     extremes: Extremes = field(default_factory=Extremes)
     reused: ReusedForward | None = None
     algorithm: Algorithm = PPO
+    clip_epsilon_high: float | None = None
+    loss_normalization: Literal["token", "sequence", "constant"] = "token"
+    max_new_tokens: int = 1
+    kl_importance: bool = False
 
     @classmethod
     def of(
@@ -75,9 +91,12 @@ class PpoObjective:
         actor_critic: ActorCritic,
         algorithm: Algorithm,
         *,
+        max_new_tokens: int,
         reused: ReusedForward | None = None,
     ) -> PpoObjective:
-        """The objective for a config's `training` section. reused: stores forward passes for the first step."""
+        """The objective for a config's `training` section. max_new_tokens: of a response. reused: stores forward
+        passes for the first step.
+        """
         return cls(
             actor_critic,
             clip_epsilon=settings.clip_epsilon,
@@ -85,10 +104,14 @@ class PpoObjective:
             value_clip=settings.value_clip,
             entropy_coefficient=settings.entropy_coefficient,
             dual_clip=settings.dual_clip,
-            kl_loss=settings.penalty_estimator if settings.kl_in == "loss" else None,
+            kl_loss=settings.penalty_estimator if settings.kl_in == "loss" and settings.kl_coefficient > 0 else None,
             kl_coefficient=settings.kl_coefficient,
             reused=reused,
             algorithm=algorithm,
+            clip_epsilon_high=settings.clip_epsilon_high,
+            loss_normalization=settings.loss_normalization,
+            max_new_tokens=max_new_tokens,
+            kl_importance=settings.kl_importance,
         )
 
     @property
@@ -104,14 +127,23 @@ class PpoObjective:
 
     def counts(self, batch: ResponseBatch) -> Mapping[str, float]:
         reported = [name for name in _REPORTED if self.algorithm.has_critic or name != "value_clip_share"]
-        return {name: float(len(batch.targets)) for name in (*self.weights, *reported)}
+        lengths = [length for length, is_learned in zip(batch.lengths, batch.learned, strict=True) if is_learned]
+        normalizers = {
+            "token": sum(lengths),
+            "sequence": len(lengths),
+            "constant": len(lengths) * self.max_new_tokens,
+        }
+        counts = dict.fromkeys((*self.weights, *reported), float(sum(lengths)))
+        for name in ("policy_loss", *(("kl_loss",) if self.kl_loss is not None else ())):
+            counts[name] = float(normalizers[self.loss_normalization])
+        return counts
 
     def loss(self, batch: ResponseBatch) -> Mapping[str, Tensor]:
         outputs = None if self.reused is None else self.reused.take(batch)
         if outputs is None:
             outputs = self.actor_critic(batch.ids, batch.layout, batch.positions, batch.targets)
         logprobs, entropies, values = outputs
-        columns = batch.columns
+        columns, factors, masked = batch.columns, self._factors(batch), _masked(batch)
         # In the first step the policy is its own old policy, so the ratio is exactly 1 in any packing.
         old = logprobs.detach() if batch.is_first else columns["old_logprobs"]
         policy = self.algorithm.policy_loss(
@@ -121,28 +153,52 @@ class PpoObjective:
                 advantages=columns["advantages"],
                 responses=batch.responses,
                 clip_epsilon=self.clip_epsilon,
+                clip_epsilon_high=self.clip_epsilon_high,
                 dual_clip=self.dual_clip,
             )
         )
         self.extremes.take(policy.ratio)
-        sums = {"policy_loss": policy.loss.sum()}
+        sums = {"policy_loss": factors(policy.loss).sum()}
         if values is not None:
             value = clipped_value_terms(values, columns["values"], columns["returns"], clip_range=self.value_clip)
-            sums["value_loss"] = value.loss.sum()
-            sums["value_clip_share"] = value.is_clipped.sum()
+            sums["value_loss"] = masked(value.loss).sum()
+            sums["value_clip_share"] = masked(value.is_clipped).sum()
+        clipped = masked(policy.is_clipped)
+        entropy = masked(entropies).sum()
         sums |= {
-            "entropy": entropies.sum() if self.entropy_coefficient else entropies.sum().detach(),
-            "clip_share": policy.is_clipped.sum(),
-            "approximate_kl": policy.approximate_kl.sum(),
-            "ratio": policy.ratio.sum(),
+            "entropy": entropy if self.entropy_coefficient else entropy.detach(),
+            "clip_share": clipped.sum(),
+            "clip_share_low": (clipped * (policy.ratio < 1)).sum(),
+            "clip_share_high": (clipped * (policy.ratio > 1)).sum(),
+            "approximate_kl": masked(policy.approximate_kl).sum(),
+            "ratio": masked(policy.ratio).sum(),
         }
         if self.kl_loss is not None:
-            sums["kl_loss"] = kl_terms(logprobs, columns["reference_logprobs"], self.kl_loss).sum()
+            kl = kl_terms(logprobs, columns["reference_logprobs"], self.kl_loss)
+            # The gradient flows through the ratio too (DeepSeek-AI 2025, DeepSeek-V3.2, section 3.1).
+            weighted = kl * ratio_of(logprobs - old) if self.kl_importance else kl
+            sums["kl_loss"] = factors(weighted).sum()
         return sums
+
+    def _factors(self, batch: ResponseBatch) -> Callable[[Tensor], Tensor]:
+        """Multiplies token losses `[M]` by what the normalization gives each token within its response."""
+        if self.loss_normalization != "sequence":
+            return _masked(batch)
+        pairs = zip(batch.lengths, batch.learned, strict=True)
+        each = torch.tensor([is_learned / length for length, is_learned in pairs], device=batch.ids.device)
+        return lambda values: values * each[batch.responses]
 
     def idle(self, batch: ResponseBatch) -> Tensor:
         outputs = self.actor_critic(batch.ids, batch.layout, batch.positions, batch.targets)
         return torch.stack([each.sum() for each in outputs if each is not None]).sum() * 0.0
+
+
+def _masked(batch: ResponseBatch) -> Callable[[Tensor], Tensor]:
+    """Sets values `[M]` of tokens without a loss to 0."""
+    if all(batch.learned):
+        return lambda values: values
+    learned = torch.tensor(batch.learned, device=batch.ids.device)[batch.responses]
+    return lambda values: values.where(learned, 0.0)
 
 
 class Stateful(Protocol):
@@ -172,8 +228,8 @@ class WrittenAhead(Protocol):
 @dataclass
 class PolicyState:
     """State of a PPO run beyond weights and optimizer: the current experience, β, the extremes of the ratio, the
-    monitor and its alerts, the baseline of the policy check, responses of future iterations, and what rewards have used
-    of their budgets.
+    monitor and its alerts, the baseline of the policy check, the pass rates of prompts, responses of future
+    iterations, and what rewards have used of their budgets.
     """
 
     batches: RolloutBatches
@@ -182,6 +238,7 @@ class PolicyState:
     guards: Monitor
     check: Stateful | None
     ahead: WrittenAhead | None = None
+    curriculum: Stateful | None = None
     alerts: list[str] = field(default_factory=list)
     rewards: Stateful | None = None
     _reward_states: list[dict[str, Any]] = field(default_factory=list)
@@ -215,6 +272,7 @@ class PolicyState:
             "check": self.check.state() if self.check is not None else None,
             "ahead": self.ahead.state() if self.ahead is not None else None,
             "rewards": self._reward_states,
+            **({"curriculum": self.curriculum.state()} if self.curriculum is not None else {}),
         }
 
     def load(self, tensors: Mapping[str, Tensor], state: Mapping[str, Any]) -> None:
@@ -233,3 +291,5 @@ class PolicyState:
             self.check.load(state["check"])
         if self.rewards is not None and state.get("rewards"):
             self.rewards.load({"ranks": state["rewards"]})
+        if self.curriculum is not None and "curriculum" in state:
+            self.curriculum.load(state["curriculum"])

@@ -29,6 +29,7 @@ from loopos.evaluation.outputs import NonFiniteOutputs
 from loopos.evaluation.own_code import called_for, numbers_of
 from loopos.evaluation.process_rewards import Process, process_of, step_scores
 from loopos.evaluation.reward_predictor import Normalization, raw_scores
+from loopos.functional.advantages import overlong_penalty
 from loopos.models.folders import RewardEnsemble, check_same_tokens, open_reward_model
 from loopos.models.heads import PooledModel
 from loopos.rl.reward_functions import NotOfARow, Scores
@@ -248,9 +249,9 @@ class ModelScores:
 
 
 class Rewards:
-    """Σ weight · score of the reward model and the functions that judged, minus the penalty for a missing end token,
-    clipped to ±`score_clip`; `UNJUDGED` where none did. As in TRL, the others keep their weights where one did not
-    judge.
+    """Σ weight · score of the reward model and the functions that judged, minus the penalties for a missing end token
+    and for a response near the longest, clipped to ±`score_clip`; `UNJUDGED` where none did. As in TRL, the others keep
+    their weights where one did not judge.
     """
 
     def __init__(
@@ -263,6 +264,8 @@ class Rewards:
         """Raises `UserError` for a function that does not exist, and for options that it does not have."""
         self.model, self.section, self.run = model, section, run or RewardRun()
         self.missing_end_penalty = rollout.missing_end_penalty or 0.0
+        self.max_new_tokens, self.overlong_tokens = rollout.max_new_tokens, rollout.overlong_tokens
+        self.overlong_weight = rollout.overlong_penalty
         self.functions = {
             each.key: reward_function(
                 each.name,
@@ -351,6 +354,9 @@ class Rewards:
 
     def _bounded(self, total: float, response: Response) -> float:
         total -= 0.0 if response.ended else self.missing_end_penalty
+        if self.overlong_tokens:
+            longest, buffer = self.max_new_tokens, self.overlong_tokens
+            total -= self.overlong_weight * overlong_penalty(len(response.ids), longest=longest, buffer=buffer)
         bound = self.section.score_clip
         return total if bound is None else min(max(total, -bound), bound)
 

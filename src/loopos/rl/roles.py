@@ -54,6 +54,13 @@ class ActorCritic(nn.Module):
         self.policy, self.critic = policy, critic
         self.shares_states, self.temperature = shares_states, temperature
 
+    @property
+    def supports_shared_prompts(self) -> bool:
+        """Whether responses that share their prompt's tokens in a row have the outputs that they have by themselves."""
+        critic = None if self.critic is None or self.shares_states else self.critic.backbone
+        own = [self.policy.backbone, *([critic] if isinstance(critic, Backbone) else [])]
+        return all(backbone.supports_shared_prefixes for backbone in own)
+
     def forward(self, ids: Tensor, layout: PackedLayout, positions: Tensor, targets: Tensor) -> PolicyOutputs:
         """Log-probabilities of `targets` `[M]`, entropies of their distributions, and values V of the states at
         `positions` `[M]`, each before its token; None without a critic. ids `[T]` → three of `[M]` in fp32.

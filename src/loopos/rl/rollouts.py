@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -66,13 +66,27 @@ class RolloutPlan:
             responses_per_prompt=responses_per_prompt,
         )
 
+    @property
+    def num_groups(self) -> int:
+        """Prompts of an iteration."""
+        return self.batch_size // self.responses_per_prompt
+
+    def other_prompts(self, iteration: int, attempt: int, used: Collection[int], number: int) -> list[int]:
+        """So many prompts in place of some of an iteration, in the `attempt`-th time from 1. They depend on the
+        iteration and on the prompts that it used; those come again only where no other ones are left.
+        """
+        # The fourth number separates these draws from those of minibatches.
+        random = np.random.Generator(np.random.PCG64([self.seed, iteration, 0, attempt]))
+        order = random.permutation(self.num_prompts).tolist()
+        fresh = [index for index in order if index not in used] + [index for index in order if index in used]
+        return [fresh[position % len(fresh)] for position in range(number)]
+
     def prompts_of(self, iteration: int) -> list[int]:
         """Indices of an iteration's prompts, one for each response, for all processes. Each pass over the data has its
         own order.
         """
         prompts: list[int] = []
-        num_groups = self.batch_size // self.responses_per_prompt
-        for number in range(iteration * num_groups, (iteration + 1) * num_groups):
+        for number in range(iteration * self.num_groups, (iteration + 1) * self.num_groups):
             turn, index = divmod(number, self.num_prompts)
             prompts += [int(self.order(turn)[index])] * self.responses_per_prompt
         return prompts
@@ -83,15 +97,28 @@ class RolloutPlan:
             return np.arange(self.num_prompts)
         return shuffled(self.num_prompts, self.seed, turn)
 
-    def batches_of(self, cursor: Cursor, lengths: Sequence[int]) -> list[list[int]]:
-        """This process's micro-batches of a minibatch, as indices into an iteration's responses of these lengths."""
+    def batches_of(self, cursor: Cursor, lengths: Sequence[int], *, group_size: int = 1) -> list[list[int]]:
+        """This process's micro-batches of a minibatch, as indices into an iteration's rows of these lengths.
+
+        group_size: so many rows that follow each other stay in one minibatch, if there are as many groups as
+        minibatches, and in one micro-batch, if there are as many groups as micro-batches.
+        """
         inner, part = divmod(cursor.step, self.minibatches)
+        each = group_size if len(lengths) // group_size >= self.minibatches else 1
         # The third number separates these draws from those of the prompts.
-        order = np.random.Generator(np.random.PCG64([self.seed, cursor.epoch, 1 + inner])).permutation(len(lengths))
-        group = np.array_split(order, self.minibatches)[part].tolist()
-        slots = deal([lengths[row] for row in group], self.accumulation * self.world, len(group))
-        own = [[group[index] for index in slot] for slot in slots[self.rank :: self.world]]
+        random = np.random.Generator(np.random.PCG64([self.seed, cursor.epoch, 1 + inner]))
+        order = random.permutation(len(lengths) // each)
+        units = [list(range(unit * each, (unit + 1) * each)) for unit in np.array_split(order, self.minibatches)[part]]
+        num_slots = self.accumulation * self.world
+        if len(units) < num_slots:
+            units = [[row] for unit in units for row in unit]
+        slots = deal([sum(lengths[row] for row in unit) for unit in units], num_slots, len(units))
+        own = [[row for index in slot for row in units[index]] for slot in slots[self.rank :: self.world]]
         return [chosen for chosen in own if chosen]
+
+    def response_batches(self, cursor: Cursor, lengths: Sequence[int]) -> list[list[int]]:
+        """`batches_of` of an iteration's responses, those to one prompt together."""
+        return self.batches_of(cursor, lengths, group_size=self.responses_per_prompt)
 
 
 class RolloutBatches:
@@ -102,9 +129,16 @@ class RolloutBatches:
     exceeds the limit.
     """
 
-    def __init__(self, plan: RolloutPlan, collect: Callable[[int], Experience], device: torch.device) -> None:
-        """collect: iteration → its experience, the same on every process."""
-        self.plan, self.device = plan, device
+    def __init__(
+        self,
+        plan: RolloutPlan,
+        collect: Callable[[int], Experience],
+        device: torch.device,
+        *,
+        share_prompts: bool = False,
+    ) -> None:
+        """collect: iteration → its experience, the same on every process. share_prompts: as in `ResponseRows`."""
+        self.plan, self.device, self.share_prompts = plan, device, share_prompts
         self._collect = collect
         self.experience: Experience | None = None
         self._rows: ResponseRows | None = None
@@ -127,9 +161,9 @@ class RolloutBatches:
             assert cursor.step == 0, f"no experience at {cursor}"
             self.experience = self._collect(cursor.epoch)
         if self._rows is None:
-            self._rows = self.experience.rows(self.device)
+            self._rows = self.experience.rows(self.device, share_prompts=self.share_prompts)
         plan, rows = self.plan, self._rows
-        own = plan.batches_of(cursor, rows.lengths)
+        own = plan.response_batches(cursor, rows.lengths)
         is_first = cursor.step == 0 and self.experience.is_own
         return [rows(chosen, is_first=is_first) for chosen in own]
 
