@@ -9,8 +9,6 @@ from __future__ import annotations
 import asyncio
 import base64
 import copy
-import re
-import secrets
 from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -22,13 +20,12 @@ from starlette.responses import JSONResponse, Response
 from transformers import PreTrainedTokenizerBase
 
 from loopos.config.diagnostics import UserError
-from loopos.data.conversations import ASSISTANT, Message
-from loopos.data.piece_tokens import SegmentTokenizer
-from loopos.data.record import shown
+from loopos.data.conversations import Message
 from loopos.data.rows import Row
+from loopos.data.spelled_tokens import SpelledTokens
 from loopos.data.supervised_rows import Completion as RawText
 from loopos.data.supervised_tokens import prompt_tokens
-from loopos.data.templates import ChatTemplate, Segment, TemplateRefusal
+from loopos.data.templates import ChatTemplate, TemplateRefusal
 from loopos.evaluation.reasoning import Reasoner
 from loopos.generation.settings import SamplingParams
 from loopos.serving.decoder import Decoder, ModelThread, PendingRequest
@@ -48,10 +45,7 @@ class Prompts:
 
     def __init__(self, template: ChatTemplate) -> None:
         self._template = copy.deepcopy(template)
-        tokens = self.tokenizer.added_tokens_decoder.values()
-        special = {token.content for token in tokens if token.special} | set(self.tokenizer.all_special_tokens)
-        spelled = "|".join(re.escape(token) for token in sorted(special, key=len, reverse=True) if token)
-        self._control = re.compile(f"({spelled})" if spelled else r"(?!)()")
+        self._spelled = SpelledTokens(self._template)
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="tokenizer")
 
     @property
@@ -75,62 +69,9 @@ class Prompts:
 
     def _of_chat(self, messages: Sequence[Message]) -> list[int]:
         try:
-            if any(message.role != ASSISTANT and self._control.search(message.content) for message in messages):
-                return self._with_spelled_tokens(messages)
-            return prompt_tokens(self.tokenizer, messages, template=self._template)
+            return self._spelled.prompt(messages)
         except TemplateRefusal as refusal:
             raise ApiError(400, f"messages: {refusal}", param="messages", code="invalid_value") from refusal
-
-    def _with_spelled_tokens(self, messages: Sequence[Message]) -> list[int]:
-        """The ids when user or system messages spell control tokens: these are tokenized separately, as text. Assistant
-        messages are the model's own, and their step markers may be control tokens.
-        """
-        # Clients cannot forge the placeholders, because the mark is random for each request.
-        mark = secrets.token_hex(8)
-        spelled: list[str] = []
-
-        def stand_in(found: re.Match[str]) -> str:
-            spelled.append(found[0])
-            return f"\ue000{mark}-{len(spelled) - 1}\ue001"
-
-        with_stand_ins = [
-            each if each.role == ASSISTANT else replace(each, content=self._control.sub(stand_in, each.content))
-            for each in messages
-        ]
-        changed = f"the chat template changes {shown(spelled[0])}, which a message holds as text"
-        try:
-            rendered = self._template.prompt(with_stand_ins)
-        except TemplateRefusal as refusal:
-            if mark in str(refusal):
-                raise TemplateRefusal(changed) from refusal
-            raise
-        # Every second part of a segment is the number of a spelled token.
-        parts = [(segment, re.split(f"\ue000{mark}-([0-9]+)\ue001", segment.text)) for segment in rendered]
-        numbers = {int(number) for _, texts in parts for number in texts[1::2]}
-        if len(numbers) < len(spelled):
-            raise TemplateRefusal(changed)
-        row = [
-            Segment(
-                "" if index % 2 else text,
-                begins=segment.begins and index == 0,
-                closes=segment.closes and index == len(texts) - 1,
-            )
-            for segment, texts in parts
-            for index, text in enumerate(texts)
-        ]
-        (encoded,) = SegmentTokenizer(self.tokenizer).encode([row])
-        flat = [(index, text) for _, texts in parts for index, text in enumerate(texts)]
-        ids: list[int] = []
-        for (index, text), tokens in zip(flat, encoded, strict=True):
-            ids += self._as_text(spelled[int(text)]) if index % 2 else tokens
-        return ids
-
-    def _as_text(self, spelled: str) -> list[int]:
-        """The ids of a control token's spelling, none of which is a control token. Raises `TemplateRefusal`."""
-        ids: list[int] = self.tokenizer(spelled, add_special_tokens=False, split_special_tokens=True)["input_ids"]
-        if set(ids) & set(self.tokenizer.all_special_ids):
-            raise TemplateRefusal(f"the tokenizer cannot read {shown(spelled)}, a control token, as text")
-        return ids
 
     def _of_texts(self, inputs: Sequence[str | list[int]]) -> list[list[int]]:
         return [
