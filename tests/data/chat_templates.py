@@ -98,10 +98,13 @@ def long_talk(number: int) -> list[Message]:
         for index in range(number)
     ]  # fmt: skip
 
-_TOOLS_IN_SYSTEM = "{% if tools %}{{ BEGIN }}{% for tool in tools %}{{ tool | tojson + '\n' }}{% endfor %}{{ END }}{% endif %}"
+
+_TOOLS_IN_SYSTEM = (
+    "{% if tools %}{{ BEGIN }}{% for tool in tools %}{{ tool | tojson + '\n' }}{% endfor %}{{ END }}{% endif %}"
+)
 HERMES = (  # calls in marks, results of one turn together in a user's turn
-    _TOOLS_IN_SYSTEM.replace("BEGIN", "'<|im_start|>system\n<tools>\n'").replace("END", "'</tools><|im_end|>\n'") +
-    "{% for message in messages %}{% if message.role == 'tool' %}"
+    _TOOLS_IN_SYSTEM.replace("BEGIN", "'<|im_start|>system\n<tools>\n'").replace("END", "'</tools><|im_end|>\n'")
+    + "{% for message in messages %}{% if message.role == 'tool' %}"
     "{% if loop.previtem.role != 'tool' %}{{ '<|im_start|>user' }}{% endif %}"
     "{{ '\n<tool_response>\n' + message.content + '\n</tool_response>' }}"
     "{% if loop.last or loop.nextitem.role != 'tool' %}{{ '<|im_end|>\n' }}{% endif %}"
@@ -143,4 +146,14 @@ THINKING_TOOLS = HERMES.replace(  # an empty block of reasoning in the last turn
     "message.role + '\n' + message.content",
     "message.role + '\n' + ('<think>\n\n</think>\n\n' if loop.last and message.role == 'assistant' and '<think>' not in message.content else '') + message.content",
 )
-TOOL_TOKENS = [*SPECIAL, "<|start|>", "<|h|>", "<|eot_id|>", "[INST]", "[/INST]", "[TOOL_CALLS]", "[TOOL_RESULTS]", "[/TOOL_RESULTS]"]
+TOOL_TOKENS = [
+    *SPECIAL,
+    "<|start|>",
+    "<|h|>",
+    "<|eot_id|>",
+    "[INST]",
+    "[/INST]",
+    "[TOOL_CALLS]",
+    "[TOOL_RESULTS]",
+    "[/TOOL_RESULTS]",
+]

@@ -116,5 +116,5 @@ def test_a_stream_sends_content_as_soon_as_it_is_sure() -> None:
 
 
 def test_an_unknown_parser_is_named() -> None:
-    with pytest.raises(UserError, match='got the parser of tool calls "hermse".*did you mean "hermes"'):
+    with pytest.raises(UserError, match=r'got the parser of tool calls "hermse".*did you mean "hermes"'):
         TOOL_PARSERS["hermse"]

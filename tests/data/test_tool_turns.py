@@ -24,7 +24,8 @@ from loopos.config.diagnostics import UserError
 from loopos.data.conversations import Message
 from loopos.data.templates import ChatTemplate
 from loopos.data.tool_calls import ToolCall, parse_turn
-from loopos.data.tool_turns import ToolTurns, call_id, calling, result_message
+from loopos.data.tool_schemas import call_id
+from loopos.data.tool_turns import ToolTurns, calling, result_message
 
 ADD = {"type": "function", "function": {"name": "add", "description": "Adds.", "parameters": {"type": "object"}}}
 CALLS = [ToolCall("add", {"a": 2, "b": 3})]

@@ -459,7 +459,7 @@ ENVIRONMENTS: Registry[FunctionRow] = Registry(
 
 
 def register_environment(name: str) -> Callable[[Function], Function]:
-    """Registers the decorated class as the environment `name`. `reset(**row)` returns the messages of an episode, public
-    methods with type hints and a docstring are its tools, and `reward(messages, row)`, which it may lack, its score.
+    """Registers the decorated class as the environment `name`. `reset(**row)` returns the messages of an episode;
+    public methods with type hints and a docstring are tools; `reward(messages, row)`, which it may lack, is the score.
     """
     return _registering(ENVIRONMENTS, name)

@@ -181,7 +181,7 @@ class ChatTemplate:
         return [*earlier, Segment(text[len(past) :])] if len(text) > len(past) else earlier
 
     def text(self, messages: Sequence[Message], tools: Sequence[Tool] = (), *, prompting: bool = False) -> str:
-        """The rendered conversation as one text. prompting: with the start of the next turn. Raises `TemplateRefusal`."""
+        """The rendered conversation. prompting: with the start of the next turn. Raises `TemplateRefusal`."""
         return self._rendered(messages, tools, prompting=prompting)
 
     @property

@@ -17,7 +17,7 @@ from loopos.data.spelled_tokens import SpelledTokens
 from loopos.data.template_checks import TemplateRefusal, changes
 from loopos.data.templates import ChatTemplate, Segment
 from loopos.data.tool_calls import Scan, ToolCall, parse_turn
-from loopos.data.tool_schemas import CALLS, Tool
+from loopos.data.tool_schemas import CALLS, Tool, call_id
 
 _QUESTION = Message("user", "How many kestrels are at 41?")
 _CALL = ToolCall("kestrel_count", {"place": "41"})
@@ -35,11 +35,6 @@ _TOOL: Tool = {
 }
 _RESULT, _REASONING = "73 kestrels", "<think>\nThe tool counts them.\n</think>\n\n"
 _HINT = "name a file with a template that writes tools in data.chat_template, or choose a model whose template does"
-
-
-def call_id(number: int) -> str:
-    """The id of a conversation's call by its number: nine letters and digits, which Mistral's templates require."""
-    return f"call{number:05d}"
 
 
 def calling(calls: Sequence[ToolCall], content: str = "", *, first: int = 0) -> Message:
