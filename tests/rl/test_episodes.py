@@ -166,7 +166,7 @@ def test_an_environment_without_tools_is_one_turn(tokenizer: PreTrainedTokenizer
         with pytest.raises(UserError, match="it does not write tools"):
             acted(tokenizer, ":Trouble", ["x"], {"prompt": "go"})
         tokenizer.chat_template = LAST_ONLY + "{{ tools or '' }}"
-        with pytest.raises(UserError, match="changes earlier text|leaves out"):
+        with pytest.raises(UserError, match=r"changes earlier text|leaves out"):
             acted(tokenizer, ":Trouble", ["x"], {"prompt": "go"}, tool_parser="hermes")
     finally:
         tokenizer.chat_template = HERMES
