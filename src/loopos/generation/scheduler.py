@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from loopos.generation.completions import Running
+from loopos.generation.grammars import allowed_tokens
 from loopos.generation.rows import Rows, common_length
 from loopos.generation.sampling import Choice, History, NonFiniteLogits, choose, uniforms
 from loopos.generation.settings import SamplingParams
@@ -269,6 +270,7 @@ class Scheduler:
             history=_history(members[part], logits.device) if settings.needs_history else None,
             uniforms=None if drawn is None else drawn[part],
             with_logprobs=self._with_logprobs,
+            allowed=allowed_tokens(members[part], logits.shape[1], logits.device) if settings.constrained else None,
         )
 
     def _close_gaps(self) -> None:

@@ -26,6 +26,9 @@ from loopos.data.spelled_tokens import SpelledTokens
 from loopos.data.supervised_rows import Completion as RawText
 from loopos.data.supervised_tokens import prompt_tokens
 from loopos.data.templates import ChatTemplate, TemplateRefusal
+from loopos.data.tool_calls import Scan
+from loopos.data.tool_schemas import Tool
+from loopos.data.tool_turns import ToolTurns
 from loopos.evaluation.reasoning import Reasoner
 from loopos.generation.settings import SamplingParams
 from loopos.serving.decoder import Decoder, ModelThread, PendingRequest
@@ -33,7 +36,7 @@ from loopos.serving.errors import ApiError
 from loopos.serving.limits import ServingLimits, check_rows
 from loopos.serving.metrics import ServingMetrics
 from loopos.serving.requests import ChatRequest, CompletionRequest, EmbeddingRequest, Generation, ModelRequest, read_for
-from loopos.serving.responses import EventStream, ResponseFormatter, event, until_disconnected
+from loopos.serving.responses import EventStream, GrowingChoice, ResponseFormatter, event, until_disconnected
 
 Result = TypeVar("Result")
 
@@ -52,9 +55,9 @@ class Prompts:
     def tokenizer(self) -> PreTrainedTokenizerBase:
         return self._template.tokenizer
 
-    async def of_chat(self, messages: Sequence[Message]) -> list[int]:
+    async def of_chat(self, messages: Sequence[Message], tools: Sequence[Tool] = ()) -> list[int]:
         """The ids that the next turn starts from. Raises `ApiError` if the template refuses the messages."""
-        return await self.run(self._of_chat, messages)
+        return await self.run(self._of_chat, messages, tools)
 
     async def of_texts(self, inputs: Sequence[str | list[int]]) -> list[list[int]]:
         """The ids of texts to continue, as `loopos generate --raw` encodes them; lists of ids are unchanged."""
@@ -67,9 +70,9 @@ class Prompts:
     def close(self) -> None:
         self._pool.shutdown(wait=False, cancel_futures=True)
 
-    def _of_chat(self, messages: Sequence[Message]) -> list[int]:
+    def _of_chat(self, messages: Sequence[Message], tools: Sequence[Tool]) -> list[int]:
         try:
-            return self._spelled.prompt(messages)
+            return self._spelled.prompt(messages, tools)
         except TemplateRefusal as refusal:
             raise ApiError(400, f"messages: {refusal}", param="messages", code="invalid_value") from refusal
 
@@ -92,7 +95,16 @@ class LanguageService:
 
     kind = "a language model"
 
-    def __init__(self, reasoner: Reasoner, name: str, limits: ServingLimits, metrics: ServingMetrics) -> None:
+    def __init__(
+        self,
+        reasoner: Reasoner,
+        name: str,
+        limits: ServingLimits,
+        metrics: ServingMetrics,
+        *,
+        tool_parser: str = "auto",
+    ) -> None:
+        """tool_parser: of `loopos list tool-parsers`. Raises `UserError` for an unknown one."""
         self.name, self._limits, self._metrics = name, limits, metrics
         self._engine, self._stops = reasoner.engine, reasoner.sampling
         positions = self._engine.max_positions
@@ -100,6 +112,7 @@ class LanguageService:
         self._thread = ModelThread(limits)
         self._decoder = Decoder(self._engine, self._thread, limits)
         self._prompts = Prompts(reasoner.template)
+        self._tools = _tool_turns(reasoner, tool_parser)
         metrics.gauges["loopos_active_rows"] = ("Completions that decode.", lambda: self._decoder.num_active)
         metrics.gauges["loopos_queue_length"] = ("Completions that wait for a row.", lambda: self._decoder.num_waiting)
 
@@ -134,10 +147,12 @@ class LanguageService:
                 param="top_logprobs",
                 code="unsupported_parameter",
             )
-        messages = [message.message() for message in body.messages]
+        messages, tools = [each.message(position) for position, each in enumerate(body.messages)], body.offered()
+        if tools and isinstance(self._tools, UserError):
+            raise ApiError(400, f"tools: {self._tools}", param="tools", code="unsupported_parameter")
 
         async def prompts() -> list[list[int]]:
-            return [await self._prompts.of_chat(messages)]
+            return [await self._prompts.of_chat(messages, tools)]
 
         return await self._answer(request, body, prompts, 1, "messages", deadline, logprobs=body.logprobs)
 
@@ -156,6 +171,14 @@ class LanguageService:
             return await self._prompts.of_texts(texts)
 
         return await self._answer(request, body, prompts, len(texts), "prompt", deadline, logprobs=body.logprobs == 0)
+
+    def _scan(self, body: ChatRequest | CompletionRequest) -> Scan | None:
+        """The parser of the calls in the answer to a request; None without tools."""
+        has_tools = isinstance(body, ChatRequest) and bool(body.offered())
+        return self._tools.scan if has_tools and isinstance(self._tools, ToolTurns) else None
+
+    def _count_malformed(self, number: int) -> None:
+        self._metrics.malformed_calls += number
 
     def _read(self, kind: type[Body], raw: bytes) -> Body:
         return read_for(kind, raw, self.name, max_messages=self._limits.max_messages)
@@ -187,6 +210,8 @@ class LanguageService:
             logprobs,
             body.includes_usage,
             self._prompts.tokenizer,
+            self._scan(body),
+            self._count_malformed,
         )
         seconds = self._limits.max_seconds
         num_prompt = sum(map(len, prompts))
@@ -225,7 +250,7 @@ class LanguageService:
         self, pending: PendingRequest, form: ResponseFormatter, num_prompt: int, began: float
     ) -> AsyncIterator[bytes]:
         """The events of a stream except the last."""
-        offsets: dict[tuple[int, int], int] = {}
+        grown: dict[tuple[int, int], GrowingChoice] = {}
         made = 0
         async for delta in pending.deltas():
             if not made:
@@ -235,9 +260,9 @@ class LanguageService:
             made += 1
             self._metrics.generated_tokens += 1
             choice = (delta.prompt_index, delta.sample_index)
-            found = form.chunks(delta, offsets.get(choice, 0))
-            offsets[choice] = offsets.get(choice, 0) + len(delta.text)
-            for chunk in found:
+            if choice not in grown:
+                grown[choice] = form.growing()
+            for chunk in form.chunks(delta, grown[choice]):
                 yield event(chunk)
         if form.includes_usage:
             yield event(form.last(num_prompt, made))
@@ -313,6 +338,18 @@ class LanguageService:
             found = await self._thread.call(self._engine.embed, pack)
             vectors += list(found.cpu().numpy())
         return vectors
+
+
+def _tool_turns(reasoner: Reasoner, parser: str) -> ToolTurns | UserError:
+    """How calls are read under the model's template, or why they cannot be. Raises `UserError` for an unknown parser,
+    and for a parser that was named in vain.
+    """
+    try:
+        return ToolTurns(reasoner.template, parser=parser)
+    except UserError as problem:
+        if parser != "auto":
+            raise
+        return problem
 
 
 def _packs(sequences: Sequence[list[int]]) -> list[list[list[int]]]:
