@@ -24,6 +24,10 @@ ANY_OBJECT = '{"type": "object"}'
 """The schema of any object."""
 
 
+# As json.dumps writes it: with free white space, a model may write nothing but white space up to its limit.
+_SEPARATORS = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
+
+
 class Grammars:
     """Makes grammars for one tokenizer. The tokenizer's tables are built once for each set of end tokens."""
 
@@ -41,7 +45,7 @@ class Grammars:
             message = f"a JSON schema needs llguidance, which is not installed; run {install_command('grammar')}"
             raise MissingRequirement(message) from problem
         try:
-            source = llguidance.LLMatcher.grammar_from_json_schema(schema)
+            source = llguidance.LLMatcher.grammar_from_json_schema(schema, _SEPARATORS)
         except ValueError as problem:
             raise UserError(f"the JSON schema cannot be read: {_first_line(problem)}; expected an object") from problem
         if ends not in self._tables:

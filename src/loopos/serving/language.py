@@ -70,7 +70,7 @@ class Prompts:
     def close(self) -> None:
         self._pool.shutdown(wait=False, cancel_futures=True)
 
-    def _of_chat(self, messages: Sequence[Message], tools: Sequence[Tool]) -> list[int]:
+    def _of_chat(self, messages: Sequence[Message], tools: Sequence[Tool] = ()) -> list[int]:
         try:
             return self._spelled.prompt(messages, tools)
         except TemplateRefusal as refusal:
