@@ -37,8 +37,7 @@ def read(**changes: Any) -> ChatRequest:
 
 def refused(**changes: Any) -> ApiError:
     with pytest.raises(ApiError) as told:
-        for position, message in enumerate(read(**changes).messages):
-            message.message(position)
+        [each.message(position) for position, each in enumerate(read(**changes).messages)]
     assert told.value.status == 400
     return told.value
 

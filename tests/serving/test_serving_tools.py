@@ -159,8 +159,8 @@ def test_answers_follow_a_schema_beside_others(tool_server: Server) -> None:
         model="pico", messages=ASKED, max_tokens=60, seed=0, response_format=form, stream=True
     )
     assert "".join(chunk.choices[0].delta.content or "" for chunk in stream) == texts[0]
+    wrong: Any = {"type": "json_schema", "json_schema": {"name": "x", "schema": {"type": "strin"}}}
     with pytest.raises(BadRequestError, match="the JSON schema cannot be followed: Invalid type: strin"):
-        wrong: Any = {"type": "json_schema", "json_schema": {"name": "x", "schema": {"type": "strin"}}}
         client.chat.completions.create(model="pico", messages=ASKED, max_tokens=3, response_format=wrong)
     with pytest.raises(BadRequestError, match="with tools an answer may be a call"):
         client.chat.completions.create(model="pico", messages=ASKED, tools=[COUNT], response_format=form)
