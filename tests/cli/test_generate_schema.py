@@ -40,7 +40,7 @@ def test_the_command(pico_folder: Path, tmp_path: Path, invoke: Invoke) -> None:
     result = invoke("generate", pico_folder, "--json-schema", file, *options)
     assert result.exit_code == 0, result.stderr
     lines = [json.loads(line) for line in result.stdout.splitlines()]
-    assert [set(json.loads(line["completion"])) for line in lines] == [{"name", "right"}] * 2
+    assert [set(json.loads(line["text"])) for line in lines] == [{"name", "right"}] * 2
     file.write_text("[]")
     for more, piece in (((), "got list; expected an object"), (("--num-beams", 2), "--num-beams with --json-schema")):
         wrong = invoke("generate", pico_folder, "--json-schema", file, "-p", "a", *more)

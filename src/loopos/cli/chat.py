@@ -123,7 +123,9 @@ def _row(options: ChatOptions) -> tuple[dict[str, object] | None, list[str]]:
     """The row of the environment, and what is wrong with the options of tools."""
     if options.environment is None:
         used = [
-            name for name, given in (("--row", options.row), ("--tool-parser", options.tool_parser != "auto")) if given
+            name
+            for name, actual in (("--row", options.row), ("--tool-parser", options.tool_parser != "auto"))
+            if actual
         ]
         return None, [f"{name} without --environment: there are no tools" for name in used]
     # Unknown names end the command before a model is loaded.

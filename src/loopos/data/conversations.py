@@ -122,7 +122,7 @@ def messages_of(fields: RowFields, role: str) -> list[Message]:
             message = replace(message, more=with_ids(message.more, calls))
             calls += len(call_names(message.more))
             if found and found[-1].role == ASSISTANT:
-                message = _joined(found.pop(), message)
+                message = _with_calls_of(found.pop(), message)
         found.append(message)
     return answered(found) if calls else found
 
@@ -140,7 +140,7 @@ def answered(messages: Sequence[Message]) -> list[Message]:
     return found
 
 
-def _joined(before: Message, calling: Message) -> Message:
+def _with_calls_of(before: Message, calling: Message) -> Message:
     """A turn of the assistant whose calls follow in messages of their own."""
     calls = [call for message in (before, calling) for call in _listed(message.more.get(CALLS))]
     return replace(before, more={**before.more, CALLS: calls})

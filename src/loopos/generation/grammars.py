@@ -7,7 +7,7 @@ Letters: B rows, V tokens of the vocabulary.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,9 +16,6 @@ from transformers import PreTrainedTokenizerBase
 
 from loopos.config.diagnostics import MissingRequirement, UserError
 from loopos.config.extras import install_command
-
-if TYPE_CHECKING:
-    from loopos.generation.completions import Running
 
 ANY_OBJECT = '{"type": "object"}'
 """The schema of any object."""
@@ -88,12 +85,9 @@ class Grammar:
             raise UserError(f"the grammar of a completion failed: {_first_line(self._matcher.get_error())}")
 
 
-def allowed_tokens(members: Sequence[Running], vocab_size: int, device: torch.device) -> Tensor:
-    """`[B, V]` bool, True = the token may come next; all of them for a completion without a grammar."""
-    rows = [
-        np.ones(vocab_size, dtype=bool) if running.grammar is None else running.grammar.allowed(vocab_size)
-        for running in members
-    ]
+def allowed_tokens(grammars: Sequence[Grammar | None], vocab_size: int, device: torch.device) -> Tensor:
+    """`[B, V]` bool, True = the token may come next; all of them for a row without a grammar."""
+    rows = [np.ones(vocab_size, dtype=bool) if grammar is None else grammar.allowed(vocab_size) for grammar in grammars]
     return torch.from_numpy(np.stack(rows)).to(device)
 
 

@@ -222,12 +222,12 @@ def _plain_schema(schema: Any) -> Any:
         return [_plain_schema(each) for each in schema]
     if not isinstance(schema, dict):
         return schema
-    kept = {
+    plain = {
         key: value if key in ("enum", "default", "const") else _plain_schema(value)
         for key, value in schema.items()
         if not (key == "title" and isinstance(value, str)) and key != "additionalProperties"
     }
     # A property may be called title.
     if isinstance(schema.get("properties"), dict):
-        kept["properties"] = {key: _plain_schema(value) for key, value in schema["properties"].items()}
-    return kept
+        plain["properties"] = {key: _plain_schema(value) for key, value in schema["properties"].items()}
+    return plain

@@ -146,7 +146,7 @@ class CalculatorSearch:
         for _ in range(number):
             quantity = draw.choice(list(kinds))
             one, other = draw.sample(kinds[quantity], 2)
-            asked, answer = draw.choice(
+            wording, answer = draw.choice(
                 [
                     (f"the sum of the {quantity} of {{}} and that of {{}}", one["value"] + other["value"]),
                     (f"the {quantity} of {{}} minus that of {{}}", one["value"] - other["value"]),
@@ -154,7 +154,7 @@ class CalculatorSearch:
                 ]
             )
             unit = f" in {one['unit']}" if one["unit"] else ""
-            question = f"What is {asked.format(one['name'], other['name'])}{unit}?"
+            question = f"What is {wording.format(one['name'], other['name'])}{unit}?"
             rows.append({"question": question, "answer": str(answer)})
         return rows
 
