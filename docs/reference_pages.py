@@ -18,7 +18,7 @@ PYTHON: Mapping[str, str] = {
     "training": "train Run FitResult read_config Trainer FineTuner SftTrainer ChainOfThought PreferenceTrainer "
     "KtoTrainer RewardModelTrainer PpoTrainer ReinforcementTrainer Pretrainer",
     "plugins": "register_method register_loss register_algorithm register_reward register_format register_merge_method "
-    "register_exporter register_tracker",
+    "register_exporter register_tracker register_tool_parser register_environment",
     "models": "load Predictor RewardPredictor Reasoner ensemble ensembling.ensemble.EnsembleResult",
     "generation": "generate SamplingParams Engine",
     "compression_and_merging": "merge prune quantize merging.merge.MergeResult compression.pipeline.Changed "

@@ -50,7 +50,18 @@ FUNCTIONS = {
     *("ensemble", "export", "generate", "load", "merge", "prune", "quantize", "read_config"),
     *(
         f"register_{kind}"
-        for kind in ("algorithm", "exporter", "format", "loss", "merge_method", "method", "reward", "tracker")
+        for kind in (
+            "algorithm",
+            "environment",
+            "exporter",
+            "format",
+            "loss",
+            "merge_method",
+            "method",
+            "reward",
+            "tool_parser",
+            "tracker",
+        )
     ),
     "train",
 }

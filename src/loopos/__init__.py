@@ -26,11 +26,13 @@ if TYPE_CHECKING:
     from loopos.config.rlhf import RlhfConfig
     from loopos.config.sft import SftConfig
     from loopos.config.variants import (
+        register_environment,
         register_exporter,
         register_format,
         register_loss,
         register_merge_method,
         register_reward,
+        register_tool_parser,
         register_tracker,
     )
     from loopos.evaluation.predictor import Predictor
@@ -67,11 +69,13 @@ _MODULES = {
     "read_config": "loopos.api",
     "register_method": "loopos.config.methods",
     "register_algorithm": "loopos.config.algorithms",
+    "register_environment": "loopos.config.variants",
     "register_exporter": "loopos.config.variants",
     "register_format": "loopos.config.variants",
     "register_loss": "loopos.config.variants",
     "register_merge_method": "loopos.config.variants",
     "register_reward": "loopos.config.variants",
+    "register_tool_parser": "loopos.config.variants",
     "register_tracker": "loopos.config.variants",
     # Runs and models
     "Run": "loopos.run",
@@ -160,12 +164,14 @@ __all__ = [
     "quantize",
     "read_config",
     "register_algorithm",
+    "register_environment",
     "register_exporter",
     "register_format",
     "register_loss",
     "register_merge_method",
     "register_method",
     "register_reward",
+    "register_tool_parser",
     "register_tracker",
     "train",
 ]

@@ -131,3 +131,28 @@ def test_a_role_of_no_format_is_refused(tmp_path: Path) -> None:
     file = str(write_jsonl(tmp_path / "rows.jsonl", [DOLLY]))
     with pytest.raises(DataError, match="did you mean context"):
         read_supervised(read(file), {"contxt": None}, step_format=NAMED_FORMATS["think"])
+
+
+def test_preview_shows_tools_and_calls(pico_folder: Path, tmp_path: Path, invoke: Invoke) -> None:
+    from tests.data.chat_templates import HERMES
+
+    # With the pico tokenizer's own end, so that the row is short.
+    short = HERMES.replace("<|im_start|>", "#").replace("<|im_end|>", "<eos>")
+    (tmp_path / "tools.jinja").write_text(short, encoding="utf-8")
+    call = {"name": "find", "arguments": {"a": 1}}
+    row = {
+        "messages": [{"role": "user", "content": "where"}, {"role": "tool_call", "content": json.dumps(call)},
+                     {"role": "tool_response", "content": "Ulm"}, {"role": "assistant", "content": "Ulm"}],
+        "tools": json.dumps([{"name": "find", "parameters": {}}]),
+    }  # fmt: skip
+    template = {"chat_template": str(tmp_path / "tools.jinja")}
+    path = config(tmp_path, pico_folder, "sft", "training_data", [row] * 12, **template)
+    result = invoke("data", "preview", path, "--rows", 1)
+    assert result.exit_code == 0, result.stderr
+    text = shown(result.stdout)
+    assert '[<tool_call>\n{"name": "find", "arguments": {"a": 1}}\n</tool_call>' in text
+    assert "<tool_response>\nUlm\n</tool_response>" in text
+    assert "learned · tools: find · calls: find" in result.stdout
+    plain = invoke("data", "preview", path, "--rows", 1, "data.chat_template=plain")
+    assert plain.exit_code == 2
+    assert "the chat template does not write the row's tools (plain (### User: ... ### Assistant: ...))" in plain.stderr

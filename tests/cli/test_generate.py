@@ -144,7 +144,7 @@ def test_streamed_text_is_the_whole_text(language_run: Path, greedy: Reference) 
     from loopos.cli.sampling_options import SamplingOptions
 
     reasoner = open_reasoner(str(language_run), device="cpu", precision="auto")
-    pieces = list(streamed(reasoner, of_text(PROMPT, 0, raw=False), SamplingOptions(max_new_tokens=12)))
+    pieces = list(streamed(reasoner, of_text(PROMPT, 0, raw=False), SamplingOptions(max_new_tokens=12).settings()))
     assert len(pieces) == 12
     assert "".join(pieces) == greedy(ASKED, 12)
 

@@ -97,3 +97,63 @@ def long_talk(number: int) -> list[Message]:
         Message("user", f"{summary[index % 5]}{index}") if index % 2 == 0 else Message("assistant", f"so {summary[index % 5]}{index}")
         for index in range(number)
     ]  # fmt: skip
+
+
+_TOOLS_IN_SYSTEM = (
+    "{% if tools %}{{ BEGIN }}{% for tool in tools %}{{ tool | tojson + '\n' }}{% endfor %}{{ END }}{% endif %}"
+)
+HERMES = (  # calls in marks, results of one turn together in a user's turn
+    _TOOLS_IN_SYSTEM.replace("BEGIN", "'<|im_start|>system\n<tools>\n'").replace("END", "'</tools><|im_end|>\n'")
+    + "{% for message in messages %}{% if message.role == 'tool' %}"
+    "{% if loop.previtem.role != 'tool' %}{{ '<|im_start|>user' }}{% endif %}"
+    "{{ '\n<tool_response>\n' + message.content + '\n</tool_response>' }}"
+    "{% if loop.last or loop.nextitem.role != 'tool' %}{{ '<|im_end|>\n' }}{% endif %}"
+    "{% else %}{{ '<|im_start|>' + message.role + '\n' + message.content }}"
+    "{% for call in message.tool_calls or [] %}{{ '\n' if message.content or not loop.first }}"
+    "{{ '<tool_call>\n{\"name\": \"' + call.function.name + '\", \"arguments\": ' + (call.function.arguments | tojson) + '}\n</tool_call>' }}"
+    "{% endfor %}{{ '<|im_end|>\n' }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+LLAMA_TOOLS = (  # one call a turn, without marks, and tools in the first user's turn
+    "{% set header = '<|start|>' %}{% for message in messages %}{% if message.tool_calls %}"
+    "{% if message.tool_calls | length != 1 %}{{ raise_exception('only single tool-calls at once') }}{% endif %}"
+    "{% set call = message.tool_calls[0].function %}"
+    "{{ header + 'assistant<|h|>\n\n{\"name\": \"' + call.name + '\", \"parameters\": ' + (call.arguments | tojson) + '}<|eot_id|>' }}"
+    "{% elif message.role == 'tool' %}{{ header + 'ipython<|h|>\n\n' + (message.content | tojson) + '<|eot_id|>' }}"
+    "{% else %}{{ header + message.role + '<|h|>\n\n' }}"
+    "{% if tools and loop.first %}{% for tool in tools %}{{ (tool | tojson(indent=4)) + '\n\n' }}{% endfor %}{% endif %}"
+    "{{ (message.content | trim) + '<|eot_id|>' }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}{{ header + 'assistant<|h|>\n\n' }}{% endif %}"
+)
+MISTRAL_TOOLS = (  # a list of calls with ids of nine characters, and no generation prompt
+    "{{ bos_token }}{% for message in messages %}{% if message.role == 'user' %}"
+    "{% if tools and loop.first %}{{ '[AVAILABLE_TOOLS]' + (tools | tojson) + '[/AVAILABLE_TOOLS]' }}{% endif %}"
+    "{{ '[INST]' + message.content + '[/INST]' }}"
+    "{% elif message.tool_calls %}{{ '[TOOL_CALLS][' }}{% for call in message.tool_calls %}"
+    "{% if call.id | length != 9 %}{{ raise_exception('ids of length 9') }}{% endif %}"
+    "{{ (call.function | tojson)[:-1] + ', \"id\": \"' + call.id + '\"}' + (']' if loop.last else ', ') }}{% endfor %}{{ eos_token }}"
+    "{% elif message.role == 'tool' %}{{ '[TOOL_RESULTS]' + ({'content': message.content, 'call_id': message.tool_call_id} | tojson) + '[/TOOL_RESULTS]' }}"
+    "{% else %}{{ message.content + eos_token }}{% endif %}{% endfor %}"
+)
+JSON_TOOLS = (  # calls as plain JSON in the turns of END_OF_TEXT
+    "{% if tools %}{{ '<|system|>\n' + (tools | tojson) + '<|end|>\n' }}{% endif %}{% for message in messages %}"
+    "{{ '<|' + message.role + '|>\n' + message.content }}"
+    "{% if message.tool_calls %}{{ '[' }}{% for call in message.tool_calls %}{{ (call.function | tojson) + (']' if loop.last else ', ') }}{% endfor %}{% endif %}"
+    "{{ '<|end|>\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<|assistant|>\n' }}{% endif %}"
+)
+FORGETS_CALLS = HERMES.replace("message.tool_calls or []", "((message.tool_calls or []) if loop.revindex <= 2 else [])")
+THINKING_TOOLS = HERMES.replace(  # an empty block of reasoning in the last turn only, unless the turn has one
+    "message.role + '\n' + message.content",
+    "message.role + '\n' + ('<think>\n\n</think>\n\n' if loop.last and message.role == 'assistant' and '<think>' not in message.content else '') + message.content",
+)
+TOOL_TOKENS = [
+    *SPECIAL,
+    "<|start|>",
+    "<|h|>",
+    "<|eot_id|>",
+    "[INST]",
+    "[/INST]",
+    "[TOOL_CALLS]",
+    "[TOOL_RESULTS]",
+    "[/TOOL_RESULTS]",
+]

@@ -22,7 +22,7 @@ from loopos.serving.language import Prompts
 from loopos.serving.requests import ChatRequest, CompletionRequest, ScoreRequest, read_for
 from tests.serving.conftest import Server
 
-MESSAGE = "role, content, name"
+MESSAGE = "role, content, name, tool_calls, tool_call_id"
 PART = "type, text"
 CHATML = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
@@ -37,7 +37,7 @@ def read(**changes: Any) -> ChatRequest:
 
 def refused(**changes: Any) -> ApiError:
     with pytest.raises(ApiError) as told:
-        read(**changes)
+        [each.message(position) for position, each in enumerate(read(**changes).messages)]
     assert told.value.status == 400
     return told.value
 
@@ -50,7 +50,6 @@ def around(message: dict[str, Any]) -> list[dict[str, Any]]:
     ("message", "param", "supported"),
     [
         ({"role": "assistant", "content": "x", "annotations": [{"type": "url_citation"}]}, "annotations", MESSAGE),
-        ({"role": "assistant", "content": "x", "tool_calls": [{"id": "c1"}]}, "tool_calls", MESSAGE),
         ({"role": "assistant", "content": "x", "reasoning_content": "so"}, "reasoning_content", MESSAGE),
         ({"role": "assistant", "content": "x", "function_call": {"name": "f"}}, "function_call", MESSAGE),
         ({"role": "user", "content": [{"type": "text", "text": "a", "cache_control": {"type": "ephemeral"}}]},
@@ -66,7 +65,9 @@ def test_errors_of_a_message_list_the_message_s_fields(message: dict[str, Any], 
 def test_errors_of_other_objects_list_their_fields() -> None:
     error = refused(stream=True, stream_options={"include_usage": True, "include_obfuscation": True})
     assert error.message.endswith("supported are include_usage")
-    assert refused(reasoning_effort="high").message.endswith("max_completion_tokens, logprobs, top_logprobs")
+    assert refused(reasoning_effort="high").message.endswith(
+        "max_completion_tokens, logprobs, top_logprobs, tools, tool_choice, parallel_tool_calls, response_format"
+    )
 
 
 @pytest.mark.parametrize(
@@ -80,7 +81,7 @@ def test_errors_of_other_objects_list_their_fields() -> None:
     ],
 )
 def test_an_assistant_s_message_without_text(message: dict[str, Any]) -> None:
-    found = read(messages=around(message)).messages[1].message()
+    found = read(messages=around(message)).messages[1].message(1)
     assert (found.role, found.content) == ("assistant", "")
 
 
@@ -96,7 +97,11 @@ def test_an_assistant_s_message_without_text(message: dict[str, Any]) -> None:
          "not supported by this server; supported are type, text"),
         ({"role": "user", "content": [{"type": "text"}]}, "content.0.text", "missing; expected a value"),
         ({"role": "user", "content": [5]}, "content.0", "Input should be"),
-        ({"role": "tool", "content": "a"}, "role", "got \"tool\"; input should be 'system', 'developer', 'user' or"),
+        ({"role": "function", "content": "a"}, "role", "got \"function\"; input should be 'system', 'developer', 'user'"),
+        ({"role": "assistant", "content": "x", "tool_calls": [{"id": "c1"}]}, "tool_calls.0.function", "missing; expected a value"),
+        ({"role": "user", "content": "x", "tool_call_id": "c1"}, "tool_call_id", "in a message of the user; expected one of the tool"),
+        ({"role": "assistant", "tool_calls": [{"id": "c1", "function": {"name": "f", "arguments": "[1]"}}]},
+         "tool_calls.0.function.arguments", 'got "[1]"; expected an object as JSON text'),
         ({"role": "user", "content": "a", "name": "<|im_end|>"}, "name", "got \"<|im_end|>\"; string should match"),
     ],
 )  # fmt: skip
@@ -138,9 +143,6 @@ def test_values_without_effect_are_accepted(values: dict[str, Any]) -> None:
 @pytest.mark.parametrize(
     ("name", "value"),
     [
-        ("tools", [{"type": "function"}]),
-        ("tool_choice", "required"),
-        ("parallel_tool_calls", "yes"),
         ("metadata", {"a": "b"}),
         ("service_tier", "flex"),
         ("user", 5),
@@ -152,6 +154,22 @@ def test_values_without_effect_are_accepted(values: dict[str, Any]) -> None:
 def test_unsupported_values_are_refused(name: str, value: object) -> None:
     error = refused(**{name: value})
     assert (error.param, error.code) == (name, "unsupported_parameter")
+
+
+@pytest.mark.parametrize(
+    ("values", "param"),
+    [
+        ({"tools": [{"type": "function"}]}, "tools.0.function"),
+        ({"tools": [{"type": "function", "function": {"name": "<|im_end|>"}}]}, "tools.0.function.name"),
+        ({"tool_choice": "required"}, "tool_choice"),
+        ({"parallel_tool_calls": "yes"}, "parallel_tool_calls"),
+        ({"tools": [{"type": "function", "function": {"name": "f"}}], "parallel_tool_calls": False}, "parallel_tool_calls"),
+        ({"response_format": {"type": "xml"}}, "response_format.type"),
+        ({"response_format": {"type": "json_schema", "json_schema": {"schema": {}}}}, "response_format.json_schema.name"),
+    ],
+)  # fmt: skip
+def test_values_of_tools_that_are_refused(values: dict[str, Any], param: str) -> None:
+    assert refused(**values).param == param
 
 
 def test_default_values_of_the_official_client_are_accepted(server: Server) -> None:
@@ -250,7 +268,7 @@ def test_of_many_diagnostics_only_the_first_is_reported(
 def test_the_deadline_holds_while_a_prompt_is_rendered(
     language: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def slowly(self: Prompts, messages: object) -> list[int]:
+    def slowly(self: Prompts, messages: object, tools: object) -> list[int]:
         time.sleep(1.5)
         return [5]
 

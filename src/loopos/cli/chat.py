@@ -8,11 +8,14 @@ turns are dropped from the prompt, with a note.
 from __future__ import annotations
 
 import importlib.util
+import json
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
+
+import typer
 
 from loopos.cli.answers import json_lines, say, write
 from loopos.cli.options import (
@@ -21,6 +24,7 @@ from loopos.cli.options import (
     Precision,
     Subset,
     System,
+    ToolParser,
     TrustRemoteCode,
     Verbose,
     device_diagnostics,
@@ -31,8 +35,10 @@ from loopos.cli.process import prepare_to_compute
 from loopos.cli.sampling_options import SamplingOptions
 from loopos.config.diagnostics import UserError
 from loopos.config.paths import expanded
+from loopos.config.variants import ENVIRONMENTS, TOOL_PARSERS
 
 if TYPE_CHECKING:
+    from loopos.cli.chat_tools import ChatTools
     from loopos.data.conversations import Message
     from loopos.evaluation.reasoning import Reasoner
     from loopos.generation.settings import SamplingParams
@@ -61,6 +67,15 @@ class ChatOptions:
     """The options of `loopos chat`."""
 
     system: System = None
+    environment: Annotated[
+        str | None,
+        typer.Option("--environment", help='Environment whose tools the model may call: a name, or "module:Class".'),
+    ] = None
+    row: Annotated[
+        str | None,
+        typer.Option("--row", metavar="JSON", help="With --environment: the row that it starts from, as an object."),
+    ] = None
+    tool_parser: ToolParser = "auto"
     sampling: Annotated[SamplingOptions, _SAMPLING]
     device: Device = "auto"
     precision: Precision = "auto"
@@ -72,7 +87,8 @@ def run(source: LanguageModel, options: ChatOptions) -> int:
     """Chats until the input ends. Raises `UserError` for invalid options and an unsuitable model."""
     from loopos.cli.opened_models import open_reasoner, require_language_model
 
-    refuse([*options.sampling.diagnostics(), *device_diagnostics(options.device, options.precision)])
+    row, problems = _row(options)
+    refuse([*options.sampling.diagnostics(), *device_diagnostics(options.device, options.precision), *problems])
     model = require_language_model(source)
     prepare_to_compute(verbose=options.verbose)
     for sentence in options.sampling.notes():
@@ -84,14 +100,45 @@ def run(source: LanguageModel, options: ChatOptions) -> int:
         max_rows=1,
         trust_remote_code=options.trust_remote_code,
     )
-    session = ChatSession(Conversation(reasoner, options.sampling.settings(), options.system))
+    tools = None
+    if options.environment is not None:
+        from loopos.cli.chat_tools import ChatTools
+        from loopos.config.environments import EnvironmentSection
+
+        section = EnvironmentSection(name=options.environment, tool_parser=options.tool_parser)
+        tools = ChatTools(reasoner.template, section, row)
+        note(tools.summary)
+    session = ChatSession(Conversation(reasoner, options.sampling.settings(), options.system, tools))
     if sys.stdin.isatty():
         note("a line is a turn; /help lists the commands, Ctrl-D ends")
     with reasoner.engine.reuse_prefixes():
+        session.open()
         for line in lines():
             if not session.take(line.strip()):
                 break
     return 0
+
+
+def _row(options: ChatOptions) -> tuple[dict[str, object] | None, list[str]]:
+    """The row of the environment, and what is wrong with the options of tools."""
+    if options.environment is None:
+        used = [
+            name
+            for name, actual in (("--row", options.row), ("--tool-parser", options.tool_parser != "auto"))
+            if actual
+        ]
+        return None, [f"{name} without --environment: there are no tools" for name in used]
+    # Unknown names end the command before a model is loaded.
+    ENVIRONMENTS[options.environment]
+    if options.tool_parser != "auto":
+        TOOL_PARSERS[options.tool_parser]
+    if options.row is None:
+        return None, []
+    try:
+        row = json.loads(options.row)
+    except ValueError as problem:
+        return None, [f"--row: {problem}; expected an object in JSON"]
+    return (row, []) if isinstance(row, dict) else (None, [f"--row: got {options.row}; expected an object in JSON"])
 
 
 def lines() -> Iterator[str]:
@@ -114,26 +161,54 @@ def lines() -> Iterator[str]:
 class Conversation:
     """`messages`: the whole history; the model no longer sees the first `forgotten` of them."""
 
-    def __init__(self, reasoner: Reasoner, settings: SamplingParams, system: str | None) -> None:
-        self.reasoner, self.settings, self.system = reasoner, settings, system
-        self.messages: list[Message] = []
+    def __init__(
+        self, reasoner: Reasoner, settings: SamplingParams, system: str | None, tools: ChatTools | None = None
+    ) -> None:
+        self.reasoner, self.settings, self.system, self.tools = reasoner, settings, system, tools
+        self.messages: list[Message] = list(tools.opening) if tools is not None else []
         self.forgotten = 0
         self.last: Chain | None = None
 
     def clear(self) -> None:
-        """Starts over; the system message stays."""
-        self.messages, self.forgotten, self.last = [], 0, None
+        """Starts over, an environment too; the system message stays."""
+        self.forgotten, self.last = 0, None
+        if self.tools is not None:
+            self.tools.begin()
+        self.messages = list(self.tools.opening) if self.tools is not None else []
 
-    def answer(self, text: str, *, interrupted: Callable[[], bool], say: Callable[[str], None]) -> Iterator[str]:
-        """The text of the answer as it is generated. Afterwards the history has both turns; of an interrupted answer
-        what was generated. say: receives notes. Raises `UserError` for a text that leaves no room for an answer, and
-        for messages that the template refuses; the history is then unchanged.
+    def answer(self, text: str | None, *, interrupted: Callable[[], bool], say: Callable[[str], None]) -> Iterator[str]:
+        """The text of the answer as it is generated, over turns of tools. Afterwards the history has all turns; of an
+        interrupted answer what was generated. text: None answers the history. say: receives notes. Raises `UserError`
+        for a text that leaves no room for an answer, and for messages that the template refuses; the history is then
+        unchanged.
         """
         from loopos.data.conversations import ASSISTANT, Message
+
+        new = [] if text is None else [Message("user", text)]
+        for _ in range(self.tools.max_turns if self.tools is not None else 1):
+            answer = ""
+            for delta in self._generated(new, interrupted, say):
+                answer += delta
+                yield delta
+            if not answer.strip():
+                say("note: no answer; the turn is not kept")
+                return
+            called = [] if self.tools is None or interrupted() else self.tools.after(answer, self.messages)
+            self.messages += [*new, *(called or [Message(ASSISTANT, answer)])]
+            if not called:
+                return
+            new = []
+            yield "\n" + "".join(f"[{line}]\n" for line in _shown_calls(called))
+        say(f"note: stopped after {self.tools.max_turns if self.tools is not None else 1} turns of calls")
+
+    def _generated(
+        self, new: list[Message], interrupted: Callable[[], bool], say: Callable[[str], None]
+    ) -> Iterator[str]:
+        """The text of one turn of the model after the history and `new`, as it is generated."""
         from loopos.generation.completions import Completion
         from loopos.generation.steps import chain_of
 
-        prompt = self._prompt(Message("user", text), say)
+        prompt = self._prompt(new, say)
         tokens, logprobs, answer, reason = [], [], "", None
         stream = self.reasoner.engine.stream([prompt], self.reasoner.sampling(self.settings))
         for delta in stream:
@@ -148,17 +223,14 @@ class Conversation:
         self.last = chain_of(self.reasoner.tokenizer, completion, self.reasoner.step_format)
         if reason == "length":
             say(f"note: cut at {len(tokens)} tokens")
-        if answer.strip():
-            self.messages += [Message("user", text), Message(ASSISTANT, answer)]
-        else:
-            say("note: no answer; the turn is not kept")
 
-    def _prompt(self, question: Message, say: Callable[[str], None]) -> list[int]:
-        """The tokens of the history and the question, without the oldest turns where they leave no room."""
+    def _prompt(self, new: list[Message], say: Callable[[str], None]) -> list[int]:
+        """The tokens of the history and `new`, without the oldest turns where they leave no room."""
         positions = self.reasoner.engine.max_positions
-        forgotten = self.forgotten
+        forgotten, turns = self.forgotten, 0
+        encode = self.reasoner.prompt if self.tools is None else self.tools.prompt
         while True:
-            prompt = self.reasoner.prompt([*self._system_message(), *self.messages[forgotten:], question])
+            prompt = encode([*self._system_message(), *self.messages[forgotten:], *new])
             room = (
                 None
                 if positions is None
@@ -166,14 +238,16 @@ class Conversation:
             )
             if room is None or len(prompt) <= room:
                 break
-            if forgotten >= len(self.messages):
+            # A turn goes with its calls and their results.
+            starts = [index for index, message in enumerate(self.messages) if message.role == "user"]
+            after = [index for index in starts if index > forgotten] + ([len(self.messages)] if new else [])
+            if forgotten >= len(self.messages) or not after:
                 raise UserError(
                     f"{len(prompt)} tokens: the model has {positions} positions and its answer needs some of them; "
                     "send a shorter message"
                 )
-            forgotten += 2
-        if forgotten > self.forgotten:
-            turns = (forgotten - self.forgotten) // 2
+            forgotten, turns = after[0], turns + 1
+        if turns:
             say(
                 f"note: the history is longer than the model's {positions} positions: the oldest "
                 f"{turns} turn{'s' if turns > 1 else ''} left out from here on"
@@ -196,14 +270,21 @@ class Conversation:
         if file.suffix.lower() != ".jsonl":
             raise UserError(f"/save: got {file}; expected a name that ends in .jsonl: one conversation a line")
         messages = [message.as_template() for message in (*self._system_message(), *self.messages)]
+        tools = {} if self.tools is None else {"tools": list(self.tools.schemas)}
         try:
             with file.open("a", encoding="utf-8") as lines:
-                lines.write(json_lines([{"messages": messages}]))
+                lines.write(json_lines([{"messages": messages, **tools}]))
         except OSError as error:
             raise UserError(
                 f"/save: {file}: cannot be written ({error.strerror}); expected a file that can be written"
             ) from error
         return len(messages)
+
+
+def _shown_calls(messages: list[Message]) -> list[str]:
+    from loopos.cli.chat_tools import calls_and_results
+
+    return calls_and_results(messages)
 
 
 class ChatSession:
@@ -221,6 +302,13 @@ class ChatSession:
             "/steps": self._steps,
         }
 
+    def open(self) -> None:
+        """Lets the model answer what an environment begins with."""
+        for message in self.conversation.messages:
+            say(f"{message.role}: {message.content}")
+        if self.conversation.messages:
+            self._turn(None)
+
     def take(self, line: str) -> bool:
         """Handles one line; False if it ends the chat. A mistake is reported and the chat continues."""
         name, _, rest = line.partition(" ")
@@ -237,7 +325,7 @@ class ChatSession:
             complain(str(error))
         return True
 
-    def _turn(self, text: str) -> bool:
+    def _turn(self, text: str | None) -> bool:
         from loopos.cli.trace import described
         from loopos.training.stopping import StopSignals
 

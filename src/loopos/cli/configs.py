@@ -16,7 +16,16 @@ from loopos.config.algorithms import ALGORITHMS
 from loopos.config.diagnostics import DiagnosticsError, UserError
 from loopos.config.methods import METHODS, config_classes
 from loopos.config.registry import Registry, choices, did_you_mean
-from loopos.config.variants import EXPORTERS, FORMATS, LOSSES, MERGE_METHODS, REWARDS, TRACKERS
+from loopos.config.variants import (
+    ENVIRONMENTS,
+    EXPORTERS,
+    FORMATS,
+    LOSSES,
+    MERGE_METHODS,
+    REWARDS,
+    TOOL_PARSERS,
+    TRACKERS,
+)
 
 if TYPE_CHECKING:
     from loopos.config.load import LoadedConfig
@@ -123,6 +132,8 @@ KINDS: Mapping[str, tuple[str, Listing]] = {
     "merge-methods": ("what the method of a merge names", _listing(MERGE_METHODS)),
     "exporters": ("what --format of loopos export names", _listing(EXPORTERS)),
     "trackers": ("what training.trackers names", _listing(TRACKERS)),
+    "tool-parsers": ("what --tool-parser names", _listing(TOOL_PARSERS)),
+    "environments": ("what --environment names", _listing(ENVIRONMENTS)),
 }
 """Kind → what it is, and a function that lists its variants as (name, summary, source)."""
 

@@ -26,6 +26,7 @@ from loopos.config.preference import PreferenceConfig
 from loopos.config.pretraining import PretrainingConfig
 from loopos.config.reward_model import RewardModelConfig
 from loopos.config.sft import SftConfig
+from loopos.data.conversations import Conversation
 from loopos.data.preference_tokens import (
     NO_ROOM,
     PROMPT_OVER,
@@ -43,6 +44,7 @@ from loopos.data.supervised_rows import Example
 from loopos.data.supervised_tokens import Supervised, encode_supervised
 from loopos.data.template_checks import num_shared
 from loopos.data.tokens import encode_labeled
+from loopos.data.tool_schemas import call_names
 from loopos.models.task_layout import default_pooling
 from loopos.planning.work import (
     PromptInputs,
@@ -171,7 +173,7 @@ def _supervised(config: SftConfig, console: Console, num_rows: int, *, trust_rem
             continue
         num_used, fate = _fate(row, encoder.max_length, section.over_length)
         console.print(marked_text(encoder.tokenizer, row.ids, fates(row.mask, num_used)))
-        console.print(Text(f"{_counts(row, num_used)}{fate}\n"))
+        console.print(Text(printable(f"{_counts(row, num_used)}{fate}{_tools(example)}\n")))
     console.print(Text(_LEGEND))
     for sentence in (*inputs.data.summary, encoder.template.summary):
         console.print(Text(printable(sentence)))
@@ -206,6 +208,15 @@ def _counts(row: Supervised, num_used: int) -> str:
         others = sorted({weight for weight in row.weights[:num_used] if weight not in (0.0, 1.0)})
         summary += "".join(f", {row.weights[:num_used].count(weight)} with weight {weight:g}" for weight in others)
     return summary
+
+
+def _tools(example: Example) -> str:
+    """The tools of a conversation, and the calls of them in its turns."""
+    if not isinstance(example, Conversation):
+        return ""
+    calls = [name for message in example.messages for name in call_names(message.more)]
+    names = [str(tool["function"]["name"]) for tool in example.tools]
+    return (f" · tools: {', '.join(names)}" if names else "") + (f" · calls: {', '.join(calls)}" if calls else "")
 
 
 def fates(mask: Sequence[bool], num_used: int) -> list[str]:

@@ -5,9 +5,10 @@ One prompt on a terminal is streamed. Everything that can be checked without tor
 
 from __future__ import annotations
 
+import json
 import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -45,6 +46,7 @@ from loopos.cli.sampling_options import (
     ranking_diagnostics,
     require_ranking_model,
 )
+from loopos.config.diagnostics import UserError
 from loopos.config.paths import expanded
 
 if TYPE_CHECKING:
@@ -52,6 +54,7 @@ if TYPE_CHECKING:
     from loopos.config.keys import Strategy
     from loopos.data.decoding import TextRules
     from loopos.evaluation.reasoning import Reasoner
+    from loopos.generation.settings import SamplingParams
     from loopos.models.resolve import ModelRef
 
 _MOST_ROWS = 64
@@ -78,6 +81,15 @@ class GenerateOptions:
     reward_model: RankingModel = None
     aggregation: AggregationName = None
     num_beams: Annotated[int | None, typer.Option("--num-beams", help="Width of a token-level beam search.")] = None
+    json_schema: Annotated[
+        str | None,
+        typer.Option(
+            "--json-schema",
+            metavar="FILE",
+            help="JSON Schema that completions follow; {} is any JSON.",
+            parser=expanded,
+        ),
+    ] = None
     sampling: SamplingOptions
     limits: StepOptions
     raw: Raw = False
@@ -88,6 +100,23 @@ class GenerateOptions:
     precision: Precision = "auto"
     trust_remote_code: TrustRemoteCode = False
     verbose: Verbose = False
+
+    def settings(self) -> SamplingParams:
+        """The sampling settings. Raises `UserError` for values out of range and a file that is no JSON schema."""
+        settings = self.sampling.settings()
+        return settings if self.json_schema is None else replace(settings, json_schema=_schema(self.json_schema))
+
+
+def _schema(file: str) -> str:
+    """The text of a file with a JSON schema. Raises `UserError`."""
+    try:
+        text = Path(file).read_text(encoding="utf-8")
+        schema = json.loads(text)
+    except (OSError, ValueError) as problem:
+        raise UserError(f"--json-schema: {file}: {problem}; expected a file with a JSON schema") from problem
+    if not isinstance(schema, dict):
+        raise UserError(f"--json-schema: {file}: got {type(schema).__name__}; expected an object")
+    return text
 
 
 def run(location: LanguageModel, options: GenerateOptions) -> int:
@@ -120,7 +149,7 @@ def run(location: LanguageModel, options: GenerateOptions) -> int:
         and not _is_for_scripts(options)
         and sys.stdout.isatty()
     ):
-        for text in streamed(reasoner, prompts[0], options.sampling):
+        for text in streamed(reasoner, prompts[0], options.settings()):
             write(text)
         say()
         return 0
@@ -153,6 +182,7 @@ def checked(options: GenerateOptions) -> Strategy:
         diagnostics.append("-p: got a blank text; expected a prompt, or --raw to start from nothing")
     if options.raw and options.system is not None:
         diagnostics.append("--system with --raw: a raw prompt has no messages; put the text into the prompt")
+    diagnostics += _schema_diagnostics(options, strategy)
     diagnostics += ranking_diagnostics(strategy, options.reward_model, options.aggregation)
     diagnostics += device_diagnostics(options.device, options.precision)
     diagnostics += (
@@ -164,6 +194,20 @@ def checked(options: GenerateOptions) -> Strategy:
     return strategy
 
 
+def _schema_diagnostics(options: GenerateOptions, strategy: Strategy) -> Iterator[str]:
+    """Options that conflict with a JSON schema, and a file that holds none."""
+    if options.json_schema is None:
+        return
+    others = [*options.limits.changed(), *(name for name in ("steps", "num_beams") if getattr(options, name))]
+    others += ["strategy"] if strategy.kind != "single" else []
+    for name in others:
+        yield f"{option(name)} with --json-schema: a schema leaves no room for steps or beams; use one of the two"
+    try:
+        _schema(options.json_schema)
+    except UserError as problem:
+        yield str(problem)
+
+
 def _check_votes(model: ModelRef, options: GenerateOptions) -> None:
     """Raises `UserError` for options that a voting ensemble does not support."""
     source = model.name
@@ -171,7 +215,7 @@ def _check_votes(model: ModelRef, options: GenerateOptions) -> None:
         return
     diagnostics = [
         f"{option(name)}: {source} is an ensemble that votes over answers; use one with method mean or logits"
-        for name in ("num_beams", "raw")
+        for name in ("num_beams", "raw", "json_schema")
         if getattr(options, name)
     ]
     if options.samples > 1:
@@ -217,9 +261,9 @@ def _is_plain(options: GenerateOptions, strategy: Strategy) -> bool:
     return not reasons and options.num_beams is None and options.samples == 1
 
 
-def streamed(reasoner: Reasoner, prompt: PromptInput, sampling: SamplingOptions) -> Iterator[str]:
+def streamed(reasoner: Reasoner, prompt: PromptInput, sampling: SamplingParams) -> Iterator[str]:
     """Streams the completion of one prompt."""
-    settings = reasoner.sampling(sampling.settings())
+    settings = reasoner.sampling(sampling)
     for delta in reasoner.engine.stream([reasoner.prompt(prompt.problem)], settings):
         yield delta.text
 
@@ -239,7 +283,7 @@ def generated(
     from loopos.cli.trace import completion_record
 
     encoded = [reasoner.prompt(each.problem) for each in prompts]
-    settings, number = reasoner.sampling(options.sampling.settings()), options.samples
+    settings, number = reasoner.sampling(options.settings()), options.samples
     completions = reasoner.engine.generate(encoded, settings, n=number)
     recorded = [each.recorded for each in prompts]
     records = [_numbered(completion_record(recorded[c.prompt_index], c), c.sample_index, number) for c in completions]

@@ -211,6 +211,10 @@ NewFolder = Annotated[
     typer.Option("--output", "-o", help="New output folder.", show_default=False, parser=path),
 ]
 System = Annotated[str | None, typer.Option("--system", metavar="TEXT", help="System message.")]
+ToolParser = Annotated[
+    str,
+    typer.Option("--tool-parser", help="Parser of tool calls; auto: the one that reads what the chat template writes."),
+]
 Raw = Annotated[bool, typer.Option("--raw", help="No chat template: continue the prompt text as it is.")]
 Limit = Annotated[int | None, typer.Option("--limit", help="Maximum number of rows to read.")]
 Window = Annotated[int | None, typer.Option("--window", help="Plain text: context window in tokens; default: 1024.")]

@@ -10,7 +10,16 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from loopos.cli.options import Device, Precision, TrustRemoteCode, Verbose, argument, device_diagnostics, refuse
+from loopos.cli.options import (
+    Device,
+    Precision,
+    ToolParser,
+    TrustRemoteCode,
+    Verbose,
+    argument,
+    device_diagnostics,
+    refuse,
+)
 from loopos.cli.outcome import note
 from loopos.cli.process import prepare_to_compute
 from loopos.config.diagnostics import MissingRequirement
@@ -46,6 +55,7 @@ class ServeOptions:
         typer.Option("--api-key", envvar="LOOPOS_API_KEY", help="API key for requests; better set in the environment."),
     ] = None
     name: str | None = field(default=None, metadata={"help": "Model name for clients; default: the folder's name."})
+    tool_parser: ToolParser = "auto"
     limits: ServingLimits
     device: Device = "auto"
     precision: Precision = "auto"
@@ -126,7 +136,7 @@ def _language(model: ModelRef, name: str, options: ServeOptions, metrics: Servin
         max_rows=options.limits.max_rows,
         trust_remote_code=options.trust_remote_code,
     )
-    service = LanguageService(reasoner, name, options.limits, metrics)
+    service = LanguageService(reasoner, name, options.limits, metrics, tool_parser=options.tool_parser)
     note(reasoner.template.summary)
     note(reasoner.engine.summary)
     most = sum(map(_keys_and_values, members_of(reasoner.model))) * service.context * options.limits.max_rows

@@ -430,3 +430,39 @@ def register_tracker(name: str) -> Callable[[Function], Function]:
     `log(step, metrics)`, which gets the numbers of each event by the names `event/name`, and `close()`.
     """
     return _registering(TRACKERS, name)
+
+
+TOOL_PARSERS: Registry[FunctionRow] = Registry(
+    "parser of tool calls",
+    _by_reference(
+        "loopos.data.tool_calls",
+        {"hermes": "hermes", "mistral": "mistral", "llama3": "llama3", "json": "plain_json"},
+    ),
+    decorator="register_tool_parser",
+    adopt=FunctionRow,
+)
+
+
+def register_tool_parser(name: str) -> Callable[[Function], Function]:
+    """Registers the decorated function as the parser of tool calls `name`: `scan(text, start, ended)` returns the next
+    `data.tool_calls.Part` of a turn's text, or None while more text is needed to tell.
+    """
+    return _registering(TOOL_PARSERS, name)
+
+
+ENVIRONMENTS: Registry[FunctionRow] = Registry(
+    "environment",
+    _by_reference(
+        "loopos.rl.packaged_environments",
+        {"calculator_search": "CalculatorSearch", "treasure_grid": "TreasureGrid"},
+    ),
+    decorator="register_environment",
+    adopt=FunctionRow,
+)
+
+
+def register_environment(name: str) -> Callable[[Function], Function]:
+    """Registers the decorated class as the environment `name`. `reset(**row)` returns the messages of an episode;
+    public methods with type hints and a docstring are tools; `reward(messages, row)`, which it may lack, is the score.
+    """
+    return _registering(ENVIRONMENTS, name)

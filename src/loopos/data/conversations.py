@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from loopos.data.context import with_context
 from loopos.data.record import kind_name, shown
 from loopos.data.row_fields import RowFields
 from loopos.data.rows import Row
-from loopos.data.tool_schemas import CALLS, Tool, tools_of, with_calls
+from loopos.data.tool_schemas import CALLS, Tool, call_names, calls_of_content, tools_of, with_calls, with_ids
 
 ASSISTANT = "assistant"
 _ROLES: Mapping[str, str] = {
@@ -26,13 +26,19 @@ _ROLES: Mapping[str, str] = {
     "model": ASSISTANT,
     "assistant": ASSISTANT,
     "function_call": ASSISTANT,
+    "tool_call": ASSISTANT,
     "system": "system",
     "developer": "developer",
     "tool": "tool",
     "observation": "tool",
     "function_response": "tool",
+    "tool_response": "tool",
+    "function": "tool",
 }
 """The names of speakers in data sets → the role that a chat template knows."""
+
+_CALLERS = ("function_call", "tool_call")
+"""Roles of messages whose content is a call of a tool, or a list of calls."""
 
 HISTORY_NAMES = (frozenset({"history"}),)
 """The names of a column with earlier turns, in tiers."""
@@ -105,12 +111,53 @@ def prompted(fields: RowFields) -> Conversation | None:
 
 def messages_of(fields: RowFields, role: str) -> list[Message]:
     """The messages of a role's column; those that cannot be read are noted in `fields.problems` and left out."""
-    found = []
+    found: list[Message] = []
+    calls = 0
     for number, value in enumerate(fields.listed_values(role, "a list of messages")):
         message = message_of(fields, f"{fields.field(role)}[{number}]", value)
-        if message is not None:
-            found.append(message)
+        if message is None:
+            continue
+        if _calls_in_content(value):
+            # The calls of one turn are several messages, after what the assistant says.
+            message = replace(message, more=with_ids(message.more, calls))
+            calls += len(call_names(message.more))
+            if found and found[-1].role == ASSISTANT:
+                message = _with_calls_of(found.pop(), message)
+        found.append(message)
+    return answered(found) if calls else found
+
+
+def answered(messages: Sequence[Message]) -> list[Message]:
+    """The messages, those of tools with the id of the call that they answer, in the order of the calls."""
+    found, waiting = [], list[str]()
+    for message in messages:
+        calls = message.more.get(CALLS)
+        if isinstance(calls, list):
+            waiting = [str(call["id"]) for call in calls if "id" in call]
+        elif message.role == "tool" and waiting and "tool_call_id" not in message.more:
+            message = replace(message, more={**message.more, "tool_call_id": waiting.pop(0)})
+        found.append(message)
     return found
+
+
+def _with_calls_of(before: Message, calling: Message) -> Message:
+    """A turn of the assistant whose calls follow in messages of their own."""
+    calls = [call for message in (before, calling) for call in _listed(message.more.get(CALLS))]
+    return replace(before, more={**before.more, CALLS: calls})
+
+
+def _listed(value: object) -> list[object]:
+    return value if isinstance(value, list) else []
+
+
+def _speaker(value: object) -> str:
+    """The name of a message's speaker as the row has it; empty where it has none."""
+    found = (value.get("role", value.get("from")) if isinstance(value, dict) else None) or ""
+    return found.strip().lower() if isinstance(found, str) else ""
+
+
+def _calls_in_content(value: object) -> bool:
+    return _speaker(value) in _CALLERS
 
 
 def message_of(fields: RowFields, source: str, value: object) -> Message | None:
@@ -130,6 +177,10 @@ def message_of(fields: RowFields, source: str, value: object) -> Message | None:
         fields.add("unknown role", f"{source}.{speaker}", shown(value[speaker]), expected)
         return None
     more = {key: item for key, item in value.items() if key not in (speaker, content_key, _WEIGHT) and item is not None}
+    if _calls_in_content(value):
+        calls = calls_of_content(fields, f"{source}.{content_key}", value.get(content_key))
+        weight = _weight(fields, source, role, value.get(_WEIGHT))
+        return None if calls is None else Message(role, "", weight, {**more, CALLS: calls})
     more = with_calls(fields, source, more)
     content = _content(fields, f"{source}.{content_key}", value.get(content_key), is_optional=CALLS in more)
     return Message(role, content, _weight(fields, source, role, value.get(_WEIGHT)), more)

@@ -148,8 +148,9 @@ class ChatTemplate:
 
     def segments(self, messages: Sequence[Message], tools: Sequence[Tool] = ()) -> list[Segment]:
         """The rendered conversation as segments, whose texts join to the whole. Raises `TemplateRefusal`."""
-        if tools and not self._writes_tools:
-            raise TemplateRefusal("the chat template does not write the row's tools", _TOOLS_HINT)
+        if tools and not self.writes_tools:
+            name = self.summary.removeprefix("chat template: ")
+            raise TemplateRefusal(f"the chat template does not write the row's tools ({name})", _TOOLS_HINT)
         whole = self._rendered(messages, tools, prompting=False)
         turns = [number for number, message in enumerate(messages) if message.role == ASSISTANT]
         starts = self._turn_starts(messages, tools, turns, whole)
@@ -179,6 +180,10 @@ class ChatTemplate:
             raise TemplateRefusal(changes(past, text), SPLIT_HINT)
         return [*earlier, Segment(text[len(past) :])] if len(text) > len(past) else earlier
 
+    def text(self, messages: Sequence[Message], tools: Sequence[Tool] = (), *, prompting: bool = False) -> str:
+        """The rendered conversation. prompting: with the start of the next turn. Raises `TemplateRefusal`."""
+        return self._rendered(messages, tools, prompting=prompting)
+
     @property
     def stop_tokens(self) -> tuple[int, ...]:
         """The ids that end a turn: the tokenizer's end token and the template's, if it differs."""
@@ -188,7 +193,7 @@ class ChatTemplate:
         return tuple(sorted(ids))
 
     @cached_property
-    def _writes_tools(self) -> bool:
+    def writes_tools(self) -> bool:
         """Whether the template renders tools."""
         question = [Message("user", _QUESTION)]
         try:

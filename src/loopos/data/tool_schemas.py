@@ -22,6 +22,7 @@ TOOL_NAMES = (frozenset({"tools"}), frozenset({"tool_defs", "tool_definitions"})
 _TOOL_EXPECTED = 'a tool such as {"type": "function", "function": {"name": ..., "parameters": {...}}}'
 _TOOLS_EXPECTED = "a list of tools, also as JSON text"
 _CALL_EXPECTED = 'a call such as {"type": "function", "function": {"name": ..., "arguments": {...}}}'
+_CONTENT_EXPECTED = 'a call such as {"name": ..., "arguments": {...}}, or a list of calls, also as JSON text'
 _ARGUMENTS_EXPECTED = "an object, also as JSON text"
 
 
@@ -62,6 +63,33 @@ def with_calls(fields: RowFields, source: str, more: dict[str, object]) -> dict[
         return others
     calls = [_call(fields, f"{source}.{CALLS}[{number}]", call) for number, call in enumerate(value)]
     return {**others, CALLS: calls}
+
+
+def calls_of_content(fields: RowFields, source: str, value: object) -> list[dict[str, object]] | None:
+    """The calls that a message's content holds as an object or a list, also as JSON text, where its role says so; None,
+    with `fields.problems` filled, if there are none.
+    """
+    parsed = structure_of(value) if isinstance(value, str) else value
+    calls = parsed if isinstance(parsed, list) else [parsed]
+    if parsed is None or not calls:
+        fields.add("tool call cannot be read", source, f"{shown(value)} ({kind_name(value)})", _CONTENT_EXPECTED)
+        return None
+    found = [
+        _call(fields, f"{source}[{number}]" if len(calls) > 1 else source, each) for number, each in enumerate(calls)
+    ]
+    return [call if "function" in call else {"type": "function", "function": call} for call in found]
+
+
+def call_id(number: int) -> str:
+    """The id of a conversation's call by its number: nine letters and digits, which Mistral's templates require."""
+    return f"call{number:05d}"
+
+
+def with_ids(more: Mapping[str, object], first: int) -> dict[str, object]:
+    """A message's other keys, its calls with ids. first: the number of its first call in the conversation."""
+    calls = more.get(CALLS)
+    assert isinstance(calls, list), "a message with calls"
+    return {**more, CALLS: [{"id": call_id(first + number), **call} for number, call in enumerate(calls)]}
 
 
 def call_names(more: Mapping[str, object]) -> list[str]:

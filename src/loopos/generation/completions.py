@@ -12,6 +12,7 @@ from typing import Literal, Protocol
 
 from transformers import PreTrainedTokenizerBase
 
+from loopos.generation.grammars import Grammar
 from loopos.generation.settings import SamplingParams
 
 # Decoders write this for incomplete UTF-8.
@@ -196,6 +197,7 @@ class Running:
         self._written: deque[int] = deque()
         self._text: GrowingText | None = None
         self._guide: Guide | None = None
+        self.grammar: Grammar | None = None
         self._sent = 0
         self._tracked = False
 
@@ -214,6 +216,8 @@ class Running:
             self._append_forced(self._written.popleft())
         else:
             self.tokens.append(token)
+            if self.grammar is not None:
+                self.grammar.take(token)
             if logprob is not None:
                 self._logprobs.append(logprob)
             if filtered is not None:

@@ -18,6 +18,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from loopos.config.diagnostics import UserError
 from loopos.generation.completions import Completion, Guide, Running, SampleId, TokenDelta
 from loopos.generation.decoders import runner_of
+from loopos.generation.grammars import Grammars
 from loopos.generation.rows import Rows
 from loopos.generation.sampling import stream_key
 from loopos.generation.scheduler import Scheduler
@@ -51,6 +52,7 @@ class Engine:
         self.end_tokens = _end_tokens(members_of(model), tokenizer)
         self.max_positions = positions_of(model)
         self.vocab_size = int(members_of(model)[0].config.get_text_config().vocab_size)
+        self._grammars = Grammars(tokenizer, self.vocab_size)
         self._prefix_rows: Rows | None = None
         self._reuses_prefixes, self._busy = False, False
 
@@ -221,6 +223,9 @@ class Engine:
                 identity = SampleId(index, sample, key)
                 running = Running(self.tokenizer, identity, ids, setting, choice=choice, limit=limit, stop_ids=stop_ids)
                 running.watch(watch_text or bool(setting.stop), guide(index, sample) if guide else None)
+                if setting.json_schema is not None:
+                    assert guide is None, "a guide writes tokens that a grammar may forbid"
+                    running.grammar = self._grammars.begin(setting.json_schema, stop_ids)
                 runs.append(running)
         return runs
 

@@ -105,13 +105,16 @@ def choose(
     history: History | None,
     uniforms: Tensor | None,
     with_logprobs: bool,
+    allowed: Tensor | None = None,
 ) -> Choice:
-    """The next token of every row. logits `[B, V]`; uniforms `[B]` float64 in [0, 1), None if greedy. Raises
-    `NonFiniteLogits`.
+    """The next token of every row. logits `[B, V]`; uniforms `[B]` float64 in [0, 1), None if greedy; allowed `[B, V]`
+    bool, True = may be chosen, None for all tokens. Raises `NonFiniteLogits`.
     """
     # Cast first: argmax of half precision is slower than of fp32.
     logits = logits.float()
     shaped = penalized(logits, settings, history) if settings.shaped else logits
+    if allowed is not None:
+        shaped = shaped.masked_fill(~allowed, _NEVER)
     if settings.greedy:
         tokens = shaped.argmax(-1)
         _check_finite(shaped, tokens)

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from loopos.generation.completions import Running
+from loopos.generation.grammars import allowed_tokens
 from loopos.generation.rows import Rows, common_length
 from loopos.generation.sampling import Choice, History, NonFiniteLogits, choose, uniforms
 from loopos.generation.settings import SamplingParams
@@ -269,6 +270,7 @@ class Scheduler:
             history=_history(members[part], logits.device) if settings.needs_history else None,
             uniforms=None if drawn is None else drawn[part],
             with_logprobs=self._with_logprobs,
+            allowed=_allowed(members[part], logits) if settings.constrained else None,
         )
 
     def _close_gaps(self) -> None:
@@ -293,6 +295,10 @@ def _draws(members: Sequence[Running]) -> Tensor:
     for running in members:
         running.draws += 1
     return numbers
+
+
+def _allowed(members: Sequence[Running], logits: Tensor) -> Tensor:
+    return allowed_tokens([running.grammar for running in members], logits.shape[1], logits.device)
 
 
 def _history(members: Sequence[Running], device: torch.device) -> History:

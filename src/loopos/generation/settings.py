@@ -90,6 +90,7 @@ class SamplingParams(SamplingFields):
         keep_stop: Whether such a text stays in the completion.
         stop_token_ids: Tokens that end it.
         stop_at_end: Whether the model's own end tokens end it too.
+        json_schema: JSON Schema, as JSON text, that the completion follows; None is off.
         seed: Fixes every draw, together with the prompt.
     """
 
@@ -97,6 +98,7 @@ class SamplingParams(SamplingFields):
     keep_stop: bool = False
     stop_token_ids: tuple[int, ...] = ()
     stop_at_end: bool = True
+    json_schema: str | None = None
 
     def __post_init__(self) -> None:
         """Raises `UserError` with every setting that is out of range."""
@@ -123,11 +125,20 @@ class SamplingParams(SamplingFields):
     def shaped(self) -> bool:
         """Whether anything except the temperature changes the distribution."""
         filters = self.top_k > 0 or self.top_p < 1 or self.min_p > 0 or self.typical_p < 1
-        return self.needs_history or bool(self.logit_bias) or (filters and not self.greedy)
+        return self.needs_history or bool(self.logit_bias) or self.constrained or (filters and not self.greedy)
+
+    @property
+    def constrained(self) -> bool:
+        """Whether a grammar forbids tokens."""
+        return self.json_schema is not None
 
     def of_choice(self) -> SamplingParams:
-        """The settings that one token's choice depends on: equal for rows that may be sampled together."""
-        return replace(self, max_new_tokens=1, stop=(), keep_stop=False, stop_token_ids=(), stop_at_end=True, seed=0)
+        """The settings that one token's choice depends on: equal for rows that may be sampled together. Rows of unlike
+        schemas may: each has a grammar of its own.
+        """
+        schema = "" if self.constrained else None
+        plain = replace(self, max_new_tokens=1, stop=(), keep_stop=False, stop_token_ids=(), stop_at_end=True, seed=0)
+        return replace(plain, json_schema=schema)
 
 
 def _is_temperature(value: float) -> bool:

@@ -161,7 +161,7 @@ def _pairs(request: ScoreRequest, *, as_text: bool) -> list[tuple[PromptContent,
             code="invalid_value",
         )
     if request.messages is not None:
-        messages = tuple(message.message() for message in request.messages)
+        messages = tuple(each.message(position) for position, each in enumerate(request.messages))
         if messages[-1].role != ASSISTANT:
             raise ApiError(
                 400,
@@ -178,6 +178,6 @@ def _pairs(request: ScoreRequest, *, as_text: bool) -> list[tuple[PromptContent,
     prompt = (
         (Message("user", request.prompt),)
         if isinstance(request.prompt, str)
-        else tuple(message.message() for message in request.prompt)
+        else tuple(each.message(position) for position, each in enumerate(request.prompt))
     )
     return [(prompt, (Message(ASSISTANT, response),)) for response in responses]

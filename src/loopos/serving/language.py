@@ -9,8 +9,6 @@ from __future__ import annotations
 import asyncio
 import base64
 import copy
-import re
-import secrets
 from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -22,13 +20,15 @@ from starlette.responses import JSONResponse, Response
 from transformers import PreTrainedTokenizerBase
 
 from loopos.config.diagnostics import UserError
-from loopos.data.conversations import ASSISTANT, Message
-from loopos.data.piece_tokens import SegmentTokenizer
-from loopos.data.record import shown
+from loopos.data.conversations import Message
 from loopos.data.rows import Row
+from loopos.data.spelled_tokens import SpelledTokens
 from loopos.data.supervised_rows import Completion as RawText
 from loopos.data.supervised_tokens import prompt_tokens
-from loopos.data.templates import ChatTemplate, Segment, TemplateRefusal
+from loopos.data.templates import ChatTemplate, TemplateRefusal
+from loopos.data.tool_calls import Scan
+from loopos.data.tool_schemas import Tool
+from loopos.data.tool_turns import ToolTurns
 from loopos.evaluation.reasoning import Reasoner
 from loopos.generation.settings import SamplingParams
 from loopos.serving.decoder import Decoder, ModelThread, PendingRequest
@@ -36,7 +36,7 @@ from loopos.serving.errors import ApiError
 from loopos.serving.limits import ServingLimits, check_rows
 from loopos.serving.metrics import ServingMetrics
 from loopos.serving.requests import ChatRequest, CompletionRequest, EmbeddingRequest, Generation, ModelRequest, read_for
-from loopos.serving.responses import EventStream, ResponseFormatter, event, until_disconnected
+from loopos.serving.responses import EventStream, GrowingChoice, ResponseFormatter, event, until_disconnected
 
 Result = TypeVar("Result")
 
@@ -48,19 +48,16 @@ class Prompts:
 
     def __init__(self, template: ChatTemplate) -> None:
         self._template = copy.deepcopy(template)
-        tokens = self.tokenizer.added_tokens_decoder.values()
-        special = {token.content for token in tokens if token.special} | set(self.tokenizer.all_special_tokens)
-        spelled = "|".join(re.escape(token) for token in sorted(special, key=len, reverse=True) if token)
-        self._control = re.compile(f"({spelled})" if spelled else r"(?!)()")
+        self._spelled = SpelledTokens(self._template)
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="tokenizer")
 
     @property
     def tokenizer(self) -> PreTrainedTokenizerBase:
         return self._template.tokenizer
 
-    async def of_chat(self, messages: Sequence[Message]) -> list[int]:
+    async def of_chat(self, messages: Sequence[Message], tools: Sequence[Tool] = ()) -> list[int]:
         """The ids that the next turn starts from. Raises `ApiError` if the template refuses the messages."""
-        return await self.run(self._of_chat, messages)
+        return await self.run(self._of_chat, messages, tools)
 
     async def of_texts(self, inputs: Sequence[str | list[int]]) -> list[list[int]]:
         """The ids of texts to continue, as `loopos generate --raw` encodes them; lists of ids are unchanged."""
@@ -73,64 +70,11 @@ class Prompts:
     def close(self) -> None:
         self._pool.shutdown(wait=False, cancel_futures=True)
 
-    def _of_chat(self, messages: Sequence[Message]) -> list[int]:
+    def _of_chat(self, messages: Sequence[Message], tools: Sequence[Tool] = ()) -> list[int]:
         try:
-            if any(message.role != ASSISTANT and self._control.search(message.content) for message in messages):
-                return self._with_spelled_tokens(messages)
-            return prompt_tokens(self.tokenizer, messages, template=self._template)
+            return self._spelled.prompt(messages, tools)
         except TemplateRefusal as refusal:
             raise ApiError(400, f"messages: {refusal}", param="messages", code="invalid_value") from refusal
-
-    def _with_spelled_tokens(self, messages: Sequence[Message]) -> list[int]:
-        """The ids when user or system messages spell control tokens: these are tokenized separately, as text. Assistant
-        messages are the model's own, and their step markers may be control tokens.
-        """
-        # Clients cannot forge the placeholders, because the mark is random for each request.
-        mark = secrets.token_hex(8)
-        spelled: list[str] = []
-
-        def stand_in(found: re.Match[str]) -> str:
-            spelled.append(found[0])
-            return f"\ue000{mark}-{len(spelled) - 1}\ue001"
-
-        with_stand_ins = [
-            each if each.role == ASSISTANT else replace(each, content=self._control.sub(stand_in, each.content))
-            for each in messages
-        ]
-        changed = f"the chat template changes {shown(spelled[0])}, which a message holds as text"
-        try:
-            rendered = self._template.prompt(with_stand_ins)
-        except TemplateRefusal as refusal:
-            if mark in str(refusal):
-                raise TemplateRefusal(changed) from refusal
-            raise
-        # Every second part of a segment is the number of a spelled token.
-        parts = [(segment, re.split(f"\ue000{mark}-([0-9]+)\ue001", segment.text)) for segment in rendered]
-        numbers = {int(number) for _, texts in parts for number in texts[1::2]}
-        if len(numbers) < len(spelled):
-            raise TemplateRefusal(changed)
-        row = [
-            Segment(
-                "" if index % 2 else text,
-                begins=segment.begins and index == 0,
-                closes=segment.closes and index == len(texts) - 1,
-            )
-            for segment, texts in parts
-            for index, text in enumerate(texts)
-        ]
-        (encoded,) = SegmentTokenizer(self.tokenizer).encode([row])
-        flat = [(index, text) for _, texts in parts for index, text in enumerate(texts)]
-        ids: list[int] = []
-        for (index, text), tokens in zip(flat, encoded, strict=True):
-            ids += self._as_text(spelled[int(text)]) if index % 2 else tokens
-        return ids
-
-    def _as_text(self, spelled: str) -> list[int]:
-        """The ids of a control token's spelling, none of which is a control token. Raises `TemplateRefusal`."""
-        ids: list[int] = self.tokenizer(spelled, add_special_tokens=False, split_special_tokens=True)["input_ids"]
-        if set(ids) & set(self.tokenizer.all_special_ids):
-            raise TemplateRefusal(f"the tokenizer cannot read {shown(spelled)}, a control token, as text")
-        return ids
 
     def _of_texts(self, inputs: Sequence[str | list[int]]) -> list[list[int]]:
         return [
@@ -151,7 +95,16 @@ class LanguageService:
 
     kind = "a language model"
 
-    def __init__(self, reasoner: Reasoner, name: str, limits: ServingLimits, metrics: ServingMetrics) -> None:
+    def __init__(
+        self,
+        reasoner: Reasoner,
+        name: str,
+        limits: ServingLimits,
+        metrics: ServingMetrics,
+        *,
+        tool_parser: str = "auto",
+    ) -> None:
+        """tool_parser: of `loopos list tool-parsers`. Raises `UserError` for an unknown one."""
         self.name, self._limits, self._metrics = name, limits, metrics
         self._engine, self._stops = reasoner.engine, reasoner.sampling
         positions = self._engine.max_positions
@@ -159,6 +112,7 @@ class LanguageService:
         self._thread = ModelThread(limits)
         self._decoder = Decoder(self._engine, self._thread, limits)
         self._prompts = Prompts(reasoner.template)
+        self._tools = _tool_turns(reasoner, tool_parser)
         metrics.gauges["loopos_active_rows"] = ("Completions that decode.", lambda: self._decoder.num_active)
         metrics.gauges["loopos_queue_length"] = ("Completions that wait for a row.", lambda: self._decoder.num_waiting)
 
@@ -193,10 +147,12 @@ class LanguageService:
                 param="top_logprobs",
                 code="unsupported_parameter",
             )
-        messages = [message.message() for message in body.messages]
+        messages, tools = [each.message(position) for position, each in enumerate(body.messages)], body.offered()
+        if tools and isinstance(self._tools, UserError):
+            raise ApiError(400, f"tools: {self._tools}", param="tools", code="unsupported_parameter")
 
         async def prompts() -> list[list[int]]:
-            return [await self._prompts.of_chat(messages)]
+            return [await self._prompts.of_chat(messages, tools)]
 
         return await self._answer(request, body, prompts, 1, "messages", deadline, logprobs=body.logprobs)
 
@@ -215,6 +171,14 @@ class LanguageService:
             return await self._prompts.of_texts(texts)
 
         return await self._answer(request, body, prompts, len(texts), "prompt", deadline, logprobs=body.logprobs == 0)
+
+    def _scan(self, body: ChatRequest | CompletionRequest) -> Scan | None:
+        """The parser of the calls in the answer to a request; None without tools."""
+        has_tools = isinstance(body, ChatRequest) and bool(body.offered())
+        return self._tools.scan if has_tools and isinstance(self._tools, ToolTurns) else None
+
+    def _count_malformed(self, number: int) -> None:
+        self._metrics.malformed_calls += number
 
     def _read(self, kind: type[Body], raw: bytes) -> Body:
         return read_for(kind, raw, self.name, max_messages=self._limits.max_messages)
@@ -246,6 +210,8 @@ class LanguageService:
             logprobs,
             body.includes_usage,
             self._prompts.tokenizer,
+            self._scan(body),
+            self._count_malformed,
         )
         seconds = self._limits.max_seconds
         num_prompt = sum(map(len, prompts))
@@ -284,7 +250,7 @@ class LanguageService:
         self, pending: PendingRequest, form: ResponseFormatter, num_prompt: int, began: float
     ) -> AsyncIterator[bytes]:
         """The events of a stream except the last."""
-        offsets: dict[tuple[int, int], int] = {}
+        grown: dict[tuple[int, int], GrowingChoice] = {}
         made = 0
         async for delta in pending.deltas():
             if not made:
@@ -294,9 +260,9 @@ class LanguageService:
             made += 1
             self._metrics.generated_tokens += 1
             choice = (delta.prompt_index, delta.sample_index)
-            found = form.chunks(delta, offsets.get(choice, 0))
-            offsets[choice] = offsets.get(choice, 0) + len(delta.text)
-            for chunk in found:
+            if choice not in grown:
+                grown[choice] = form.growing()
+            for chunk in form.chunks(delta, grown[choice]):
                 yield event(chunk)
         if form.includes_usage:
             yield event(form.last(num_prompt, made))
@@ -372,6 +338,18 @@ class LanguageService:
             found = await self._thread.call(self._engine.embed, pack)
             vectors += list(found.cpu().numpy())
         return vectors
+
+
+def _tool_turns(reasoner: Reasoner, parser: str) -> ToolTurns | UserError:
+    """How calls are read under the model's template, or why they cannot be. Raises `UserError` for an unknown parser,
+    and for a parser that was named in vain.
+    """
+    try:
+        return ToolTurns(reasoner.template, parser=parser)
+    except UserError as problem:
+        if parser != "auto":
+            raise
+        return problem
 
 
 def _packs(sequences: Sequence[list[int]]) -> list[list[list[int]]]:

@@ -43,7 +43,7 @@ class ServingMetrics:
     """Counts since the server started. `gauges`: name → its help text, and a function that reads its value."""
 
     def __init__(self) -> None:
-        self.prompt_tokens, self.generated_tokens = 0, 0
+        self.prompt_tokens, self.generated_tokens, self.malformed_calls = 0, 0, 0
         self.requests: Counter[tuple[str, int]] = Counter()
         self.cut: Counter[str] = Counter()
         self.seconds: dict[str, Histogram] = {}
@@ -68,6 +68,7 @@ class ServingMetrics:
             ),
             "loopos_prompt_tokens_total": ("Tokens of prompts and inputs.", {"": self.prompt_tokens}),
             "loopos_generated_tokens_total": ("Tokens generated.", {"": self.generated_tokens}),
+            "loopos_malformed_tool_calls_total": ("Tool calls that cannot be read.", {"": self.malformed_calls}),
         }
         lines: list[str] = []
         for name, (description, values) in counters.items():

@@ -9,13 +9,15 @@ from __future__ import annotations
 import json
 import secrets
 from collections.abc import Mapping, Sequence
-from dataclasses import fields
+from dataclasses import fields, replace
 from typing import Annotated, Any, Literal, NoReturn, TypeVar, get_args
 
 from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, ValidationError
 
 from loopos.config.diagnostics import UserError
 from loopos.data.conversations import Message
+from loopos.data.tool_schemas import Tool
+from loopos.generation.grammars import ANY_OBJECT
 from loopos.generation.settings import SamplingFields, SamplingParams
 from loopos.serving.errors import ApiError, unknown_model
 
@@ -63,20 +65,112 @@ Inputs = Annotated[
 """One text or list of tokens, or several of either."""
 
 
-class ChatMessage(Body):
-    """One message. The prompt contains `name`, so it may hold no control token."""
+Name = Annotated[str, Field(pattern="^[A-Za-z0-9_.-]{1,64}$")]
+"""The name of a speaker or a tool. The prompt contains it, so it may hold no control token."""
 
-    role: Literal["system", "developer", "user", "assistant"]
+
+class CalledFunction(Body):
+    """A tool's name and its arguments as JSON text."""
+
+    name: Name
+    arguments: str
+
+
+class CalledTool(Body):
+    """A call in a message of the assistant."""
+
+    id: Name
+    type: Literal["function"] = "function"
+    function: CalledFunction
+
+
+class ToolFunction(Body):
+    """A tool's name, what it does, and the schema of its arguments. `strict` has no effect."""
+
+    name: Name
+    description: str | None = None
+    parameters: dict[str, Any] = {}
+    strict: bool | None = None
+
+
+class ToolDefinition(Body):
+    """A tool that the model may call."""
+
+    type: Literal["function"]
+    function: ToolFunction
+
+
+class ChatMessage(Body):
+    """One message. `tool_calls` in one of the assistant, `tool_call_id` in one of a tool."""
+
+    role: Literal["system", "developer", "user", "assistant", "tool"]
     content: Annotated[
         Annotated[str, Tag("text")] | Annotated[list[TextPart], Field(fail_fast=True), Tag("parts")],
         Discriminator(_kind_of_content),
-    ]
+    ] = ""
     name: Annotated[str, Field(pattern="^[A-Za-z0-9_-]{1,64}$")] | None = None
+    tool_calls: Annotated[list[CalledTool], Field(fail_fast=True)] = []
+    tool_call_id: Name | None = None
 
-    def message(self) -> Message:
-        """The message as the chat template takes it."""
+    def message(self, position: int) -> Message:
+        """The message at a position, as the chat template takes it. Raises `ApiError`."""
         content = self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
-        return Message(self.role, content, more={} if self.name is None else {"name": self.name})
+        more: dict[str, object] = {} if self.name is None else {"name": self.name}
+        for key, role in (("tool_calls", "assistant"), ("tool_call_id", "tool")):
+            if getattr(self, key) and self.role != role:
+                raise _in_message(position, key, f"in a message of the {self.role}; expected one of the {role}")
+        if "content" not in self.model_fields_set and not self.tool_calls:
+            raise _in_message(position, "content", "missing; expected a value", "missing_required_parameter")
+        if self.tool_call_id is not None:
+            more["tool_call_id"] = self.tool_call_id
+        if self.tool_calls:
+            more["tool_calls"] = [_called_tool(call, position, index) for index, call in enumerate(self.tool_calls)]
+        return Message(self.role, content, more=more)
+
+
+def _called_tool(call: CalledTool, position: int, index: int) -> dict[str, Any]:
+    """A call with its arguments as an object, as templates take it. Raises `ApiError`."""
+    try:
+        arguments = json.loads(call.function.arguments or "{}")
+    except ValueError:
+        arguments = None
+    if not isinstance(arguments, dict):
+        where = f"tool_calls.{index}.function.arguments"
+        raise _in_message(position, where, f"got {_short(call.function.arguments)}; expected an object as JSON text")
+    return {"id": call.id, "type": "function", "function": {"name": call.function.name, "arguments": arguments}}
+
+
+def _in_message(position: int, key: str, problem: str, code: str = "invalid_value") -> ApiError:
+    param = f"messages.{position}.{key}"
+    return ApiError(400, f"{param}: {problem}", param=param, code=code)
+
+
+class NamedSchema(Body):
+    """A schema that the answer follows. `name`, `description` and `strict` have no effect: it always follows it."""
+
+    name: str
+    # Named as in the API; `schema` is a method of pydantic's models.
+    schema_: Annotated[dict[str, Any], Field(alias="schema")] = {}
+    description: str | None = None
+    strict: bool | None = None
+
+
+class ResponseFormat(Body):
+    """The form of the answer: text, any JSON object, or JSON of a schema."""
+
+    type: Literal["text", "json_object", "json_schema"]
+    json_schema: NamedSchema | None = None
+
+    def schema_text(self) -> str | None:
+        """The schema as JSON text; None for text. Raises `ApiError`."""
+        if self.type == "text":
+            return None
+        if self.type == "json_object":
+            return ANY_OBJECT
+        if self.json_schema is None:
+            param = "response_format.json_schema"
+            raise ApiError(400, f"{param}: missing; expected a value", param=param, code="missing_required_parameter")
+        return json.dumps(self.json_schema.schema_, ensure_ascii=False)
 
 
 class StreamOptions(Body):
@@ -141,6 +235,28 @@ class ChatRequest(Generation):
     max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
     logprobs: bool = False
     top_logprobs: int = 0
+    tools: Annotated[list[ToolDefinition], Field(fail_fast=True)] = []
+    # A call cannot be forced: nothing writes one but the model.
+    tool_choice: Literal["none", "auto"] = "auto"
+    parallel_tool_calls: Literal[True] = True
+    response_format: ResponseFormat | None = None
+
+    def settings(self) -> SamplingParams:
+        schema = None if self.response_format is None else self.response_format.schema_text()
+        return replace(super().settings(), json_schema=schema)
+
+    def offered(self) -> tuple[Tool, ...]:
+        """The tools that the model may call, as templates take them. Raises `ApiError`."""
+        if self.tool_choice == "none":
+            return ()
+        if self.tools and self.response_format is not None and self.response_format.type != "text":
+            raise ApiError(
+                400,
+                "response_format: with tools an answer may be a call; expected text, or tool_choice none",
+                param="response_format",
+                code="invalid_value",
+            )
+        return tuple(each.model_dump(exclude_none=True) for each in self.tools)
 
     def new_tokens(self) -> tuple[int | None, str]:
         if self.max_completion_tokens is not None:
@@ -209,13 +325,8 @@ _NO_EFFECT: Mapping[str, tuple[object, ...]] = {
     "echo": (False,),
     "best_of": (1,),
     "suffix": ("",),
-    "tools": ([],),
     "functions": ([],),
-    # Without tools there is nothing to choose or call.
-    "tool_choice": ("none", "auto"),
     "function_call": ("none", "auto"),
-    "parallel_tool_calls": (_TRUTH,),
-    "response_format": ({"type": "text"},),
     "modalities": (["text"],),
     "store": (False,),
     "metadata": ({},),
@@ -224,6 +335,12 @@ _NO_EFFECT: Mapping[str, tuple[object, ...]] = {
     "user": (_TEXT,),
     "safety_identifier": (_TEXT,),
     "prompt_cache_key": (_TEXT,),
+}
+_NO_EFFECT_WITHOUT_TOOLS: Mapping[str, tuple[object, ...]] = {
+    "tools": ([],),
+    "tool_choice": ("none", "auto"),
+    "parallel_tool_calls": (_TRUTH,),
+    "response_format": ({"type": "text"},),
 }
 _NO_EFFECT_IN_MESSAGE: Mapping[str, tuple[object, ...]] = {
     "annotations": ([],),
@@ -247,6 +364,9 @@ def read_for(kind: type[Request], raw: bytes, served: str, *, max_messages: int)
 
 def _read(kind: type[Request], raw: bytes, max_messages: int) -> Request:
     body = _effective(_object(raw), _NO_EFFECT)
+    if not body.get("tools"):
+        # Without tools there is nothing to choose or call.
+        body = _effective(body, _NO_EFFECT_WITHOUT_TOOLS)
     for name in ("messages", "prompt"):
         if isinstance(body.get(name), list):
             if any(isinstance(each, dict) for each in body[name]):

@@ -18,6 +18,7 @@ from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 from transformers import PreTrainedTokenizerBase
 
+from loopos.data.tool_calls import Scan, ToolCall, ToolReader, parse_turn
 from loopos.generation.completions import Completion, GrowingText, TokenDelta, decoded
 from loopos.serving.errors import GONE, ApiError, gone, out_of_time
 
@@ -129,11 +130,23 @@ async def _ended(*tasks: asyncio.Future[Any]) -> None:
     await asyncio.gather(*tasks, return_exceptions=True)
 
 
-def finish(reason: str | None) -> str | None:
-    """OpenAI's finish reason of a completion."""
-    if reason is None:
-        return None
-    return "length" if reason == "length" else "stop"
+def finish(reason: str | None, *, called: bool = False) -> str | None:
+    """OpenAI's finish reason of a completion. called: it has calls of tools."""
+    if reason is None or reason == "length":
+        return reason
+    return "tool_calls" if called else "stop"
+
+
+def called_tools(calls: Sequence[ToolCall]) -> list[dict[str, Any]]:
+    """Calls in OpenAI's form, each with an id of its own: nine characters, as Mistral's templates require."""
+    return [
+        {
+            "id": secrets.token_hex(5)[:9],
+            "type": "function",
+            "function": {"name": call.name, "arguments": json.dumps(call.arguments, ensure_ascii=False)},
+        }
+        for call in calls
+    ]
 
 
 def usage(prompt_tokens: int, completion_tokens: int) -> dict[str, int]:
@@ -145,9 +158,19 @@ def usage(prompt_tokens: int, completion_tokens: int) -> dict[str, int]:
     }
 
 
+@dataclass
+class GrowingChoice:
+    """A choice of a stream: its text so far, and with tools the reader of its calls."""
+
+    reader: ToolReader | None
+    text: str = ""
+
+
 @dataclass(frozen=True)
 class ResponseFormatter:
-    """Formats the response of one request. `n`: completions per prompt, which number the choices."""
+    """Formats the response of one request. `n`: completions per prompt, which number the choices. `scan`: the parser of
+    tool calls, None without tools; `malformed` is told how many calls could not be read.
+    """
 
     kind: Literal["chat", "text"]
     model: str
@@ -155,6 +178,8 @@ class ResponseFormatter:
     logprobs: bool
     includes_usage: bool
     tokenizer: PreTrainedTokenizerBase
+    scan: Scan | None = None
+    malformed: Callable[[int], None] = lambda number: None
     id: str = field(default_factory=lambda: secrets.token_hex(12))
     created: int = field(default_factory=lambda: int(time.time()))
 
@@ -172,18 +197,32 @@ class ResponseFormatter:
         delta = {"role": "assistant", "content": ""}
         return [self._chunk(index, {"delta": delta}, None, None) for index in range(number)]
 
-    def chunks(self, delta: TokenDelta, offset: int) -> list[dict[str, Any]]:
-        """The chunks of one token: its text, if any, and after the last token an empty chunk with the finish reason.
-        offset: characters of the choice's text before it.
+    def chunks(self, delta: TokenDelta, grown: GrowingChoice) -> list[dict[str, Any]]:
+        """The chunks of one token: its text, if any, each call that it completes, and after the last token an empty
+        chunk with the finish reason. grown: the choice before the token.
         """
-        index, found = self._index(delta), []
+        index, offset, text = self._index(delta), len(grown.text), delta.text
+        found, calls = list[dict[str, Any]](), list[ToolCall]()
+        grown.text += delta.text
+        if grown.reader is not None:
+            first = len(grown.reader.calls)
+            text, calls = grown.reader.read(grown.text, ended=delta.finish_reason is not None)
         has_logprob = self.logprobs and delta.finish_reason != "stop"
-        if delta.text or has_logprob:
+        if text or has_logprob:
             logprobs = self._logprobs([delta.token], [delta.logprob], [offset]) if has_logprob else None
-            found.append(self._chunk(index, self._content(delta.text), logprobs, None))
+            found.append(self._chunk(index, self._content(text), logprobs, None))
+        for number, call in enumerate(called_tools(calls)):
+            content = {"delta": {"tool_calls": [{"index": first + number, **call}]}}
+            found.append(self._chunk(index, content, None, None))
         if delta.finish_reason is not None:
-            found.append(self._chunk(index, self._content(""), None, finish(delta.finish_reason)))
+            called = grown.reader is not None and bool(grown.reader.calls)
+            found.append(self._chunk(index, self._content(""), None, finish(delta.finish_reason, called=called)))
+            self.malformed(len(grown.reader.malformed) if grown.reader is not None else 0)
         return found
+
+    def growing(self) -> GrowingChoice:
+        """A choice of a stream before its first token."""
+        return GrowingChoice(None if self.scan is None else ToolReader(self.scan))
 
     def _content(self, text: str) -> dict[str, Any]:
         """The part of a chunk that holds text."""
@@ -222,9 +261,17 @@ class ResponseFormatter:
                 text.add(token)
             logprobs = self._logprobs(tokens, completion.logprobs[: len(tokens)], [0, *text.ends][: len(tokens)])
         content: dict[str, Any] = {"text": completion.text}
+        called = False
         if self.kind == "chat":
-            content = {"message": {"role": "assistant", "content": completion.text, "refusal": None}}
-        reason = finish(completion.finish_reason)
+            message: dict[str, Any] = {"role": "assistant", "content": completion.text, "refusal": None}
+            if self.scan is not None:
+                turn = parse_turn(self.scan, completion.text)
+                called = bool(turn.calls)
+                self.malformed(len(turn.malformed))
+                message["content"] = turn.content or (None if called else "")
+                message |= {"tool_calls": called_tools(turn.calls)} if called else {}
+            content = {"message": message}
+        reason = finish(completion.finish_reason, called=called)
         return {"index": self._index(completion), **content, "logprobs": logprobs, "finish_reason": reason}
 
     def _chunk(
