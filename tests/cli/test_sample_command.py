@@ -15,6 +15,7 @@ import pytest
 from killed_runs import NUM_KILLS, digest, in_a_child
 
 from loopos.cli import sample as command
+from loopos.cli import sample_options
 from loopos.evaluation.checkers import NAMES
 from loopos.evaluation.policy_metrics import best_of_n_kl
 from loopos.rl.rejection_sampling import RESPONSES, SCORES
@@ -91,9 +92,9 @@ def by_prompt(rows: list[dict[str, Any]]) -> list[list[dict[str, Any]]]:
 
 
 def test_the_names_of_options_are_those_of_the_tables() -> None:
-    assert tuple(SELECTIONS) == command.KEEP
-    assert PAIR_RULES == command.PAIRS
-    assert set(NAMES) == command.CHECKERS
+    assert tuple(SELECTIONS) == sample_options.KEEP
+    assert PAIR_RULES == sample_options.PAIRS
+    assert set(NAMES) == sample_options.CHECKERS
 
 
 def test_without_a_judge_it_samples_as_generate_does(

@@ -13,7 +13,8 @@ import pytest
 from preference_runs import events_of, ppo_config
 
 from loopos.config.diagnostics import UserError
-from loopos.config.rl import PpoRewardSection, RolloutSection
+from loopos.config.rewards import PpoRewardSection
+from loopos.config.rl import RolloutSection
 from loopos.evaluation import chat_endpoint
 from loopos.methods.ppo import PpoTrainer
 from loopos.rl.rewards import Response, RewardRun, Rewards, reward_function

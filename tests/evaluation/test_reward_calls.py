@@ -15,7 +15,8 @@ import torch
 
 from loopos.config.diagnostics import UserError
 from loopos.config.ppo import PpoConfig
-from loopos.config.rl import PpoRewardSection, RolloutSection, check_reward
+from loopos.config.rewards import PpoRewardSection, check_reward
+from loopos.config.rl import RolloutSection
 from loopos.rl.algorithms import PPO, AdvantageInputs, Algorithm, clipped_loss
 from loopos.rl.collector import PolicyCheck, ScoredResponse
 from loopos.rl.experience import AdvantageSettings, experience_of

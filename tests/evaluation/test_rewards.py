@@ -17,7 +17,8 @@ import pytest
 import torch
 
 from loopos.config.diagnostics import UserError
-from loopos.config.rl import PpoRewardSection, RolloutSection
+from loopos.config.rewards import PpoRewardSection
+from loopos.config.rl import RolloutSection
 from loopos.rl.collector import best_of_n
 from loopos.rl.rewards import Response, Rewards, reward_function
 

@@ -9,9 +9,9 @@ from pydantic import Field
 
 from loopos.config import checks
 from loopos.config.diagnostics import Problem
-from loopos.config.keys import AS_IT_IS, MAY_BE_OWN, Count, Location, Section, VariantName
+from loopos.config.keys import AS_IT_IS, MAY_BE_OWN, AboveZero, Count, Location, Section, VariantName
 from loopos.config.paths import NEW_WEIGHTS, check_weights
-from loopos.config.rl import AboveZero, ResponseSection
+from loopos.config.rl import ResponseSection
 from loopos.config.sections import EarlyStoppingSection, LanguageTrainingSection
 from loopos.config.sft import SftConfig, SftDataSection
 from loopos.config.variants import DISTILLATION, LOSSES

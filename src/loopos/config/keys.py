@@ -105,6 +105,8 @@ def _warmup(value: object) -> object:
     return value
 
 
+AboveZero: TypeAlias = Annotated[float, Field(gt=0)]
+ZeroOrMore: TypeAlias = Annotated[float, Field(ge=0)]
 Count: TypeAlias = Annotated[int, Field(ge=1)]
 Fraction: TypeAlias = Annotated[float, Field(ge=0, lt=1)]
 Text: TypeAlias = Annotated[str, Field(min_length=1)]

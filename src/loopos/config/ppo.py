@@ -20,16 +20,15 @@ from loopos.config.preferences import (
     validation_notes,
 )
 from loopos.config.registry import Reference
+from loopos.config.rewards import PpoRewardSection, check_reward
 from loopos.config.rl import (
     GuardSection,
     PpoDataSection,
     PpoEvaluationSection,
-    PpoRewardSection,
     PpoTrainingSection,
     RolloutEngineSection,
     RolloutSection,
     check_judge,
-    check_reward,
     check_rollout,
     rollout_effects,
 )

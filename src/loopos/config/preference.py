@@ -23,13 +23,12 @@ from loopos.config.preferences import (
 )
 from loopos.config.registry import choices, did_you_mean
 from loopos.config.reward_model import EXAMPLE_LINES, EXAMPLE_ROW, PreferenceDataSection
+from loopos.config.rewards import PpoRewardSection, check_reward
 from loopos.config.rl import (
     OnlineSection,
-    PpoRewardSection,
     PreferenceEvaluationSection,
     ResponseSection,
     check_judge,
-    check_reward,
 )
 from loopos.config.sections import (
     ComputationSection,

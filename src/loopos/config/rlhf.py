@@ -23,11 +23,11 @@ from loopos.config.reward_model import (
     RewardModelConfig,
     RewardTrainingSection,
 )
+from loopos.config.rewards import PpoRewardSection
 from loopos.config.rl import (
     GuardSection,
     PpoDataSection,
     PpoEvaluationSection,
-    PpoRewardSection,
     PpoTrainingSection,
     RolloutEngineSection,
     RolloutSection,

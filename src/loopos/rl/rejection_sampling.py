@@ -24,7 +24,7 @@ from types import MappingProxyType
 from typing import Any, TypeAlias
 
 from loopos.config.diagnostics import UserError
-from loopos.config.rl import RewardFunctionSection
+from loopos.config.rewards import RewardFunctionSection
 from loopos.data.digest import prompts_digest, records_digest, text_digest, tokenizer_digest
 from loopos.data.prompts import PromptContent, prompt_text
 from loopos.data.rows import Row

@@ -22,7 +22,8 @@ from transformers import PreTrainedTokenizerBase
 from loopos.config.diagnostics import MissingRequirement, UserError
 from loopos.config.own_function import OwnFunction, own_function
 from loopos.config.reward_options import GIVEN, check_options, parameter_names, takes_rows
-from loopos.config.rl import PpoRewardSection, RolloutSection
+from loopos.config.rewards import PpoRewardSection
+from loopos.config.rl import RolloutSection
 from loopos.config.variants import REWARDS
 from loopos.data.stepwise_tokens import StepwiseRows, encode_steps
 from loopos.evaluation.outputs import NonFiniteOutputs
