@@ -16,7 +16,7 @@ from typing import Any
 ROOT = Path(__file__).parents[1]
 PYTHON: Mapping[str, str] = {
     "training": "train Run FitResult read_config Trainer FineTuner SftTrainer ChainOfThought PreferenceTrainer "
-    "KtoTrainer RewardModelTrainer PpoTrainer ReinforcementTrainer Pretrainer",
+    "KtoTrainer RewardModelTrainer PpoTrainer ReinforcementTrainer DistillationTrainer Pretrainer",
     "plugins": "register_method register_loss register_algorithm register_reward register_format register_merge_method "
     "register_exporter register_tracker register_tool_parser register_environment",
     "models": "load Predictor RewardPredictor Reasoner ensemble ensembling.ensemble.EnsembleResult",
@@ -25,7 +25,7 @@ PYTHON: Mapping[str, str] = {
     "compression.pipeline.ChangedModel",
     "export": "export exporting.export.Exported",
     "configs": "FineTuningConfig SftConfig ChainOfThoughtConfig PreferenceConfig RewardModelConfig PpoConfig "
-    "RlhfConfig PretrainingConfig MergeConfig PruningRecipe QuantizationRecipe",
+    "RlhfConfig DistillationConfig PretrainingConfig MergeConfig PruningRecipe QuantizationRecipe",
     "errors": "UserError ConfigError DataError",
 }
 """Page → its public names (each name of `loopos` stands on one page), and by their modules what functions return."""

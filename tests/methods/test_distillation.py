@@ -35,7 +35,7 @@ def teacher(tmp_path_factory: pytest.TempPathFactory, pico_tokenizer: Path) -> P
 def test_the_student_nears_the_teacher(
     loss: str, share: float, tmp_path: Path, pico_folder: Path, teacher: Path
 ) -> None:
-    sections: dict[str, Any] = {"distillation": {"loss": loss, "on_policy_share": share}}
+    sections: dict[str, Any] = {"distillation": {"loss": loss, "on_policy_fraction": share}}
     if share:
         sections["online"] = {"max_new_tokens": 8, "every": 2}
     training = {"num_epochs": 5, "validate_every": 9}
@@ -55,7 +55,7 @@ def test_the_student_nears_the_teacher(
 @pytest.mark.slow
 def test_the_sampled_loss_learns(tmp_path: Path, pico_folder: Path, teacher: Path) -> None:
     sections = {
-        "distillation": {"loss": "sampled_reverse_kl", "on_policy_share": 1.0},
+        "distillation": {"loss": "sampled_reverse_kl", "on_policy_fraction": 1.0},
         "online": {"max_new_tokens": 8, "every": 2},
         "training": {"num_epochs": 16, "batch_size": 16, "learning_rate": 3e-3, "validate_every": 30},
     }
@@ -131,7 +131,7 @@ def test_micro_batches_and_accumulation_are_one_step(
         trained(
             distillation_config(
                 tmp_path / name, pico_folder, teacher, training=training, online={"max_new_tokens": 6},
-                distillation={"loss": "jsd", "on_policy_share": share},
+                distillation={"loss": "jsd", "on_policy_fraction": share},
             )
         )  # fmt: skip
     one, *others = (events_of(tmp_path / name, "step") for name in ("one", "eight"))
@@ -144,7 +144,7 @@ def test_micro_batches_and_accumulation_are_one_step(
 def test_lora_trains_adapters_and_the_plan_has_the_teacher(tmp_path: Path, pico_folder: Path, teacher: Path) -> None:
     training = {"trainable": "lora", "lora": {"rank": 4, "dropout": 0.1}, "max_steps": 8}
     config = distillation_config(
-        tmp_path / "run", pico_folder, teacher, training=training, distillation={"on_policy_share": 0.5},
+        tmp_path / "run", pico_folder, teacher, training=training, distillation={"on_policy_fraction": 0.5},
         online={"max_new_tokens": 6, "every": 2},
     )  # fmt: skip
     plan = plan_of(config, trust_remote_code=False)
@@ -184,31 +184,31 @@ def test_texts_have_no_prompt_to_answer(tmp_path: Path, pico_folder: Path, teach
     rows = [{"text": f"the lamp {number}"} for number in range(12)]
     trained(distillation_config(tmp_path / "off", pico_folder, teacher, rows=rows, training={"max_steps": 1}))
     config = distillation_config(
-        tmp_path / "on", pico_folder, teacher, rows=rows, distillation={"on_policy_share": 0.5}
+        tmp_path / "on", pico_folder, teacher, rows=rows, distillation={"on_policy_fraction": 0.5}
     )
-    with pytest.raises(UserError, match=r"on.jsonl:\d+: got plain text with distillation.on_policy_share 0.5"):
+    with pytest.raises(UserError, match=r"on.jsonl:\d+: got plain text with distillation.on_policy_fraction 0.5"):
         trained(config)
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"data.teacher": None, "distillation.on_policy_share": 0.5}, "data.teacher: got no teacher with on_policy_"),
+        ({"data.teacher": None, "distillation.on_policy_fraction": 0.5}, "data.teacher: got no teacher with on_policy_"),
         ({"data.teacher": None, "distillation.temperature": 2.0}, "distillation.temperature: got 2 without a teacher"),
         ({"data.teacher": "new"}, 'data.teacher: got "new"'),
         ({"data.teacher": "./nowhere"}, 'data.teacher: got "./nowhere"'),
         ({"distillation.loss": "sigmoid"}, "distillation.loss"),
         ({"distillation.beta": 1.0}, "distillation.beta: got 1"),
-        ({"distillation.loss": "sampled_reverse_kl"}, "distillation.on_policy_share: got 0 with sampled_reverse_kl"),
+        ({"distillation.loss": "sampled_reverse_kl"}, "distillation.on_policy_fraction: got 0 with sampled_reverse_kl"),
         (
             {
-                "distillation.loss": "sampled_reverse_kl", "distillation.on_policy_share": 1.0,
+                "distillation.loss": "sampled_reverse_kl", "distillation.on_policy_fraction": 1.0,
                 "online": {"temperature": 0.7},
             },
             "online.temperature: got 0.7 with sampled_reverse_kl; expected 1, that of distillation.temperature",
         ),
         (
-            {"distillation.on_policy_share": 1.0, "training.max_length": 32, "online": {"max_new_tokens": 32}},
+            {"distillation.on_policy_fraction": 1.0, "training.max_length": 32, "online": {"max_new_tokens": 32}},
             "online.max_new_tokens: got 32; expected fewer than max_length (32)",
         ),
         ({"distributed": {"mode": "shard"}}, "distributed.mode: got a sharded model with distillation"),

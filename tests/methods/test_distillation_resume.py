@@ -19,11 +19,11 @@ from loopos.storage.events import read
 VARIANTS: dict[str, dict[str, Any]] = {
     "off-policy": {"distillation": {"loss": "forward_kl", "temperature": 2.0}},
     "on-policy": {
-        "distillation": {"loss": "sampled_reverse_kl", "on_policy_share": 1.0},
+        "distillation": {"loss": "sampled_reverse_kl", "on_policy_fraction": 1.0},
         "online": {"every": 3, "max_new_tokens": 8},
     },
     "mixed": {
-        "distillation": {"loss": "jsd", "on_policy_share": 0.3},
+        "distillation": {"loss": "jsd", "on_policy_fraction": 0.3},
         "online": {"every": 3, "max_new_tokens": 8, "top_p": 0.9},
         "training": {"trainable": "lora", "lora": {"rank": 4, "dropout": 0.1}},
         "evaluation": {"samples": 2},

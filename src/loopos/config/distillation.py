@@ -33,7 +33,7 @@ class DistillationSection(Section):
         default=0.5, description="weight of the teacher in the mixture of jsd"
     )
     temperature: AboveZero = Field(default=1.0, description="divisor of the logits of student and teacher in the loss")
-    on_policy_share: Annotated[float, Field(ge=0, le=1)] = Field(
+    on_policy_fraction: Annotated[float, Field(ge=0, le=1)] = Field(
         default=0.0, description="fraction of the rows whose answer the student writes; the others are the data's own"
     )
 
@@ -84,14 +84,14 @@ class DistillationConfig(SftConfig):
         default_factory=DistillationSection, description="how the student learns from the teacher"
     )
     online: OnPolicySection = Field(
-        default_factory=OnPolicySection, description="with on_policy_share, how the student writes answers"
+        default_factory=OnPolicySection, description="with on_policy_fraction, how the student writes answers"
     )
     data: DistillationDataSection = Field(description="student, teacher, rows and output folder")
 
     @property
     def is_on_policy(self) -> bool:
         """Whether the student writes any answers within the run."""
-        return self.distillation.on_policy_share > 0
+        return self.distillation.on_policy_fraction > 0
 
     @property
     def is_sampled(self) -> bool:
@@ -109,10 +109,12 @@ class DistillationConfig(SftConfig):
         yield from checks.check_loss("distillation.loss", section.loss, DISTILLATION)
         if data.teacher == NEW_WEIGHTS:
             yield Problem(("data.teacher",), f'"{NEW_WEIGHTS}", which knows nothing', "a trained model")
-        if data.teacher is None and section.on_policy_share > 0:
-            fields = ("data.teacher", "distillation.on_policy_share")
+        if data.teacher is None and section.on_policy_fraction > 0:
+            fields = ("data.teacher", "distillation.on_policy_fraction")
             hint = "stored log-probabilities are those of the data's answers; the teacher has to read the student's"
-            yield Problem(fields, f"no teacher with on_policy_share {section.on_policy_share:g}", "a teacher", hint)
+            yield Problem(
+                fields, f"no teacher with on_policy_fraction {section.on_policy_fraction:g}", "a teacher", hint
+            )
         if data.teacher is None and section.temperature != 1.0:
             fields = ("distillation.temperature", "data.teacher")
             hint = "stored log-probabilities are those of temperature 1"
@@ -130,10 +132,10 @@ class DistillationConfig(SftConfig):
     def _check_sampled(self) -> Iterator[Problem]:
         """Check that the student samples every token of a loss of sampled tokens, from the distribution it learns."""
         section, online = self.distillation, self.online
-        if section.on_policy_share != 1.0:
-            fields = ("distillation.on_policy_share", "distillation.loss")
+        if section.on_policy_fraction != 1.0:
+            fields = ("distillation.on_policy_fraction", "distillation.loss")
             hint = "the data's answers were not sampled from the student; jsd or reverse_kl learn from both"
-            yield Problem(fields, f"{section.on_policy_share:g} with {section.loss}", "1", hint)
+            yield Problem(fields, f"{section.on_policy_fraction:g} with {section.loss}", "1", hint)
         for key, value, expected in (
             ("temperature", online.temperature, section.temperature),
             ("top_k", online.top_k, None),
@@ -142,10 +144,10 @@ class DistillationConfig(SftConfig):
             if value != expected:
                 fields = (f"online.{key}", "distillation.loss")
                 hint = "the loss is one of tokens from the student's whole distribution"
-                wanted = "null" if expected is None else f"{expected:g}"
+                expected_text = "null" if expected is None else f"{expected:g}"
                 if key == "temperature":
-                    wanted += ", that of distillation.temperature"
-                yield Problem(fields, f"{value:g} with {section.loss}", wanted, hint)
+                    expected_text += ", that of distillation.temperature"
+                yield Problem(fields, f"{value:g} with {section.loss}", expected_text, hint)
 
     def _check_answers(self) -> Iterator[Problem]:
         """Check that answers have room."""
@@ -166,7 +168,7 @@ class DistillationConfig(SftConfig):
     def effects(self) -> dict[str, tuple[bool, str]]:
         section = self.distillation
         reads = LOSSES[section.loss].reads
-        no_answers = (self.is_on_policy, "distillation.on_policy_share is 0")
+        no_answers = (self.is_on_policy, "distillation.on_policy_fraction is 0")
         return {
             **super().effects(),
             "distillation.beta": (reads is None or "beta" in reads, f"{section.loss} does not read it"),
@@ -177,5 +179,5 @@ class DistillationConfig(SftConfig):
         notes = super().notes()
         if self.is_on_policy and self.validates and self.training.validate_every == "epoch":
             steps = f"{self.online.every} step{'s' if self.online.every > 1 else ''}"
-            notes.append(f"training.validate_every is epoch: with on_policy_share, after every {steps}")
+            notes.append(f"training.validate_every is epoch: with on_policy_fraction, after every {steps}")
         return notes

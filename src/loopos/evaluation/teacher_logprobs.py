@@ -44,13 +44,13 @@ class TeacherLogprobs:
         for pack in in_packs(lengths, tokens=_TOKENS):
             ids = torch.tensor([token for row in pack for token in (*prompts[row], *answers[row])], device=device)
             layout = PackedLayout(tuple(lengths[row] for row in pack), device)
-            places, start = [], 0
+            positions, start = [], 0
             for row in pack:
                 first = start + len(prompts[row])
-                # Each token is predicted one place before it.
-                places.append(torch.arange(first - 1, first - 1 + len(answers[row])))
+                # Each token is predicted one position before it.
+                positions.append(torch.arange(first - 1, first - 1 + len(answers[row])))
                 start += lengths[row]
-            hidden = self._model.backbone(ids, layout)[torch.cat(places).to(device)]
+            hidden = self._model.backbone(ids, layout)[torch.cat(positions).to(device)]
             top = top_logprobs(Logits(hidden, self._model.output_embedding, self._model.shape), self.k)
             sizes = [len(answers[row]) for row in pack]
             parts = (torch.split(each.cpu(), sizes) for each in (top.ids, top.logprobs))

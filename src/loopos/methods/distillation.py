@@ -89,8 +89,8 @@ class DistillationTrainer(SftTrainer[DistillationConfig]):
             example = self.learned()[row.index]
             if isinstance(example, PlainText):
                 raise UserError(
-                    f"{example.row.location}: got plain text with distillation.on_policy_share "
-                    f"{self.config.distillation.on_policy_share:g}; expected rows with a prompt to answer"
+                    f"{example.row.location}: got plain text with distillation.on_policy_fraction "
+                    f"{self.config.distillation.on_policy_fraction:g}; expected rows with a prompt to answer"
                 )
             found.append(prompt_tokens(self.tokenizer, example, template=self.template))
             if self.max_length is not None and len(found[-1]) >= self.max_length:
@@ -191,7 +191,7 @@ class DistillationTrainer(SftTrainer[DistillationConfig]):
             rows,
             self.prompts,
             sampling_of(self.config.online, stop_token_ids=stops, seed=seed),
-            share=self.config.distillation.on_policy_share,
+            share=self.config.distillation.on_policy_fraction,
             longest=self.max_length,
             gather=self.world.gather_data_parallel,
             record=self._record_round,

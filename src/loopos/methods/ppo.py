@@ -46,7 +46,7 @@ from loopos.rl.collector import (
 from loopos.rl.experience import AdvantageSettings, Experience, ResponseBatch, ReusedForward, experience_of
 from loopos.rl.monitors import Monitor, MonitorLimits
 from loopos.rl.objective import PolicyState, PpoObjective
-from loopos.rl.prompt_sampling import Curriculum, Drawn, draw, no_signal_share
+from loopos.rl.prompt_sampling import Curriculum, Drawn, draw, no_signal_fraction
 from loopos.rl.rewards import RewardRun, Rewards, judge_of
 from loopos.rl.roles import RolePlan, Roles, build_roles
 from loopos.rl.rollouts import RolloutBatches, RolloutPlan
@@ -242,7 +242,7 @@ class PpoTrainer(Trainer[PpoConfig]):
         self.state.join_extremes(self.world)
         metrics = {
             **rollout_metrics(drawn.first, estimator=settings.kl_report, importance_cap=cap),
-            **({"no_signal": no_signal_share(drawn.first, size)} if size > 1 else {}),
+            **({"no_signal": no_signal_fraction(drawn.first, size)} if size > 1 else {}),
             **self._redrawn(drawn),
             **variance_explained(experience.values, experience.returns),
             "kl_coefficient": coefficient,
@@ -293,7 +293,7 @@ class PpoTrainer(Trainer[PpoConfig]):
         """How many groups were generated in addition, and the fraction that trains without signal all the same."""
         if not self.config.training.dynamic_sampling:
             return {}
-        left = no_signal_share(drawn.trained, self.config.generation.responses_per_prompt)
+        left = no_signal_fraction(drawn.trained, self.config.generation.responses_per_prompt)
         return {"groups_redrawn": float(drawn.redrawn), "no_signal_left": left}
 
     def _prompts_of(self, iteration: int) -> list[int]:

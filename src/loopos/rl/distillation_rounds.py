@@ -54,12 +54,12 @@ def plan_of(config: DistillationConfig, *, num_rows: int, rank: int, world: int)
     )
 
 
-def is_written(number: int, share: float) -> bool:
+def is_written(number: int, fraction: float) -> bool:
     """Whether the student writes the answer of row `number` of the run: evenly spread, so that of any n rows in a row
-    n·share are written, rounded up or down.
+    n·fraction are written, rounded up or down.
     """
     # Sums of a fraction such as .1 are a little below the whole numbers that they stand for.
-    return math.floor((number + 1) * share + 1e-9) > math.floor(number * share + 1e-9)
+    return math.floor((number + 1) * fraction + 1e-9) > math.floor(number * fraction + 1e-9)
 
 
 @dataclass(frozen=True)
@@ -73,7 +73,7 @@ class AnswerWriter:
     rows: Sequence[DistilledRow]
     prompts: Sequence[list[int]]
     sampling: SamplingParams
-    share: float
+    fraction: float
     longest: int | None
     gather: Callable[[object], list[object]]
     record: Callable[[Mapping[str, float], float], None]
@@ -83,17 +83,17 @@ class AnswerWriter:
         began = time.monotonic()
         indices = self.plan.prompts_of(number)
         first = number * self.plan.batch_size
-        written = [place for place in range(len(indices)) if is_written(first + place, self.share)]
-        answers = self._answers([indices[place] for place in written], seeded(self.sampling, number))
-        found = {place: self.rows[index] for place, index in enumerate(indices)}
-        for place, (ids, logprobs, _) in zip(written, answers, strict=True):
-            prompt = self.prompts[indices[place]]
+        written = [position for position in range(len(indices)) if is_written(first + position, self.fraction)]
+        answers = self._answers([indices[position] for position in written], seeded(self.sampling, number))
+        found = {position: self.rows[index] for position, index in enumerate(indices)}
+        for position, (ids, logprobs, _) in zip(written, answers, strict=True):
+            prompt = self.prompts[indices[position]]
             weights = [0.0] * len(prompt) + [1.0] * len(ids)
-            found[place] = DistilledRow([*prompt, *ids], weights, None, torch.tensor(logprobs))
-        rows = [found[place] for place in range(len(indices)) if any(found[place].weights)]
+            found[position] = DistilledRow([*prompt, *ids], weights, None, torch.tensor(logprobs))
+        rows = [found[position] for position in range(len(indices)) if any(found[position].weights)]
         if not rows:
             raise UserError(f"round {number + 1}: no answer of the student has a token; raise online.temperature")
-        if self.share < 1.0:
+        if self.fraction < 1.0:
             rows = [replace(row, sampled_logprobs=None) for row in rows]
         if answers:
             tokens = [ids for ids, _, _ in answers]
@@ -111,10 +111,10 @@ class AnswerWriter:
         """Ids, log-probabilities, and whether the answer ended by itself, from all ranks."""
         prompts = [self.prompts[index] for index in indices]
         settings = []
-        for place, prompt in enumerate(prompts):
+        for position, prompt in enumerate(prompts):
             room = sampling.max_new_tokens if self.longest is None else self.longest - len(prompt)
             each = replace(sampling, max_new_tokens=min(sampling.max_new_tokens, room))
-            settings.append(seeded(each, place))
+            settings.append(seeded(each, position))
         own = [
             (each.prompt_index, each.token_ids, each.logprobs, each.finish_reason != "length")
             for each in self.engine.write(Request(prompts, settings)).completions

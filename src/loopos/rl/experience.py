@@ -339,9 +339,7 @@ def experience_of(
     policy before its update or the generating policy.
     """
     responses, by_engine = [each.response.ids for each in scored], old_logprobs == "engine"
-    lengths = torch.tensor([len(response) for response in responses])
-    mask = torch.arange(int(lengths.max()))[None] < lengths[:, None]  # [B, L]
-
+    mask = _mask_of(responses)
     behavior = _padded([each.engine_logprobs for each in scored])
     old = behavior if by_engine else _padded([each.logprobs for each in scored])
     reference = _padded_or_none([each.reference_logprobs for each in scored])
@@ -392,6 +390,12 @@ def experience_of(
         is_own=not by_engine or not any(each.staleness for each in scored),
         learned=[each.response.ended for each in scored] if settings.mask_truncated else None,
     )
+
+
+def _mask_of(responses: Sequence[Sequence[int]]) -> Tensor:
+    """`[B, L]`: True for the tokens of each response."""
+    lengths = torch.tensor([len(response) for response in responses])
+    return torch.arange(int(lengths.max()))[None] < lengths[:, None]
 
 
 def _imputed(scores: Tensor, groups: Tensor) -> Tensor:

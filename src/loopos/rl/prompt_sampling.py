@@ -80,7 +80,7 @@ def has_signal(group: Sequence[Rollout]) -> bool:
     return len(set(judged([rollout.score for rollout in group]))) > 1
 
 
-def no_signal_share(rollouts: Sequence[Rollout], size: int) -> float:
+def no_signal_fraction(rollouts: Sequence[Rollout], size: int) -> float:
     """The fraction of groups of `size` responses whose scores are all the same."""
     groups = _groups(rollouts, size)
     return sum(not has_signal(group) for group in groups) / len(groups)

@@ -212,8 +212,8 @@ class RejectionSampler:
             completions = reasoner.engine.generate(prompts, sampling, n=self.n, logprobs=False)
             columns: Sequence[Mapping[str, Any] | None] = [None] * len(completions)
             if logprobs is not None:
-                asked = [prompts[each.prompt_index] for each in completions]
-                columns = logprobs(asked, [each.token_ids for each in completions])
+                of_each = [prompts[each.prompt_index] for each in completions]
+                columns = logprobs(of_each, [each.token_ids for each in completions])
             return [
                 Sample(each.text, len(each.token_ids), each.finish_reason in ("stop", "stop string"), column)
                 for each, column in zip(completions, columns, strict=True)

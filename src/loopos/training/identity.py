@@ -267,7 +267,7 @@ def of_distillation(
         "teacher": Trait(teacher, ("data.teacher", f"data.{config.data.source_key}"), "the teacher's weights"),
         **{
             f"distillation.{name}": Trait(getattr(section, name), (f"distillation.{name}",))
-            for name in ("loss", "beta", "temperature", "on_policy_share")
+            for name in ("loss", "beta", "temperature", "on_policy_fraction")
         },
         **setting("online", answers),
     }
