@@ -114,7 +114,7 @@ class Collector:
         """
         self.engine, self.roles, self.rewards, self.device = engine, roles, rewards, device
         self._origins, self._reused, self._gather = origins, reused, gather
-        self._shares_prompts = share_prompts
+        self._shared_prompts = share_prompts
         self._seconds: dict[str, float] = {}
 
     def __call__(
@@ -213,7 +213,7 @@ class Collector:
         """Name → `[L]` of each response, by forward passes like those of training."""
         assert self.roles is not None, "rollouts have roles"
         prompts, ids = [r.prompt_ids for r in responses], [r.ids for r in responses]
-        rows = ResponseRows(prompts, ids, self.device, share_prompts=self._shares_prompts)
+        rows = ResponseRows(prompts, ids, self.device, share_prompts=self._shared_prompts)
         found: dict[str, list[Tensor]] = {}
         first = None
         if self._reused is not None and iteration is not None:
