@@ -15,7 +15,7 @@ from loopos.methods.preference import PreferenceTrainer
 from loopos.methods.reward_model import RewardModelTrainer
 from loopos.training.progress import RunProgress
 from tests.cli.conftest import Invoke, write_jsonl
-from tests.methods.preference_runs import comparisons, events_of, preference_config, reward_config
+from tests.preference_runs import comparisons, events_of, preference_config, reward_config
 
 CPU = ("--device", "cpu")
 HELD_OUT = [{**row, "prompt": f"{row['prompt']} please"} for row in comparisons(15)]

@@ -14,7 +14,7 @@ from loopos.methods.reward_model import RewardModelTrainer
 from loopos.serving.heads import ScoreHead
 from loopos.training.progress import RunProgress
 from tests.cli.conftest import Invoke, write_jsonl
-from tests.methods.preference_runs import ASKED, comparisons, reward_config
+from tests.preference_runs import ASKED, comparisons, reward_config
 
 CPU = ("--device", "cpu")
 STEPS = [

@@ -20,7 +20,7 @@ from loopos.serving.limits import ServingLimits
 from loopos.serving.metrics import ServingMetrics
 from loopos.training.progress import RunProgress
 from tests.cli.conftest import Invoke
-from tests.methods.preference_runs import comparisons, reward_config, write_rows
+from tests.preference_runs import comparisons, reward_config, write_rows
 from tests.serving.conftest import command, served
 from tests.serving.questions import CHAT, ask
 

@@ -14,7 +14,7 @@ from loopos.evaluation.reward_predictor import RewardPredictor
 from loopos.methods.reward_model import RewardModelTrainer
 from loopos.training.progress import RunProgress
 from tests.cli.conftest import Invoke, write_jsonl
-from tests.methods.preference_runs import ASKED, KIND, RUDE, comparisons, reward_config
+from tests.preference_runs import ASKED, KIND, RUDE, comparisons, reward_config
 
 CPU = ("--device", "cpu")
 PAIRS = [(ASKED[0], KIND[0]), (ASKED[1], RUDE[0]), (ASKED[2], KIND[1])]

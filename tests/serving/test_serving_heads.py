@@ -17,8 +17,8 @@ from loopos.serving.heads import ClassifyHead, HeadService, ScoreHead
 from loopos.serving.limits import ServingLimits
 from loopos.serving.metrics import ServingMetrics
 from loopos.training.progress import RunProgress
-from tests.methods.preference_runs import ASKED as QUESTIONS
-from tests.methods.preference_runs import KIND, RUDE, comparisons, reward_config, write_rows
+from tests.preference_runs import ASKED as QUESTIONS
+from tests.preference_runs import KIND, RUDE, comparisons, reward_config, write_rows
 from tests.serving.conftest import Server, served
 
 LIMITS = ServingLimits(max_body=100_000)

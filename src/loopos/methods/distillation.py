@@ -191,7 +191,7 @@ class DistillationTrainer(SftTrainer[DistillationConfig]):
             rows,
             self.prompts,
             sampling_of(self.config.online, stop_token_ids=stops, seed=seed),
-            share=self.config.distillation.on_policy_fraction,
+            fraction=self.config.distillation.on_policy_fraction,
             longest=self.max_length,
             gather=self.world.gather_data_parallel,
             record=self._record_round,
