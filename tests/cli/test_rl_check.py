@@ -99,3 +99,19 @@ def test_mistakes(config: Path, invoke: Invoke) -> None:
     result = invoke("rl", "check", "sft.json")
     assert result.exit_code == 2
     assert "got the method sft; expected one that generates answers while it trains" in result.stderr
+
+
+def test_an_audit_reads_what_a_run_stored(config: Path, invoke: Invoke) -> None:
+    overrides = ("training.max_iterations=2", "training.log_rollouts=8", "training.learning_rate=1e-3", "--quiet")
+    result = invoke("train", "rl.json", *overrides)
+    assert result.exit_code == 0, result.stderr
+    result = invoke("rl", "audit", "run", "--json")
+    assert result.exit_code == 0, result.stderr
+    found = json.loads(result.stdout)
+    assert found["answers"] == 16
+    assert Path(found["report"]).is_file()
+    assert any(each["name"] == "no end" for each in found["findings"]) is False
+    Path("run/rollouts.jsonl").unlink()
+    result = invoke("rl", "audit", "run")
+    assert result.exit_code == 2
+    assert "got no answers with rewards" in result.stderr

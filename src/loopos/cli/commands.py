@@ -59,6 +59,7 @@ RL: Mapping[str, Command | Group] = {
     "check": Command(
         "Sample answers before training: pass@k, groups with signal, each reward, and what to change.", "rl", "check"
     ),
+    "audit": Command("Look for signs of reward hacking in the stored answers of a run.", "rl", "audit"),
 }
 
 LOOPOS = Group(

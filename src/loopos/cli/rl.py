@@ -1,7 +1,9 @@
 """`loopos rl check`: whether the prompts and rewards of an online run give it something to learn, before it trains.
+`loopos rl audit`: signs of reward hacking in the answers that a run stored.
 
-Samples answers with the weights, the sampling and the rewards of the config, prints figures and what to change, and
-writes the prompts that carry signal. The work is in `methods.signal_check`, the figures in `evaluation.signal`.
+The check samples answers with the weights, the sampling and the rewards of the config, prints figures and what to
+change, and writes the prompts that carry signal: `methods.signal_check`, `evaluation.signal`. The audit opens no model:
+`evaluation.audit`.
 """
 
 from __future__ import annotations
@@ -15,7 +17,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from loopos.cli.answers import refuse_unwritable, say, say_json, table, write_whole
-from loopos.cli.options import Config, Json, Overrides, TrustRemoteCode, Verbose, path, refuse
+from loopos.cli.options import Config, Json, Overrides, RunFolder, TrustRemoteCode, Verbose, path, refuse
 from loopos.cli.outcome import note
 from loopos.cli.process import prepare_to_compute
 from loopos.config.diagnostics import UserError, printable_json
@@ -86,6 +88,35 @@ def check(file: Config, options: CheckOptions, overrides: Overrides = ()) -> int
         write_whole(options.output, "".join(lines))
         note(f"{options.output}: {len(rows)} of {len(found.prompts)} prompts")
     _print(file, config, found, options)
+    return 0
+
+
+def audit(folder: RunFolder, json: Json = False) -> int:
+    """Prints what the stored answers of a run show, and writes its report with examples. Raises `UserError`."""
+    from loopos.evaluation.audit import findings, weights_of
+    from loopos.evaluation.report import write_report
+    from loopos.evaluation.run_folder import ROLLOUTS, SAMPLES, read_run
+
+    run = read_run(folder)
+    records = run.rollouts or run.samples
+    if not any("reward" in record for record in records):
+        raise UserError(
+            f"{folder}: got no answers with rewards; expected {ROLLOUTS} (training.log_rollouts) or {SAMPLES} "
+            "(validation prompts) of a run that learns from rewards"
+        )
+    found = findings(records, weights_of(run.config))
+    report = write_report(folder)
+    if json:
+        named = [{"name": each.name, "sentence": each.sentence, "severity": each.severity} for each in found]
+        say_json({"run": str(folder), "answers": len(records), "findings": named, "report": str(report)})
+        return 0
+    source = ROLLOUTS if run.rollouts else SAMPLES
+    say(f"{folder}: {len(records):,} answers of {source}, the first quarter of the run against the last")
+    if not found:
+        say("nothing looks like reward hacking")
+        return 0
+    say(table([(each.name, each.sentence) for each in found]))
+    say(f"examples: {report}")
     return 0
 
 

@@ -9,13 +9,14 @@ from __future__ import annotations
 import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, TypeVar
 
 import numpy
 from numpy.typing import ArrayLike
 
 from loopos.evaluation.metrics import finite_floats
 
+Unit = TypeVar("Unit")
 # The standard normal's 97.5% quantile: 95% of the mass is between its negative and it.
 _NORMAL_QUANTILE = 1.959963984540054
 
@@ -75,7 +76,7 @@ def distinct_n(responses: Sequence[Sequence[int]], n: int) -> float | None:
     """Distinct n-grams / all n-grams over all responses [R] (after Li et al. 2016, who divide by all tokens); None if
     no response has n tokens. 1 = no repetition. Raises ValueError without responses or for n below 1.
     """
-    found = [gram for response in _some(responses) for gram in _n_grams(response, n)]
+    found = [gram for response in _some(responses) for gram in n_grams(response, n)]
     return len(set(found)) / len(found) if found else None
 
 
@@ -85,7 +86,7 @@ def repetition(responses: Sequence[Sequence[int]], n: int = 4) -> float:
     """
     fractions = []
     for response in _some(responses):
-        grams = _n_grams(response, n)
+        grams = n_grams(response, n)
         fractions.append(1.0 - len(set(grams)) / len(grams) if grams else 0.0)
     return sum(fractions) / len(fractions)
 
@@ -147,7 +148,8 @@ def _some(responses: Sequence[Sequence[int]]) -> Sequence[Sequence[int]]:
     return responses
 
 
-def _n_grams(response: Sequence[int], n: int) -> list[tuple[int, ...]]:
+def n_grams(response: Sequence[Unit], n: int) -> list[tuple[Unit, ...]]:
+    """All runs of n tokens or words, in order. Raises ValueError for n below 1."""
     if n < 1:
         raise ValueError(f"n-grams: got n of {n}; expected at least 1")
     return [tuple(response[start : start + n]) for start in range(len(response) - n + 1)]

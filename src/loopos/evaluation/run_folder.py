@@ -27,7 +27,8 @@ State: TypeAlias = Literal["running", "finished", "interrupted", "killed", "fail
 checkpoint. killed: its process is gone without a log entry. failed: ended by an error. unknown: an older version, which
 left no lock: still running, or killed."""
 
-CONFIG, EVENTS, SAMPLES = "config.json", "events.jsonl", "samples.jsonl"
+CONFIG, EVENTS = "config.json", "events.jsonl"
+SAMPLES, ROLLOUTS = "samples.jsonl", "rollouts.jsonl"
 # Deep enough for outputs/project/run, without searching a whole disk.
 _DEEPEST = 4
 
@@ -59,6 +60,13 @@ class RunFolder:
         models. Raises `UserError` for a broken line.
         """
         return read_samples(self.folder / SAMPLES)
+
+    @cached_property
+    def rollouts(self) -> list[dict[str, Any]]:
+        """The answers of training that an online run stored (`training.log_rollouts`), one dict each with its
+        `iteration`. Raises `UserError` for a broken line.
+        """
+        return read_samples(self.folder / ROLLOUTS)
 
     def read(self) -> None:
         """Reads config and events now. Raises `UserError` for a folder without a run, or with a broken file."""
