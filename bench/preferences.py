@@ -34,6 +34,9 @@ CASES: dict[str, dict[str, Any]] = {
     "trl-lora-best": {"lora": True, "weights": "bfloat16", "gradient_checkpointing": False, "allocator": True},
     # DPO's reference computed before the first step, so that no second model is held.
     "trl-precomputed": {"weights": "bfloat16", "gradient_checkpointing": False, "allocator": True, "precompute_ref_log_probs": True},
+    # A processor without bf16 products is quicker in fp32.
+    "trl-fp32-precomputed": {"gradient_checkpointing": False, "allocator": True, "precompute_ref_log_probs": True},
+    "trl-lora-fp32-precomputed": {"lora": True, "gradient_checkpointing": False, "allocator": True, "precompute_ref_log_probs": True},
     "trl-lora-precomputed": {"lora": True, "weights": "bfloat16", "gradient_checkpointing": False, "allocator": True, "precompute_ref_log_probs": True},
 }  # fmt: skip
 

@@ -34,6 +34,12 @@ def test_threads_are_not_bound_beside_other_ranks() -> None:
     assert set(process_settings({}, binds_threads=False)) == set(MEMORY_SETTINGS)
 
 
+def test_threads_are_not_bound_where_others_may_use_the_first_cores(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(process, "usable_cores", lambda: 4)
+    bound = {number: "OMP_PROC_BIND" in process_settings({"OMP_NUM_THREADS": number}) for number in ("1", "3", "4", "")}
+    assert bound == {"1": False, "3": False, "4": True, "": True}
+
+
 @on_glibc
 def test_a_process_without_the_settings_restarts() -> None:
     assert should_restart({})

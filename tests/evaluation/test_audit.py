@@ -10,7 +10,24 @@ import pytest
 from loopos.evaluation.audit import Finding, audit_blocks, findings, weights_of
 from loopos.evaluation.blocks import as_markdown
 
-WORDS = "red blue green grey black white gold pink brown teal lime navy rose plum sand jade".split()
+WORDS = [
+    "red",
+    "blue",
+    "green",
+    "grey",
+    "black",
+    "white",
+    "gold",
+    "pink",
+    "brown",
+    "teal",
+    "lime",
+    "navy",
+    "rose",
+    "plum",
+    "sand",
+    "jade",
+]
 
 
 def words_of(number: int, count: int) -> str:
@@ -93,7 +110,7 @@ def test_one_term_rises_while_another_falls() -> None:
 
     found = found_in(record, exact=1.0, polite=1.0)
     assert found["one term of the reward"].sentence == (
-        "polite rises by 3.000 (times its weight) while exact falls by 0.7500"
+        "polite rises by 3 (times its weight) while exact falls by 0.75"
     )
     assert found_in(record, exact=0.1, polite=1.0) == {}
 

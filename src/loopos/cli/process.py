@@ -11,6 +11,8 @@ import os
 import sys
 from collections.abc import Mapping
 
+from loopos.config.machine import usable_cores
+
 SCRIPTS = frozenset({"loopos", "loop_cli"})
 
 RESTARTED = "LOOPOS_PROCESS_SETTINGS"
@@ -34,11 +36,14 @@ REPORTED = (*MEMORY_SETTINGS, *THREAD_SETTINGS, "OMP_NUM_THREADS", "MKL_NUM_THRE
 
 
 def process_settings(environment: Mapping[str, str], *, binds_threads: bool = True) -> dict[str, str]:
-    """The variables to add to `environment`. Skips those already set, and thread binding next to other ranks, which
-    would all bind to the same cores.
+    """The variables to add to `environment`. Skips those already set. Skips thread binding next to other ranks, and
+    with fewer threads than cores, where every such process would bind to the same first cores: two runs of one thread
+    each had half a core each on a machine with two.
     """
     settings = dict(MEMORY_SETTINGS)
-    if binds_threads and "WORLD_SIZE" not in environment:
+    threads = environment.get("OMP_NUM_THREADS", "")
+    takes_every_core = not threads.isdecimal() or int(threads) >= usable_cores()
+    if binds_threads and takes_every_core and "WORLD_SIZE" not in environment:
         settings |= THREAD_SETTINGS
     return {name: value for name, value in settings.items() if name not in environment}
 
