@@ -54,6 +54,7 @@ def test_the_commands_are_these() -> None:
             "data check",
             "data preview",
             "rl check",
+            "rl audit",
         ),
         *(
             "runs list",

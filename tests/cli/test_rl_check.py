@@ -110,7 +110,7 @@ def test_an_audit_reads_what_a_run_stored(config: Path, invoke: Invoke) -> None:
     found = json.loads(result.stdout)
     assert found["answers"] == 16
     assert Path(found["report"]).is_file()
-    assert any(each["name"] == "no end" for each in found["findings"]) is False
+    assert any(each["name"] == "no end" for each in found["signs"]) is False
     Path("run/rollouts.jsonl").unlink()
     result = invoke("rl", "audit", "run")
     assert result.exit_code == 2

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from loopos.evaluation.audit import Finding, audit_blocks, findings, weights_of
+from loopos.evaluation.audit import Sign, audit_blocks, signs_of, weights_of
 from loopos.evaluation.blocks import as_markdown
 
 WORDS = [
@@ -54,12 +54,12 @@ def run_of(record: Callable[[int, int, int], dict[str, Any]]) -> list[dict[str, 
     return found
 
 
-def named(found: list[Finding]) -> dict[str, Finding]:
+def named(found: list[Sign]) -> dict[str, Sign]:
     return {each.name: each for each in found}
 
 
-def found_in(record: Callable[[int, int, int], dict[str, Any]], **weights: float) -> dict[str, Finding]:
-    return named(findings(run_of(record), weights))
+def found_in(record: Callable[[int, int, int], dict[str, Any]], **weights: float) -> dict[str, Sign]:
+    return named(signs_of(run_of(record), weights))
 
 
 def test_a_run_that_learned_has_no_signs() -> None:
@@ -124,12 +124,12 @@ def test_a_judge_that_disagrees() -> None:
 def test_the_report_shows_examples_and_unjudged_answers_do_not_count() -> None:
     records = run_of(lambda iteration, prompt, answer: {"tokens": 6 + 4 * iteration, "reward": iteration + 0.1})
     unjudged = [{**record, "reward": None, "tokens": 1000} for record in records]
-    found = findings(records + unjudged, {})
-    assert found == findings(records, {})
+    found = signs_of(records + unjudged, {})
+    assert found == signs_of(records, {})
     text = as_markdown("Run", audit_blocks(found), pictures="curves")
     assert "Signs of reward hacking" in text
     assert found[0].examples[0].text in text
-    assert findings(records[:6], {}) == []
+    assert signs_of(records[:6], {}) == []
 
 
 def test_weights_come_from_the_config() -> None:

@@ -93,7 +93,7 @@ def check(file: Config, options: CheckOptions, overrides: Overrides = ()) -> int
 
 def audit(folder: RunFolder, json: Json = False) -> int:
     """Prints what the stored answers of a run show, and writes its report with examples. Raises `UserError`."""
-    from loopos.evaluation.audit import findings, weights_of
+    from loopos.evaluation.audit import signs_of, weights_of
     from loopos.evaluation.report import write_report
     from loopos.evaluation.run_folder import ROLLOUTS, SAMPLES, read_run
 
@@ -104,11 +104,11 @@ def audit(folder: RunFolder, json: Json = False) -> int:
             f"{folder}: got no answers with rewards; expected {ROLLOUTS} (training.log_rollouts) or {SAMPLES} "
             "(validation prompts) of a run that learns from rewards"
         )
-    found = findings(records, weights_of(run.config))
+    found = signs_of(records, weights_of(run.config))
     report = write_report(folder)
     if json:
         named = [{"name": each.name, "sentence": each.sentence, "severity": each.severity} for each in found]
-        say_json({"run": str(folder), "answers": len(records), "findings": named, "report": str(report)})
+        say_json({"run": str(folder), "answers": len(records), "signs": named, "report": str(report)})
         return 0
     source = ROLLOUTS if run.rollouts else SAMPLES
     say(f"{folder}: {len(records):,} answers of {source}, the first quarter of the run against the last")

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 from loopos.config.figures import figure, once
-from loopos.evaluation.audit import audit_blocks, findings, weights_of
+from loopos.evaluation.audit import audit_blocks, signs_of, weights_of
 from loopos.evaluation.blocks import (
     Block,
     Grid,
@@ -124,7 +124,7 @@ def report_blocks(run: RunFolder) -> list[Block]:
     if curves:
         parts += [Heading("Curves"), *curves]
     parts += [*task_blocks(run.events), *preference_blocks(run.events), *policy]
-    audited = audit_blocks(findings(run.rollouts or run.samples, weights_of(run.config))) if policy else []
+    audited = audit_blocks(signs_of(run.rollouts or run.samples, weights_of(run.config))) if policy else []
     return [*parts, *samples_blocks(run), *audited]
 
 
