@@ -52,6 +52,7 @@ class SamplingKeywords(TypedDict, total=False):
     keep_stop: bool
     stop_token_ids: tuple[int, ...]
     stop_at_end: bool
+    json_schema: str | None
     seed: int
 
 

@@ -112,7 +112,7 @@ def medium_folder(tmp_path_factory: pytest.TempPathFactory, pico_tokenizer: Path
     return folder
 
 
-@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("checkpointing", slow_but(False, [False, True]))
 @pytest.mark.parametrize("rows", slow_but(8, [8, 24]))
 def test_the_estimated_peak_memory_is_within_a_tenth(
     rows: int, checkpointing: bool, tmp_path: Path, medium_folder: Path

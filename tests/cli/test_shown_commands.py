@@ -33,6 +33,8 @@ ONLY_PARSED = {
     r"^loopos demo": "trains a 135M model for minutes",
     r" --nproc ": "starts processes; tests/cli/test_nproc.py runs it",
     r" --tasks ": "needs the extra eval",
+    r"--teacher http": "needs an endpoint; tests/cli/test_sample_command.py has one",
+    r"reasoning-gym:": "needs the extra rewards",
     r"rollout\.engine=": "needs the extra cluster",
     r"meta-llama/": "needs a hub",
     r"--format (gguf|modelfile)": "needs a tokenizer that llama.cpp knows; tests/exporting have one",
@@ -64,6 +66,7 @@ SHORT = ("training.max_steps=2", "training.device=cpu", "training.precision=fp32
 SHORTER = {
     "configs/pretraining.json": (*NEW_MODEL, *SHORT, "training.max_length=32"),
     "configs/chain_of_thought.json": (*SHORT, "evaluation.problems=2", "generation.max_new_tokens=4"),
+    "configs/distillation.json": (*SHORT, "online.max_new_tokens=4"),
     "configs/rlhf.json": ("training.max_iterations=1", "training.device=cpu", "generation.max_new_tokens=4"),
 }
 PROBLEMS = [
@@ -138,6 +141,11 @@ def runnable() -> dict[Path, list[str]]:
 
 
 RUN = runnable()
+# Each of them changes a model, which takes seconds.
+_SLOW_PAGES = ("pruning.md", "quantization.md", "ensembles.md")
+RUN_PAGES = [
+    pytest.param(page, marks=pytest.mark.slow) if page.name in _SLOW_PAGES else page for page in PAGES if RUN[page]
+]
 
 
 def test_the_counts_of_shown_commands() -> None:
@@ -215,6 +223,9 @@ def world(models: dict[str, Path], project: Path, tmp_path: Path, monkeypatch: p
     # The reward model of an rlhf run is inside it.
     shutil.move(tmp_path / "outputs" / "rlhf_reward", tmp_path / "outputs" / "rlhf" / "reward_model")
     shutil.copytree(ROOT / "configs", tmp_path / "configs")
+    distillation = tmp_path / "configs" / "distillation.json"
+    written = distillation.read_text(encoding="utf-8").replace("smollm2-135m", str(models["pico"]))
+    distillation.write_text(written, encoding="utf-8")
     (tmp_path / "data").mkdir()
     labeled, prompts = rows(24), [{"prompt": row["prompt"]} for row in COMPARISONS]
     for name in ("messages.jsonl", "test.jsonl", "data/test.jsonl", "data/validation.jsonl"):
@@ -283,7 +294,8 @@ def shortened(arguments: list[str]) -> list[str]:
         return [*arguments, "--max-new-tokens", "4", "--device", "cpu"]
     if command == "sample":
         # So few tokens never end by themselves.
-        return [*arguments, "--max-new-tokens", "4", "--allow-cut", "--device", "cpu"]
+        scored = ["--allow-cut"] if "--judge" in rest or "--judge-model" in rest else []
+        return [*arguments, "--max-new-tokens", "4", *scored, "--device", "cpu"]
     if command == "evaluate" and any(word in rest for word in ("--strategy", "--samples")):
         return [*arguments, "--max-new-tokens", "4", "--limit", "2"]
     if command == "evaluate" and "--window" in rest:
@@ -303,7 +315,7 @@ def without_its_run(arguments: list[str]) -> None:
 
 
 @pytest.mark.usefixtures("few_goes")
-@pytest.mark.parametrize("page", [page for page in PAGES if RUN[page]], ids=lambda page: page.name)
+@pytest.mark.parametrize("page", RUN_PAGES, ids=lambda page: page.name)
 def test_the_commands_of_a_page_run(page: Path, world: Path, models: dict[str, Path], invoke: Invoke) -> None:
     for shown_on in (ROOT / "docs" / "chain_of_thought.md", page):
         with_configs_of(shown_on, world, models["pico"])

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 from killed_runs import NUM_KILLS, check_kills_leave_no_trace, digest
+from pico_runs import slow_but
 
 from loopos.config.diagnostics import UserError
 from loopos.methods.fine_tuning import FineTuner
@@ -45,7 +46,7 @@ def build(fine_tuning_config: Build, run: Path, variant: str) -> Any:
     return fine_tuning_config(rows=90, training=settings, data={"output_dir": str(run), "validation_share": 0.15})
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("variant", slow_but("lora", VARIANTS))
 @pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning")
 def test_killed_at_random_moments(variant: str, fine_tuning_config: Build, tmp_path: Path) -> None:
     began = time.monotonic()

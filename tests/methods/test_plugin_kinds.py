@@ -97,7 +97,7 @@ def test_every_kind_lists_what_the_package_adds() -> None:
 
 
 def test_the_kinds_are_listed_and_an_unknown_one_is_refused() -> None:
-    assert set(json.loads(run("list", "--json").stdout)) == {"methods", *KINDS}
+    assert set(json.loads(run("list", "--json").stdout)) == {"methods", *KINDS, "tool-parsers", "environments"}
     refused = run("list", "tracker")
     assert refused.exit_code == 2
     assert 'loopos list: got "tracker"; expected "methods", "losses", ' in refused.stderr

@@ -31,6 +31,7 @@ EXTRAS = {
     "onnx": ("onnx", "onnxscript", "onnxruntime"),
     "demo": ("gguf",),
     "quant": ("torchao",),
+    "grammar": ("llguidance",),
     "track": ("tensorboard",),
     "serve": ("starlette", "uvicorn"),
     "eval": ("lm_eval",),

@@ -107,7 +107,7 @@ def hermes(text: str, start: int, ended: bool) -> Part | None:
 def llama3(text: str, start: int, ended: bool) -> Part | None:
     """`{"name": ..., "parameters": {...}}` as the whole turn, or after `<|python_tag|>`; several with ";" between."""
     mark = "<|python_tag|>"
-    follows = start > 0 and text[:start].rstrip().endswith("}")
+    follows = start > 0 and _follows_calls(mark, text, start)
     if start == 0 or follows:
         first = _past_space(text, start, ";" if follows else "")
         if first == len(text) and not ended:
@@ -125,6 +125,18 @@ def llama3(text: str, start: int, ended: bool) -> Part | None:
     if not ended:
         return None
     return Part(len(text), text[start:], malformed=f"a tool call is not a JSON object: {shown(text[inner:])}")
+
+
+def _follows_calls(mark: str, text: str, start: int) -> bool:
+    """Whether the text before `start` is nothing but calls, from its beginning or from the last mark on."""
+    marked = text.rfind(mark, 0, start)
+    before, position = text[:start], _past_space(text, marked + len(mark) if marked >= 0 else 0)
+    while position < len(before):
+        end = _json_end(before, position) if _may_be_call(before, position) else None
+        if end is None:
+            return False
+        position = _past_space(before, end, ";")
+    return True
 
 
 _NAMED_CALL = re.compile(r"\s*([\w.\-]+)\s*(?:\[CALL_ID\]\s*[\w-]*\s*)?(?:\[ARGS\])?\s*(?=\{)")
