@@ -192,7 +192,7 @@ QUICK: list[tuple[str, list[str], int, tuple[str, ...]]] = [
     ("method xpo", ["validate", "run.json", "computation.method=xpo"], 2,
      ('XPO is not available; learn from preferences with "dpo", or with "rlhf"',)),
     ("method preference", ["validate", "run.json", "computation.method=preference"], 2, ('it is "dpo" here',)),
-    ("method grpo", ["validate", "run.json", "computation.method=grpo"], 2, ("GRPO is not available", '"ppo"')),
+    ("method grpo without a reward", ["validate", "run.json", "computation.method=grpo"], 2, ("got no reward", "or functions")),
     ("method classification", ["validate", "run.json", "computation.method=classification"], 2,
      ('it is "fine_tuning" here',)),
     ("method rm", ["validate", "run.json", "computation.method=rm"], 2, ('it is "reward_model" here',)),
