@@ -16,7 +16,7 @@ from typing import Any
 from loopos.evaluation.checkers import Sample
 from loopos.evaluation.sample_metrics import PromptFigures, sample_metrics
 
-# From here on a share is worth a sentence.
+# A fraction from here on is worth a sentence.
 _MANY, _FEW = 0.5, 0.1
 _SOLVED = 0.95
 _LENGTH_CORRELATION = 0.5
@@ -68,7 +68,7 @@ def signal_of(scores: Sequence[float], group_size: int) -> float:
 
 
 def _part_figures(groups: Sequence[SampledGroup], name: str, weight: float) -> dict[str, float]:
-    """Mean and standard deviation over all answers, the deviation within groups times the weight, and the share of
+    """Mean and standard deviation over all answers, the deviation within groups times the weight, and the fraction of
     groups whose answers all have the same score.
     """
     scores = [each.parts[name] for each in groups]
