@@ -18,8 +18,9 @@ from loopos.config.ppo import PpoConfig
 from loopos.config.rewards import PpoRewardSection, check_reward
 from loopos.config.rl import RolloutSection
 from loopos.rl.algorithms import PPO, AdvantageInputs, Algorithm, clipped_loss
-from loopos.rl.collector import PolicyCheck, ScoredResponse
+from loopos.rl.collector import ScoredResponse
 from loopos.rl.experience import AdvantageSettings, experience_of
+from loopos.rl.policy_check import PolicyCheck
 from loopos.rl.reward_functions import Scores
 from loopos.rl.reward_metrics import reward_metrics
 from loopos.rl.rewards import Response, RewardRun, Rewards, reward_function

@@ -19,7 +19,7 @@ import torch
 from loopos.config.diagnostics import UserError
 from loopos.config.rewards import PpoRewardSection
 from loopos.config.rl import RolloutSection
-from loopos.rl.collector import best_of_n
+from loopos.rl.policy_check import best_of_n
 from loopos.rl.rewards import Response, Rewards, reward_function
 
 

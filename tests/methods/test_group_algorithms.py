@@ -22,7 +22,7 @@ from loopos.config.ppo import PpoConfig
 from loopos.config.rl import CurriculumSection
 from loopos.functional.packing import PackedLayout
 from loopos.methods.ppo import PpoTrainer
-from loopos.rl.collector import passing_metrics
+from loopos.rl.policy_check import passing_metrics
 from loopos.rl.prompt_sampling import Curriculum
 from loopos.rl.roles import ActorCritic
 from loopos.storage.events import fingerprint

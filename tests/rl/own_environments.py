@@ -182,3 +182,46 @@ class BadReset:
         if kind == "raises":
             raise KeyError("kind")
         return {"none": None, "role": [{"role": "king", "content": "x"}], "number": 3}[kind]
+
+
+def any_guess(text: str, start: int, ended: bool) -> Part | None:
+    """Every turn is a call of `guess` with its length."""
+    return Part(len(text), calls=(ToolCall("guess", {"number": len(text)}),)) if ended else None
+
+
+class Guess:
+    """Guesses a number, of which a tool says whether it is higher."""
+
+    def reset(self, goal: str, secret: int) -> str:
+        self.secret, self.near = secret, 0.0
+        return goal
+
+    def guess(self, number: int) -> str:
+        """Compares a guess with the secret number.
+
+        Args:
+            number: The guess.
+        """
+        self.near = max(self.near, 1 / (1 + abs(number - self.secret)))
+        return "higher" if number < self.secret else "lower" if number > self.secret else "right"
+
+    def reward(self, messages: list[dict[str, Any]], row: dict[str, Any]) -> float:
+        return self.near
+
+
+class SlowGuess(Guess):
+    """Guesses with a tool that takes a moment."""
+
+    def guess(self, number: int) -> str:
+        """Compares a guess with the secret number, slowly.
+
+        Args:
+            number: The guess.
+        """
+        time.sleep(0.01)
+        return super().guess(number)
+
+
+def num_results(prompts: list[str], responses: list[str], messages: list[list[dict[str, Any]]]) -> list[float]:
+    """The number of results of tools."""
+    return [float(sum(message["role"] == "tool" for message in each)) for each in messages]

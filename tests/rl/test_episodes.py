@@ -114,7 +114,7 @@ def test_an_episode_of_calculator_and_search(tokenizer: PreTrainedTokenizerBase)
     )  # fmt: skip
     assert rendered == tokenizer.decode([*episode.prompt_ids, *episode.ids]) + "\n"
     metrics = episode_metrics([episode])
-    assert (metrics["turns"], metrics["tool_calls"], metrics["tool_failures"], metrics["ended_share"]) == (3, 3, 0, 1)
+    assert (metrics["turns"], metrics["tool_calls"], metrics["tool_failures"]) == (3, 3, 0)
     assert metrics["model_tokens"] + metrics["tool_tokens"] == len(episode.ids)
 
 

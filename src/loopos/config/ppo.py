@@ -10,6 +10,7 @@ from pydantic import Field, model_validator
 from loopos.config import checks
 from loopos.config.algorithms import ALGORITHMS, AlgorithmRow
 from loopos.config.diagnostics import Problem
+from loopos.config.environments import EnvironmentSection, check_environment
 from loopos.config.keys import Section
 from loopos.config.learning_rates import rate_notes
 from loopos.config.methods import ONLINE_METHODS
@@ -54,6 +55,9 @@ class PpoConfig(MethodConfig):
     rollout: RolloutEngineSection = Field(
         default_factory=RolloutEngineSection, description="which processes generate responses"
     )
+    environment: EnvironmentSection | None = Field(
+        default=None, description="what the model acts in, over several turns with tools; null is one response"
+    )
     reward: PpoRewardSection = Field(default_factory=PpoRewardSection, description="the reward of a response")
     guards: GuardSection = Field(default_factory=GuardSection, description="limits at which the run alerts")
     evaluation: PpoEvaluationSection = Field(
@@ -84,6 +88,11 @@ class PpoConfig(MethodConfig):
     def value_model(self) -> str | None:
         """What predicts returns; None for an algorithm without a critic."""
         return self.training.value_model if self.algorithm.critic else None
+
+    @property
+    def longest_response(self) -> int:
+        """Tokens after a prompt at most: of a response, or of an episode."""
+        return self.generation.max_new_tokens if self.environment is None else self.environment.max_tokens
 
     @property
     def needs_reference(self) -> bool:
@@ -122,6 +131,8 @@ class PpoConfig(MethodConfig):
         yield from _check_penalty(training)
         yield from _check_lengths(self)
         yield from check_rollout(self.rollout, training, self.generation)
+        if self.environment is not None:
+            yield from check_environment(self.environment, self.rollout, self.generation)
         if self.rollout.is_remote and self.distributed.tensor_parallel > 1:
             fields = ("rollout.engine", "distributed.tensor_parallel")
             actual = f'"{self.rollout.engine}" with tensor_parallel {self.distributed.tensor_parallel}'
@@ -247,7 +258,7 @@ def _check_algorithm(config: PpoConfig) -> Iterator[Problem]:
 
 def _check_reward(config: PpoConfig) -> Iterator[Problem]:
     """Refuse a reward that is always 0, and a value model from a missing reward model."""
-    yield from check_reward(config.reward, config.data.reward_model)
+    yield from check_reward(config.reward, config.data.reward_model, has_own=config.environment is not None)
     if config.data.reward_model is None and config.reward.functions and config.value_model == "reward":
         fields = ("training.value_model", "data.reward_model", "training.algorithm")
         yield Problem(fields, '"reward" without a reward model', '"policy" or "shared", or data.reward_model')
@@ -267,15 +278,16 @@ def _check_penalty(training: PpoTrainingSection) -> Iterator[Problem]:
 
 def _check_lengths(config: PpoConfig) -> Iterator[Problem]:
     """Check that prompt and response fit max_length."""
-    new, most, longest = config.generation.max_new_tokens, config.training.max_length, config.data.max_prompt_tokens
+    new, most, longest = config.longest_response, config.training.max_length, config.data.max_prompt_tokens
+    key = "generation.max_new_tokens" if config.environment is None else "environment.max_tokens"
     if most is None:
         return
     fields: tuple[str, ...]
     if new >= most:
-        fields = ("generation.max_new_tokens", "training.max_length")
+        fields = (key, "training.max_length")
         yield Problem(fields, str(new), f"fewer than max_length ({most}), which counts prompt and response")
     elif longest is not None and longest + new > most:
-        fields = ("data.max_prompt_tokens", "generation.max_new_tokens", "training.max_length")
+        fields = ("data.max_prompt_tokens", key, "training.max_length")
         actual = f"{longest}, which with {new} new tokens is over max_length ({most})"
         yield Problem(fields, actual, f"at most {most - new}")
 

@@ -11,7 +11,7 @@ from pydantic import PydanticSchemaGenerationError, PydanticUserError, TypeAdapt
 from loopos.config.registry import did_you_mean
 from loopos.config.wording import describe
 
-GIVEN = ("num_tokens", "ended")
+GIVEN = ("num_tokens", "ended", "messages")
 """Parameters that a function may have and that no option sets: what a text does not show of a response."""
 
 
@@ -25,9 +25,13 @@ class OptionProblem(NamedTuple):
 
 
 def takes_rows(function: Callable[..., Any]) -> bool:
-    """Whether a function has a third parameter by position: one without a default, or one called `rows`."""
+    """Whether a function has a third parameter by position: one without a default that is not of `GIVEN`, or one called
+    `rows`.
+    """
     by_position = [each for each in _parameters(function) if each.kind in (each.POSITIONAL_ONLY, _EITHER)]
-    return len(by_position) > 2 and (by_position[2].default is inspect.Parameter.empty or by_position[2].name == "rows")
+    if len(by_position) < 3 or by_position[2].name in GIVEN:
+        return False
+    return by_position[2].default is inspect.Parameter.empty or by_position[2].name == "rows"
 
 
 _EITHER = inspect.Parameter.POSITIONAL_OR_KEYWORD

@@ -72,10 +72,14 @@ class PpoRewardSection(Section):
         return {**self.model_dump(mode="json"), "functions": [each.identity for each in self.functions]}
 
 
-def check_reward(reward: PpoRewardSection, model: str | list[str] | None) -> Iterator[Problem]:
-    """Refuse a reward that is always 0. model: `data.reward_model`."""
+def check_reward(
+    reward: PpoRewardSection, model: str | list[str] | None, *, has_own: bool = False
+) -> Iterator[Problem]:
+    """Refuse a reward that is always 0. model: `data.reward_model`. has_own: an environment may reward too."""
     fields: tuple[str, ...]
-    if model is None and not reward.functions:
+    if has_own and model is None:
+        pass
+    elif model is None and not reward.functions:
         fields = ("data.reward_model", "reward.functions")
         hint = 'train a reward model first, with "method": "reward_model"'
         yield Problem(fields, "no reward", "a reward model, or functions", hint)
@@ -87,7 +91,7 @@ def check_reward(reward: PpoRewardSection, model: str | list[str] | None) -> Ite
     keys = [each.key for each in reward.functions]
     for number, function in enumerate(reward.functions):
         field = f"reward.functions.{number}"
-        if function.key in (*keys[:number], "model", "total"):
+        if function.key in (*keys[:number], "model", "total", *(("environment",) if has_own else ())):
             hint = "metrics are named after it"
             yield Problem((f"{field}.label", f"{field}.name"), f'a second "{function.key}"', "a label of its own", hint)
         # A function of the user's own is imported when the run starts.

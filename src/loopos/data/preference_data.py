@@ -13,7 +13,7 @@ from loopos.config.diagnostics import DataError, Diagnostic
 from loopos.config.preferences import PreferenceTextSection
 from loopos.data.columns import Overrides
 from loopos.data.preferences import Comparison, read_comparisons
-from loopos.data.prompts import Prompt, read_prompts
+from loopos.data.prompts import Prompt, read_prompts, read_tasks
 from loopos.data.read_ahead import reusable
 from loopos.data.reading import DataReport, opened, validation_source
 from loopos.data.repeats import key_of_prompt, repeats_summary
@@ -76,6 +76,19 @@ def load_prompts(data: PreferenceTextSection, source: str, *, seed: int) -> Pref
     def read(reader: RowReader, columns: Overrides, *, as_text: bool) -> tuple[list[Prompt], DataReport]:
         prompts, report = read_prompts(reader, columns, as_text=as_text)
         return prompts, replace(report, unread_note="for reward functions only")
+
+    return _load(data, source, read, seed=seed)
+
+
+@reusable
+def load_tasks(data: PreferenceTextSection, source: str, *, seed: int) -> PreferenceData[Prompt]:
+    """`load_comparisons` for the rows that an environment plays: of any columns, each with itself as JSON for its
+    prompt, which the environment's `reset` replaces.
+    """
+
+    def read(reader: RowReader, columns: Overrides, *, as_text: bool) -> tuple[list[Prompt], DataReport]:
+        tasks, report = read_tasks(reader)
+        return tasks, replace(report, unread_note="for the environment")
 
     return _load(data, source, read, seed=seed)
 

@@ -78,6 +78,28 @@ def read_prompts(reader: RowReader, overrides: Overrides, *, as_text: bool = Fal
     return distinct, replace(report, used=len(distinct), dropped=dropped, notes=(*report.notes, *note))
 
 
+@dataclass(frozen=True)
+class _AnyColumns:
+    """The format of rows whose columns an environment names."""
+
+    summary: str
+    columns: Mapping[str, str]
+
+
+def read_tasks(reader: RowReader) -> tuple[list[Prompt], DataReport]:
+    """Read a source into the rows that an environment plays, in order, with any columns. Raises `DataError`, as
+    `rows.read`.
+    """
+
+    def from_row(row: Row, form: _AnyColumns) -> Prompt:
+        return Prompt(json.dumps(dict(row.values), sort_keys=True, default=str), row)
+
+    found: tuple[list[Prompt], _AnyColumns, DataReport]
+    found = read_examples(reader, lambda columns, source: _AnyColumns(f"columns: {', '.join(columns)}", {}), from_row)
+    tasks, _, report = found
+    return tasks, report
+
+
 def distinct_prompts(examples: Iterable[WithPrompt]) -> list[Prompt]:
     """The prompts of comparisons, each once, in order."""
     found: dict[str, Prompt] = {}

@@ -170,7 +170,18 @@ def sources_of(config: Any) -> Iterator[tuple[str, Callable[[], RowReader], Dete
             case "thumbs":
                 yield from _both(data, data.source, _thumbs(columns))
             case "prompts":
-                yield from _both(data, data.source, _preferences(columns, prompts=True))
+                # An environment names the columns that it needs.
+                detect = _any_columns if _is_played(config) else _preferences(columns, prompts=True)
+                yield from _both(data, data.source, detect)
+
+
+def _is_played(config: Any) -> bool:
+    """Whether an environment plays the rows."""
+    return getattr(config, "environment", None) is not None
+
+
+def _any_columns(names: Sequence[str], source: str) -> None:
+    """Finds no format."""
 
 
 def _both(data: SourceKeys, source: str, detect: Detect) -> Iterator[tuple[str, Callable[[], RowReader], Detect]]:
@@ -271,6 +282,6 @@ def _check_phase(config: Any) -> None:
 
                 read_for_reuse(load_thumbs, data, data.source, seed=seed)
             case "prompts":
-                from loopos.data.preference_data import load_prompts
+                from loopos.data.preference_data import load_prompts, load_tasks
 
-                read_for_reuse(load_prompts, data, data.source, seed=seed)
+                read_for_reuse(load_tasks if _is_played(config) else load_prompts, data, data.source, seed=seed)

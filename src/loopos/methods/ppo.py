@@ -16,12 +16,15 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
+from loopos.config.diagnostics import UserError
 from loopos.config.figures import figure
 from loopos.config.ppo import PpoConfig
 from loopos.data.digest import prompts_digest
-from loopos.data.preference_data import load_prompts
+from loopos.data.preference_data import PreferenceData
 from loopos.data.preference_tokens import PreferenceEncoder
+from loopos.data.prompts import Prompt
 from loopos.functional.advantages import KlController
+from loopos.generation.settings import SamplingParams
 from loopos.methods.base import Trainer
 from loopos.models.folders import (
     OpenedReward,
@@ -34,7 +37,6 @@ from loopos.models.load import NUMBER_FORMATS, fingerprint
 from loopos.rl.algorithms import Algorithm
 from loopos.rl.collector import (
     Collector,
-    PolicyCheck,
     Rollout,
     request_of,
     rollout_metrics,
@@ -43,13 +45,16 @@ from loopos.rl.collector import (
     seeded,
     variance_explained,
 )
+from loopos.rl.environments import EnvironmentClass
 from loopos.rl.experience import AdvantageSettings, Experience, ResponseBatch, ReusedForward, experience_of
 from loopos.rl.monitors import Monitor, MonitorLimits
 from loopos.rl.objective import PolicyState, PpoObjective
+from loopos.rl.policy_check import PolicyCheck
 from loopos.rl.prompt_sampling import Curriculum, Drawn, draw, no_signal_fraction
 from loopos.rl.rewards import RewardRun, Rewards, judge_of
 from loopos.rl.roles import RolePlan, Roles, build_roles
 from loopos.rl.rollouts import RolloutBatches, RolloutPlan
+from loopos.rl.tasks import load_policy_prompts, tasks_of
 from loopos.rl.workers.opening import DataParallel, RunView, check_installed, open_rollouts
 from loopos.rl.workers.protocol import Request
 from loopos.rl.workers.remote import RemoteRollouts
@@ -73,8 +78,9 @@ class PpoTrainer(Trainer[PpoConfig]):
 
     def load_data(self) -> None:
         """Reads the prompts, loads policy and reward model, and tokenizes; says what was decided."""
-        config, data, settings = self.config, self.config.data, self.config.training
-        self.data = load_prompts(data, data.source, seed=settings.seed)
+        config, data = self.config, self.config.data
+        self.environment_class = None if config.environment is None else EnvironmentClass(config.environment.name)
+        self.data: PreferenceData[Prompt] = load_policy_prompts(config, self.environment_class)
         self.pretrained = self.load_pretrained(causal=True)
         self.tokenizer = self.pretrained.tokenizer
         self.opened_rewards: list[OpenedReward] = []
@@ -82,12 +88,18 @@ class PpoTrainer(Trainer[PpoConfig]):
             self.opened_rewards.append(open_reward_model(reward_model))
             check_same_tokens(self.tokenizer, self.opened_rewards[-1].tokenizer, f"data.reward_model: {reward_model}")
         whole = self.longest_of(self.pretrained)
-        room = None if whole is None else whole - config.generation.max_new_tokens
+        room = None if whole is None else whole - config.longest_response
         limit = min((each for each in (room, data.max_prompt_tokens) if each is not None), default=None)
         self.encoder = PreferenceEncoder(data, self.tokenizer, max_length=limit)
         self.prompts, self.tokens = self.encoder.prompts(self.data.train)
         chosen = self.data.validation[: config.evaluation.prompts] if config.validates else []
-        self.validation_prompts: list[list[int]] = self.encoder.prompts(chosen)[0] if chosen else []
+        self.validation_prompts: list[list[int]] = []
+        self.tasks = self.validation_tasks = None
+        if chosen:
+            self.validation_prompts, counted = self.encoder.prompts(chosen)
+        if self.environment_class is not None:
+            self.tasks = tasks_of(self.data.train, self.tokens.indices)
+            self.validation_tasks = tasks_of(chosen, counted.indices) if chosen else []
         tokens = f"tokens: {self.tokens.summary()}"
         self.progress.say(self.pretrained.summary, *self.data.summary, self.encoder.template.summary, tokens)
 
@@ -132,6 +144,7 @@ class PpoTrainer(Trainer[PpoConfig]):
                 run=RunView(lambda: self.fit.position.step, lambda: self.batches.plan.iterations, self.request),
                 say=self.progress.say,
                 trust_remote_code=self.trust_remote_code,
+                template=self.encoder.template,
             )
         self.progress.say(self.roles.summary, self.trained.summary(), self.engine.summary)
         return self.roles
@@ -148,15 +161,7 @@ class PpoTrainer(Trainer[PpoConfig]):
             world=size,
             responses_per_prompt=config.generation.responses_per_prompt,
         )
-        rewards = Rewards.of(
-            self.roles.reward,
-            self.reward_description,
-            config.reward,
-            config.generation,
-            self.device,
-            self.tokenizer,
-            RewardRun(self.run_dir, world.rank, plan.iterations),
-        )
+        rewards = self.rewards_of(RewardRun(self.run_dir, world.rank, plan.iterations))
         reused = self._build_collector(rewards, plan)
         self.controller = KlController(settings.kl_coefficient, target=settings.kl_target, horizon=settings.kl_horizon)
         self.monitor = Monitor(MonitorLimits(**config.guards.model_dump(exclude={"stop"})))
@@ -164,7 +169,7 @@ class PpoTrainer(Trainer[PpoConfig]):
             settings,
             actor_critic,
             self.algorithm,
-            max_new_tokens=config.generation.max_new_tokens,
+            max_new_tokens=config.longest_response,
             reused=reused,
         )
         self.batches = RolloutBatches(plan, self.collect, self.device, share_prompts=self.share_prompts)
@@ -179,9 +184,7 @@ class PpoTrainer(Trainer[PpoConfig]):
             batches=self.batches,
             objective=self.objective,
             validation=self._validation() if self.check is not None else None,
-            identity=of_policy(
-                self.config, self.prompts, self.encoder, base=self.base, rewards_read_rows=rewards.read_rows
-            ),
+            identity=of_policy(self.config, self.prompts, self.encoder, base=self.base, rows=self._rows_read(rewards)),
             facts=self._facts(plan.iterations),
             plan=RunPlan(
                 steps=plan.iterations * self.batches.steps_an_epoch,
@@ -190,6 +193,34 @@ class PpoTrainer(Trainer[PpoConfig]):
                 gives_up=lambda: GUARD if self.config.guards.stop and self.state.alerts else None,
             ),
             method_state=self.state,
+        )
+
+    def _rows_read(self, rewards: Rewards) -> list[Mapping[str, object]] | None:
+        """The rows of data that decide rewards beside the prompts; None if none do."""
+        if self.tasks is not None:
+            return [task.row for task in self.tasks]
+        return [self.encoder.origins[tuple(ids)].row for ids in self.prompts] if rewards.read_rows else None
+
+    def rewards_of(self, run: RewardRun | None = None) -> Rewards:
+        """What scores responses. run: None outside a run. Raises `UserError` for functions that do not exist."""
+        config, weight = self.config, None
+        if self.environment_class is not None and self.environment_class.has_reward:
+            assert config.environment is not None
+            weight = config.environment.reward_weight
+        elif self.environment_class is not None and not config.reward.functions and config.data.reward_model is None:
+            raise UserError(
+                f"environment {self.environment_class.name} has no method reward; expected one, or reward.functions, "
+                "or data.reward_model"
+            )
+        return Rewards.of(
+            self.roles.reward,
+            self.reward_description,
+            config.reward,
+            config.generation,
+            self.device,
+            self.tokenizer,
+            run,
+            environment_weight=weight,
         )
 
     def _build_collector(self, rewards: Rewards, plan: RolloutPlan) -> ReusedForward | None:
@@ -273,8 +304,8 @@ class PpoTrainer(Trainer[PpoConfig]):
         def generate(numbers: Sequence[int], attempt: int) -> list[Rollout]:
             if attempt == 0:
                 return self.collector(self.request(iteration), iteration=iteration)
-            prompts = [self.prompts[number] for number in numbers]
-            return self.collector(request_of(prompts, seeded(sampling, attempt)), reward_iteration=iteration)
+            request = self._request_of(numbers, seeded(sampling, attempt))
+            return self.collector(request, reward_iteration=iteration)
 
         with self.trained.whole():
             drawn = draw(
@@ -306,8 +337,12 @@ class PpoTrainer(Trainer[PpoConfig]):
 
     def request(self, iteration: int) -> Request:
         """What the engine generates in an iteration."""
-        prompts = [self.prompts[index] for index in self._prompts_of(iteration)]
-        return request_of(prompts, seeded(self.sampling, iteration))
+        return self._request_of(self._prompts_of(iteration), seeded(self.sampling, iteration))
+
+    def _request_of(self, numbers: Sequence[int], sampling: SamplingParams) -> Request:
+        """A request for a response to each of these prompts."""
+        tasks = None if self.tasks is None else [self.tasks[number] for number in numbers]
+        return request_of([self.prompts[number] for number in numbers], sampling, tasks=tasks)
 
     def _watch(self, metrics: Mapping[str, float]) -> None:
         for alert in self.monitor.observe(metrics):
@@ -320,7 +355,14 @@ class PpoTrainer(Trainer[PpoConfig]):
         if section.judge is not None:
             judge = judge_of(section.judge, self.tokenizer, self.device, is_function=section.judge_is_function)
         where = self.collector, self.validation_prompts, self.sampling
-        return PolicyCheck(*where, judge, estimator=report, kl_limit=section.kl_limit, responses=section.responses)
+        return PolicyCheck(
+            *where,
+            judge,
+            estimator=report,
+            kl_limit=section.kl_limit,
+            responses=section.responses,
+            tasks=self.validation_tasks,
+        )
 
     def _validation(self) -> Validation:
         metric = "reward" if self.config.evaluation.kl_limit is None else "reward_within_kl"

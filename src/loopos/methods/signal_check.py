@@ -15,7 +15,7 @@ from loopos.config.ppo import PpoConfig
 from loopos.evaluation.checkers import Sample
 from loopos.evaluation.signal import SampledGroup
 from loopos.rl.collector import Collector, request_of, seeded
-from loopos.rl.rewards import Rewards
+from loopos.rl.rewards import ENVIRONMENT
 from loopos.rl.rollouts import RolloutPlan
 from loopos.training.session import session
 
@@ -60,21 +60,25 @@ def check_signal(trainer: Any, *, num_prompts: int, num_answers: int) -> SignalC
 
 
 def _sampled(trainer: Any, config: PpoConfig, num_prompts: int, num_answers: int) -> SignalCheck:
-    roles, description, device, tokenizer = trainer.roles, trainer.reward_description, trainer.device, trainer.tokenizer
-    rewards = Rewards.of(roles.reward, description, config.reward, config.generation, device, tokenizer)
-    origins = trainer.encoder.origins
-    collector = Collector(trainer.engine, None, rewards, device=device, origins=origins)
+    rewards, origins, tasks = trainer.rewards_of(), trainer.encoder.origins, trainer.tasks
+    collector = Collector(trainer.engine, None, rewards, device=trainer.device, origins=origins)
     order = RolloutPlan.of(config.training, num_prompts=len(trainer.prompts), rank=0, world=1).order(0)
-    chosen = [trainer.prompts[index] for index in order[:num_prompts]]
+    chosen = [*order[:num_prompts]]
     found: list[CheckedPrompt] = []
     size = max(1, _ANSWERS // num_answers)
     began = time.monotonic()
     for number, first in enumerate(range(0, len(chosen), size)):
-        ids = chosen[first : first + size]
-        scored = collector.scored_answers(request_of(ids, seeded(trainer.sampling, number), num_answers), 0)
+        numbers = chosen[first : first + size]
+        request = request_of(
+            [trainer.prompts[index] for index in numbers],
+            seeded(trainer.sampling, number),
+            num_answers,
+            tasks=None if tasks is None else [tasks[index] for index in numbers],
+        )
+        scored = collector.scored_answers(request, 0)
         for answers in scored:
             group = SampledGroup(
-                tuple(Sample(each.response.text, len(each.response.ids), each.response.ended) for each in answers),
+                tuple(Sample(each.response.text, each.response.num_tokens, each.response.ended) for each in answers),
                 tuple(each.score for each in answers),
                 {name: tuple(each.parts[name] for each in answers) for name in answers[0].parts},
             )
@@ -82,7 +86,9 @@ def _sampled(trainer: Any, config: PpoConfig, num_prompts: int, num_answers: int
             found.append(CheckedPrompt(response.prompt, response.row, group))
         trainer.progress.say(f"{len(found)} of {len(chosen)} prompts")
     weights = {each.name: each.weight for each in config.reward.functions}
-    if roles.reward is not None:
+    if rewards.environment_weight is not None:
+        weights = {ENVIRONMENT: rewards.environment_weight, **weights}
+    if trainer.roles.reward is not None:
         weights = {"model": config.reward.model_weight, **weights}
     return SignalCheck(found, weights, time.monotonic() - began)
 

@@ -1,7 +1,7 @@
 """The plan of a PPO run: prompts, iterations, parameters of every role, memory, disk and time.
 
 Counts of prompts, steps and parameters are exact. The length of responses is unknown: each is assumed to be as long as
-`generation.max_new_tokens` allows. The plan lists what its time leaves out: sampling, reward functions and judges.
+its limit allows. The plan lists what its time leaves out: sampling, reward functions and judges.
 Letters: B responses of an iteration.
 """
 
@@ -99,7 +99,7 @@ def plan_of(
         "iterations": amounts.iterations,
         "tokens": {
             "prompts": sum(prompts.train),
-            "response": config.generation.max_new_tokens,
+            "response": config.longest_response,
             "iteration": amounts.prompt_tokens + amounts.response_tokens,
             "trained": round(amounts.passes * (amounts.prompt_tokens + amounts.response_tokens)),
             "largest_forward": amounts.largest,
@@ -113,7 +113,7 @@ def plan_of(
 
 def amounts_of(config: PpoConfig, prompts: Prompts) -> Amounts:
     """Iterations, steps and tokens of one process."""
-    training, longest_response = config.training, config.generation.max_new_tokens
+    training, longest_response = config.training, config.longest_response
     each = config.generation.responses_per_prompt
     plan = RolloutPlan.of(training, num_prompts=len(prompts.train), rank=0, world=1, responses_per_prompt=each)
     steps_an_iteration = plan.inner_epochs * plan.minibatches
@@ -212,7 +212,7 @@ def time_of(config: PpoConfig, shapes: RoleShapes, amounts: Amounts, machine: Ma
         return estimate.generation_seconds(
             policy.parameters,
             responses=responses,
-            new_tokens=config.generation.max_new_tokens,
+            new_tokens=config.longest_response,
             prompt_tokens=prompt_tokens,
             together=_WRITTEN_TOGETHER,
             output=policy.output,

@@ -31,7 +31,6 @@ from loopos.data.preference_data import (
     has_step_labels,
     load_comparisons,
     load_judgments,
-    load_prompts,
     load_prompts_to_compare,
     load_thumbs,
 )
@@ -51,6 +50,8 @@ from loopos.models.load import Sizes, load_config, new_config
 from loopos.models.new_tokens import add_tokens
 from loopos.models.resolve import resolve, resolve_trained
 from loopos.models.tokenizers import open_tokenizer
+from loopos.rl.environments import EnvironmentClass
+from loopos.rl.tasks import load_policy_prompts
 from loopos.training.precision import pick_device
 from loopos.training.progress import RunProgress
 
@@ -150,9 +151,10 @@ def open_comparisons(config: Any, *, trust_remote_code: bool) -> ComparisonInput
 def open_prompts(config: PpoConfig, *, trust_remote_code: bool) -> PromptInputs:
     """The prompts of a config, not tokenized yet. Raises `UserError`, as training does."""
     section = config.data
-    data = load_prompts(section, section.source, seed=config.training.seed)
+    environment = None if config.environment is None else EnvironmentClass(config.environment.name)
+    data = load_policy_prompts(config, environment)
     architecture, tokenizer, whole = _opened(config, trust_remote_code)
-    room = None if whole is None else whole - config.generation.max_new_tokens
+    room = None if whole is None else whole - config.longest_response
     limit = min((each for each in (room, section.max_prompt_tokens) if each is not None), default=None)
     encoder = PreferenceEncoder(section, tokenizer, max_length=limit)
     validation = data.validation[: config.evaluation.prompts] if config.validates else []

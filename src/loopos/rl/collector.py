@@ -1,7 +1,6 @@
 """Collects rollouts: generates responses to prompts, scores them, and computes log-probabilities and values.
 
-Each process generates and scores its part of the prompts; all processes receive all rollouts. `PolicyCheck` measures a
-policy on validation prompts, including best-of-n of the initial policy (Stiennon et al. 2020; Nakano et al. 2021).
+Each process generates and scores its part of the prompts; all processes receive all rollouts.
 Letters: L tokens of a response.
 """
 
@@ -22,26 +21,22 @@ from torch import Tensor
 from loopos.config.rl import ResponseSection
 from loopos.data.batches import in_order
 from loopos.data.preference_tokens import Origin
-from loopos.evaluation.checkers import pass_at_k
 from loopos.evaluation.outputs import NonFiniteOutputs
 from loopos.evaluation.policy_metrics import (
-    WinRate,
-    best_of_n_expected,
-    best_of_n_kl,
     distinct_n,
     explained_variance,
     length_mean,
     repetition,
-    win_rate,
 )
 from loopos.functional.advantages import KlEstimator, kl_terms
 from loopos.generation.completions import decoded
 from loopos.generation.settings import SamplingParams
+from loopos.rl.episodes import Episode, EpisodeCompletion, episode_metrics
 from loopos.rl.experience import ResponseRows, ReusedForward
-from loopos.rl.reward_metrics import judged, reward_metrics
+from loopos.rl.reward_metrics import reward_metrics
 from loopos.rl.rewards import Response, Rewards
 from loopos.rl.roles import ActorCritic, Reference
-from loopos.rl.workers.protocol import Request, RolloutEngine
+from loopos.rl.workers.protocol import Request, RolloutEngine, Task
 
 # Tokens per forward pass without gradients.
 _TOKENS = 2048
@@ -52,7 +47,7 @@ class Rollout:
     """One response. `score`: Σ of the weighted rewards, 0 without any, NaN where none judged; `parts`: its terms. `[L]`
     on CPU: `logprobs` (current policy), `engine_logprobs` (from generation), `entropies` (nats), and
     `reference_logprobs` and `values` where the run has a reference and a critic. `staleness`: number of iterations by
-    which the generating policy is older.
+    which the generating policy is older. L counts the tokens that the model wrote.
     """
 
     response: Response
@@ -167,6 +162,10 @@ class Collector:
         tokenizer, found = self.engine.tokenizer, []
         for completion in written.completions:
             prompt = request.prompts[completion.prompt_index]
+            if isinstance(completion, EpisodeCompletion):
+                assert request.tasks is not None, "episodes are of tasks"
+                found.append(_played(completion.episode, request.tasks[completion.prompt_index]))
+                continue
             origin = self._origins.get(tuple(prompt)) or Origin(decoded(tokenizer, prompt), "")
             ended = completion.finish_reason in ("stop", "stop string")
             text, ids = completion.text, completion.token_ids
@@ -213,7 +212,10 @@ class Collector:
         """Name → `[L]` of each response, by forward passes like those of training."""
         assert self.roles is not None, "rollouts have roles"
         prompts, ids = [r.prompt_ids for r in responses], [r.ids for r in responses]
-        rows = ResponseRows(prompts, ids, self.device, share_prompts=self._shared_prompts)
+        masks = None
+        if any(r.mask is not None for r in responses):
+            masks = [r.mask or [True] * len(r.ids) for r in responses]
+        rows = ResponseRows(prompts, ids, self.device, share_prompts=self._shared_prompts, masks=masks)
         found: dict[str, list[Tensor]] = {}
         first = None
         if self._reused is not None and iteration is not None:
@@ -226,12 +228,13 @@ class Collector:
                 self._reused.keep(batch, outputs)
             columns = dict(zip(("logprobs", "entropies", "values"), outputs, strict=True))
             columns["reference_logprobs"] = self.roles.reference(*arguments) if self.roles.reference else None
-            lengths = [len(responses[row].ids) for row in batch.rows]
             for name, column in columns.items():
                 if column is None:
                     continue
                 found.setdefault(name, [torch.empty(0)] * len(responses))
-                for row, part in zip(batch.rows, torch.split(column.detach().float().cpu(), lengths), strict=True):
+                for row, part in zip(
+                    batch.rows, torch.split(column.detach().float().cpu(), list(batch.lengths)), strict=True
+                ):
                     found[name][row] = part
         return found
 
@@ -250,9 +253,24 @@ def sampling_of(section: ResponseSection, *, stop_token_ids: Collection[int], se
     )
 
 
-def request_of(prompts: Sequence[Sequence[int]], sampling: SamplingParams, n: int = 1) -> Request:
-    """A request for n responses to every prompt. Each position has its own seed, on whichever worker it runs."""
-    return Request([list(prompt) for prompt in prompts], [seeded(sampling, index) for index in range(len(prompts))], n)
+def request_of(
+    prompts: Sequence[Sequence[int]], sampling: SamplingParams, n: int = 1, *, tasks: Sequence[Task] | None = None
+) -> Request:
+    """A request for n responses to every prompt. Each position has its own seed, on whichever worker it runs. tasks: of
+    each prompt, for an environment.
+    """
+    settings = [seeded(sampling, index) for index in range(len(prompts))]
+    return Request([list(prompt) for prompt in prompts], settings, n, None if tasks is None else list(tasks))
+
+
+def _played(episode: Episode, task: Task) -> tuple[Response, Tensor]:
+    """An episode as a response, with the log-probabilities of the tokens that the model wrote."""
+    prompt = episode.messages[episode.num_prompt_messages - 1].content
+    response = Response(
+        prompt, episode.prompt_ids, episode.text, episode.ids, episode.ended, task.source, task.row, episode=episode
+    )
+    wrote = [value for value, is_written in zip(episode.logprobs, episode.mask, strict=True) if is_written]
+    return response, torch.tensor(wrote)
 
 
 def seeded(sampling: SamplingParams, number: int) -> SamplingParams:
@@ -302,12 +320,14 @@ def answer_metrics(answers: Sequence[Rollout | ScoredResponse], *, is_rewarded: 
     """Metrics of responses and their scores, as docs/metrics.md defines them. is_rewarded: whether the scores are
     rewards. Raises `NonFiniteOutputs`.
     """
-    tokens = [answer.response.ids for answer in answers]
+    tokens = [answer.response.written for answer in answers]
+    episodes = [answer.response.episode for answer in answers if answer.response.episode is not None]
     metrics = {
         **(reward_metrics(answers) if is_rewarded else {}),
         "response_length": length_mean(tokens),
         "eos_rate": statistics.fmean(answer.response.ended for answer in answers),
         "repetition": repetition(tokens),
+        **(episode_metrics(episodes) if episodes else {}),
     }
     distinct = distinct_n(tokens, 2)
     if distinct is not None:
@@ -320,20 +340,30 @@ def rollout_records(rollouts: Sequence[Rollout], advantages: Tensor, iteration: 
     """One record per rollout, for rollouts.jsonl. advantages: of all their tokens, one rollout after another, `[M]`;
     a record has the mean over the rollout's tokens.
     """
-    each = torch.split(advantages, [len(rollout.response.ids) for rollout in rollouts])
+    each = torch.split(advantages, [rollout.response.num_tokens for rollout in rollouts])
     return [
         {
             "iteration": iteration,
             "prompt": rollout.response.prompt,
             "response": rollout.response.text,
             "ended": rollout.response.ended,
-            "tokens": len(rollout.response.ids),
+            **conversation(rollout.response),
+            "tokens": rollout.response.num_tokens,
             "reward": rollout.score,
             **{f"score_{name}": score for name, score in rollout.parts.items()},
             "advantage": float(own.mean()),
         }
         for rollout, own in zip(rollouts, each, strict=True)
     ]
+
+
+def conversation(response: Response) -> dict[str, Any]:
+    """What the model and the tools said after the prompt, in an episode."""
+    episode = response.episode
+    if episode is None:
+        return {}
+    said = [message.as_template() for message in episode.messages[episode.num_prompt_messages :]]
+    return {"messages": said, "finish_reason": episode.finish_reason, "tool_tokens": episode.mask.count(False)}
 
 
 def _require_finite(metrics: Mapping[str, float], number: int, *, is_rewarded: bool) -> None:
@@ -353,134 +383,3 @@ def variance_explained(values: Tensor | None, returns: Tensor | None) -> dict[st
         return {}
     found = explained_variance(values.numpy(), returns.numpy())
     return {} if found is None else {"explained_variance": found}
-
-
-Judge = Callable[[Sequence[Response]], list[float]]
-
-
-def best_of_n(
-    answers: Sequence[Sequence[Response]], score: Judge, numbers: Sequence[int], judge: Judge | None
-) -> list[dict[str, Any]]:
-    """Best-of-n by reward, for each n in `numbers`: `kl`; `reward`, the unbiased expected score of the best of n;
-    `judge`, the judge's mean score of the best of each prompt's first n. answers: for every prompt at least as many
-    responses as the largest n.
-    """
-    flat = [response for responses in answers for response in responses]
-    scores = iter(score(flat))
-    scored = [(responses, [next(scores) for _ in responses]) for responses in answers]
-    # A prompt counts with all its answers, or not at all.
-    scored = [(responses, row) for responses, row in scored if len(judged(row)) == len(row)]
-    answers, table = [responses for responses, _ in scored], [row for _, row in scored]
-    found: list[dict[str, Any]] = []
-    for n in numbers if table else ():
-        metrics: dict[str, Any] = {"n": n, "kl": best_of_n_kl(n), "reward": best_of_n_expected(table, n)}
-        if judge is not None:
-            chosen = [
-                responses[max(range(n), key=lambda index, scored=scored: scored[index])]  # type: ignore[misc]
-                for responses, scored in zip(answers, table, strict=True)
-            ]
-            metrics["judge"] = statistics.fmean(judge(chosen))
-        found.append(metrics)
-    return found
-
-
-def passing_metrics(scores: Sequence[float], number: int) -> dict[str, float]:
-    """pass@k for k = 1, 2, 4, … and `number` (Chen et al. 2021, equation 1), of `number` scores to each prompt, one
-    prompt after another; empty unless every score is 0 or 1.
-    """
-    if not set(scores) <= {0.0, 1.0}:
-        return {}
-    right = [int(sum(scores[start : start + number])) for start in range(0, len(scores), number)]
-    powers = {2**exponent for exponent in range(number.bit_length())}
-    numbers = sorted({*powers, number})
-    return {f"pass@{k}": statistics.fmean(pass_at_k(number, each, k) for each in right) for k in numbers}
-
-
-class PolicyCheck:
-    """Measures the policy on the same prompts with the same seeds each time."""
-
-    def __init__(
-        self,
-        collector: Collector,
-        prompts: Sequence[Sequence[int]],
-        sampling: SamplingParams,
-        judge: Judge | None,
-        *,
-        estimator: KlEstimator,
-        kl_limit: float | None,
-        responses: int = 1,
-    ) -> None:
-        """kl_limit: nats per response above which "reward_within_kl" is −inf. responses: to each prompt."""
-        self.responses = responses
-        self.collector, self.prompts, self.sampling, self.judge = collector, prompts, sampling, judge
-        self.estimator, self.kl_limit = estimator, kl_limit
-        self._first: dict[str, list[float]] = {}
-
-    def measure(self, *, is_start: bool) -> tuple[dict[str, float], list[dict[str, Any]]]:
-        """Metrics and one record per prompt, the same on every rank. "judge": the judge's mean score. "win_rate": the
-        fraction of prompts whose response the judge scores higher than the response before training, with its 95%
-        interval "win_rate_low" to "win_rate_high"; ties count half. "reward_win_rate": the same by reward. is_start:
-        store these responses as the baseline; without a baseline there are no win rates. With several responses to a
-        prompt, judge, win rates and records are of the first one.
-        """
-        every = self.collector(
-            request_of([each for each in self.prompts for _ in range(self.responses)], self.sampling)
-        )
-        rollouts = every[:: self.responses]
-        is_rewarded = self.collector.rewards is not None
-        metrics = rollout_metrics(every, estimator=self.estimator, is_rewarded=is_rewarded)
-        if self.responses > 1 and is_rewarded:
-            metrics |= passing_metrics([rollout.score for rollout in every], self.responses)
-        if self.kl_limit is not None:
-            metrics["reward_within_kl"] = metrics["reward"] if metrics["kl"] <= self.kl_limit else -math.inf
-        scores = {"reward": [rollout.score for rollout in rollouts]} if is_rewarded else {}
-        if self.judge is not None:
-            scores["judge"] = self.judge([rollout.response for rollout in rollouts])
-            metrics["judge"] = statistics.fmean(scores["judge"])
-        if self._first:
-            if is_rewarded and (won := _won(scores["reward"], self._first["reward"])) is not None:
-                metrics["reward_win_rate"] = won.rate
-            if self.judge is not None and (won := _won(scores["judge"], self._first["judge"])) is not None:
-                metrics |= {"win_rate": won.rate, "win_rate_low": won.low, "win_rate_high": won.high}
-        if is_start:
-            self._first = scores
-        records = [
-            {
-                "prompt": rollout.response.prompt,
-                "response": rollout.response.text,
-                "ended": rollout.response.ended,
-                **({"kl": kl} if (kl := rollout.kl(self.estimator)) is not None else {}),
-                **{name: _or_null(values[index]) for name, values in scores.items()},
-            }
-            for index, rollout in enumerate(rollouts)
-        ]
-        return metrics, records
-
-    def best_of_n(self, numbers: Sequence[int]) -> list[dict[str, Any]]:
-        """`best_of_n` on these prompts with the current policy, always including n = 1; empty for no numbers."""
-        if not numbers:
-            return []
-        every = sorted({1, *numbers})
-        rewards = self.collector.rewards
-        assert rewards is not None, "the best of n is chosen by rewards"
-        answers = self.collector.answers(request_of(self.prompts, self.sampling, every[-1]))
-        return best_of_n(answers, lambda responses: rewards(responses)["total"], every, self.judge)
-
-    def state(self) -> dict[str, Any]:
-        """State for a checkpoint: the scores of the responses before training."""
-        return {"first": {name: [*map(_or_null, scores)] for name, scores in self._first.items()}}
-
-    def load(self, state: Mapping[str, Any]) -> None:
-        """Restores `state`."""
-        first = state["first"].items()
-        self._first = {name: [math.nan if each is None else each for each in scores] for name, scores in first}
-
-
-def _won(ours: Sequence[float], baseline: Sequence[float]) -> WinRate | None:
-    """The win rate over the prompts that both were judged on; None without any."""
-    pairs = [pair for pair in zip(ours, baseline, strict=True) if len(judged(pair)) == 2]
-    return win_rate(*zip(*pairs, strict=True)) if pairs else None
-
-
-def _or_null(score: float) -> float | None:
-    return None if math.isnan(score) else score

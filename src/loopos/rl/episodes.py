@@ -25,12 +25,13 @@ from loopos.data.templates import ChatTemplate
 from loopos.data.tool_calls import parse_turn
 from loopos.data.tool_schemas import call_id
 from loopos.data.tool_turns import ToolTurns, calling, result_message
-from loopos.generation.completions import Running
+from loopos.generation.completions import Completion, Running
 from loopos.generation.engine import Engine
 from loopos.generation.scheduler import Scheduler
 from loopos.generation.settings import SamplingParams
 from loopos.rl.environments import EnvironmentClass
 from loopos.rl.tool_runs import FAILURES, CallLimits, Outcome, run_calls
+from loopos.rl.workers.protocol import Request
 
 EpisodeEnd: TypeAlias = Literal["answer", "done", "length", "turns", "seconds", "stuck"]
 """The model wrote a turn without a call; the environment is done; a limit on tokens, turns or seconds; a tool that
@@ -67,6 +68,13 @@ class Episode:
     def text(self) -> str:
         """The last message of the model."""
         return next((each.content for each in reversed(self.messages) if each.role == ASSISTANT), "")
+
+
+@dataclass(frozen=True)
+class EpisodeCompletion(Completion):
+    """An episode as a completion of its prompt: its tokens, those of tools included, and the last message's text."""
+
+    episode: Episode
 
 
 @dataclass
@@ -117,28 +125,32 @@ class EpisodePlayer:
     def play(
         self,
         rows: Sequence[Mapping[str, object]],
-        settings: SamplingParams = SamplingParams(),
+        settings: SamplingParams | Sequence[SamplingParams] = SamplingParams(),
         *,
         sources: Sequence[str] = (),
     ) -> list[Episode]:
-        """An episode of each row, in order; the same row several times gives different samples.
+        """An episode of each row, in order.
 
         Args:
-            settings: of every turn; `max_new_tokens` limits a turn, `max_tokens` of the section an episode.
+            settings: of every turn, for all rows or one for each; `max_new_tokens` limits a turn, `max_tokens` of the
+                section an episode. With one for all, the same prompt several times gives different samples.
             sources: of the rows, for messages; their numbers if empty.
         Raises:
             UserError: what `reset` or `reward` raises, prompts that the model cannot take, and stop strings.
         """
-        if settings.stop:
+        each = [settings] * len(rows) if isinstance(settings, SamplingParams) else settings
+        if any(one.stop for one in each):
             raise UserError("stop strings cut a turn before its end token; an environment needs whole turns")
-        ends = (*settings.stop_token_ids, *self.template.stop_tokens)
-        settings = replace(settings, stop_token_ids=ends)
-        playing = self._begun(rows, settings, sources or [f"row {number + 1}" for number in range(len(rows))])
+        ends = self.template.stop_tokens
+        each = [replace(one, stop_token_ids=tuple(sorted({*one.stop_token_ids, *ends}))) for one in each]
+        playing = self._begun(rows, each, sources or [f"row {number + 1}" for number in range(len(rows))])
+        if isinstance(settings, SamplingParams):
+            _give_own_seeds(playing)
         owners: dict[Running, _Playing] = {}
         waiting: dict[Future[list[Outcome]], _Playing] = {}
         with ThreadPoolExecutor(_MOST_THREADS, "environment") as pool, self.engine.session() as session:
-            for each in playing:
-                self._write(each, session, owners)
+            for begun in playing:
+                self._write(begun, session, owners)
             while owners or waiting:
                 for running in session.step():
                     if running.finish_reason is not None:
@@ -149,23 +161,41 @@ class EpisodePlayer:
                     # In the order of the rows, so that the same episodes decode together in every run.
                     for future in [each for each in waiting if each in done]:
                         self._after_calls(waiting.pop(future), future.result(), session, owners)
-        return [self._episode(each) for each in playing]
+        return [self._episode(ended) for ended in playing]
+
+    def answer(self, request: Request) -> list[EpisodeCompletion]:
+        """An episode of every sample of the request's tasks, in order. Raises `UserError`, as `play`."""
+        assert request.tasks is not None, "an environment plays tasks"
+        n, tasks = request.n, [task for task in request.tasks for _ in range(request.n)]
+        settings = [
+            replace(one, seed=_seed(one.seed, number)) for one in request.settings for number in range(request.n)
+        ]
+        episodes = self.play([task.row for task in tasks], settings, sources=[task.source for task in tasks])
+        return [
+            EpisodeCompletion(
+                *divmod(number, n),
+                token_ids=each.ids,
+                text=each.text,
+                logprobs=each.logprobs,
+                filtered_logprobs=None,
+                forced=(),
+                finish_reason="stop" if each.ended else "length",
+                episode=each,
+            )
+            for number, each in enumerate(episodes)
+        ]
 
     def _begun(
-        self, rows: Sequence[Mapping[str, object]], settings: SamplingParams, sources: Sequence[str]
+        self, rows: Sequence[Mapping[str, object]], settings: Sequence[SamplingParams], sources: Sequence[str]
     ) -> list[_Playing]:
-        same: Counter[tuple[int, ...]] = Counter()
         playing = []
-        for row, source in zip(rows, sources, strict=True):
+        for row, chosen, source in zip(rows, settings, sources, strict=True):
             state, messages = self.environment.begin(row, source)
             try:
                 prompt = self._prompts.prompt(messages)
             except TemplateRefusal as refusal:
                 raise UserError(f"environment {self.environment.name}: {refusal}\n    for {source}") from refusal
             limit = self.engine.limit(prompt, self.section.max_tokens)
-            number = same[tuple(prompt)]
-            same[tuple(prompt)] += 1
-            chosen = replace(settings, seed=_seed(settings.seed, number))
             now = time.monotonic()
             playing.append(_Playing(state, row, source, prompt, messages, chosen, limit, now, len(messages)))
         return playing
@@ -257,6 +287,15 @@ class EpisodePlayer:
         )
 
 
+def _give_own_seeds(playing: Sequence[_Playing]) -> None:
+    """Seeds by the number of times that a prompt came before."""
+    same: Counter[tuple[int, ...]] = Counter()
+    for each in playing:
+        number = same[tuple(each.prompt)]
+        same[tuple(each.prompt)] += 1
+        each.settings = replace(each.settings, seed=_seed(each.settings.seed, number))
+
+
 def _seed(seed: int, number: int) -> int:
     """The seed of the sample `number` of one prompt; turns differ by the tokens before them."""
     if not number:
@@ -265,7 +304,7 @@ def _seed(seed: int, number: int) -> int:
 
 
 def episode_metrics(episodes: Sequence[Episode]) -> dict[str, float]:
-    """Means over episodes: turns, calls, failed calls by kind, tokens of model and tools, and how many ended."""
+    """Means over episodes: turns, calls, failed calls by kind, and tokens of model and tools."""
     count = len(episodes)
     wrote = sum(sum(each.mask) for each in episodes)
     metrics = {
@@ -274,7 +313,6 @@ def episode_metrics(episodes: Sequence[Episode]) -> dict[str, float]:
         "tool_failures": sum(sum(each.failures.values()) for each in episodes) / count,
         "model_tokens": wrote / count,
         "tool_tokens": (sum(len(each.ids) for each in episodes) - wrote) / count,
-        "ended_share": sum(each.ended for each in episodes) / count,
     }
     for kind in FAILURES:
         metrics[f"tool_failures_{kind}"] = sum(each.failures.get(kind, 0) for each in episodes) / count

@@ -7,7 +7,7 @@ responses.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from typing import Any, Literal, Protocol, TypeAlias
 
@@ -16,6 +16,7 @@ from torch import Tensor
 
 from loopos.config.rl import PpoTrainingSection
 from loopos.data.batches import Cursor
+from loopos.data.preference_tokens import counted
 from loopos.functional.advantages import (
     Baseline,
     KlEstimator,
@@ -41,8 +42,8 @@ class ResponseBatch:
     position before its token. Responses to one prompt that follow each other may share its tokens. `columns`:
     `old_logprobs`, `advantages`, with a reference `reference_logprobs`, with a critic `values` (old) and `returns`,
     `[M]` fp32. `is_first`: the policy has not changed since it generated the responses. `responses` `[M]`: the index
-    among `rows` of the response that a token belongs to. `lengths`: tokens of each response; `learned`: whether it has
-    a loss.
+    among `rows` of the response that a token belongs to. `lengths`: tokens of each response that the model wrote, which
+    `targets` are; `learned`: whether it has a loss.
     """
 
     ids: Tensor
@@ -65,7 +66,8 @@ class ResponseBatch:
 class ResponseRows:
     """Prompts with responses, as rows of `ResponseBatch`es. columns: name → one value per token of each response.
     learned: whether each response has a loss; all when None. share_prompts: run a prompt once for its responses that
-    follow each other here.
+    follow each other here. masks: which tokens of each response the model wrote, all when None; the others are context,
+    and columns have no value for them.
     """
 
     prompts: Sequence[Sequence[int]]
@@ -74,9 +76,11 @@ class ResponseRows:
     columns: Mapping[str, Sequence[Tensor]] | None = None
     learned: Sequence[bool] | None = None
     share_prompts: bool = False
+    masks: Sequence[Sequence[bool]] | None = None
 
     @cached_property
     def lengths(self) -> list[int]:
+        """Tokens of each row."""
         return [len(prompt) + len(response) for prompt, response in zip(self.prompts, self.responses, strict=True)]
 
     @cached_property
@@ -109,32 +113,40 @@ class ResponseRows:
         positions: list[int] = []
         segments: list[tuple[int, ...]] = []
         ordered: list[int] = []
+        targets: list[int] = []
+        lengths: list[int] = []
         for group in self._together(rows):
             prompt = self.prompts[group[0]]
             ids += prompt
             last = len(ids) - 1
             for row in group:
-                response = self.responses[row]
+                response, written = self.responses[row], self.written(row)
                 # The first token of a response is predicted by the last token of the prompt.
-                positions += [last, *range(len(ids), len(ids) + len(response) - 1)][: len(response)]
+                before = [last, *range(len(ids), len(ids) + len(response) - 1)]
+                positions += [before[index] for index in written]
+                targets += [response[index] for index in written]
+                lengths.append(len(written))
                 ids += response
             segments.append((len(prompt), *(len(self.responses[row]) for row in group)))
             ordered += group
         flat = torch.tensor(ids, device=self.device)
-        lengths = tuple(len(self.responses[row]) for row in ordered)
         columns = {name: torch.cat([column[row] for row in ordered]) for name, column in (self.columns or {}).items()}
         return ResponseBatch(
             ids=flat,
             layout=self._layout(segments),
             positions=torch.tensor(positions, device=self.device),
-            targets=torch.tensor([token for row in ordered for token in self.responses[row]], device=self.device),
+            targets=torch.tensor(targets, device=self.device),
             rows=tuple(ordered),
             columns={name: column.to(self.device) for name, column in columns.items()},
             responses=torch.repeat_interleave(torch.arange(len(ordered)), torch.tensor(lengths)).to(self.device),
-            lengths=lengths,
+            lengths=tuple(lengths),
             learned=tuple(self.learned is None or self.learned[row] for row in ordered),
             is_first=is_first,
         )
+
+    def written(self, row: int) -> Sequence[int]:
+        """The indices of the tokens of a response that the model wrote."""
+        return counted(self.responses[row], None if self.masks is None else self.masks[row])
 
     def _together(self, rows: Sequence[int]) -> list[list[int]]:
         """Rows of one group together, in the order of the first of each."""
@@ -203,7 +215,8 @@ class Experience:
     """The responses of one iteration from all processes. The tensors are `[M]` fp32 on CPU, concatenated over
     responses; None for those of a reference or a critic that the run does not have. `kl_coefficient`: β of the penalty
     in the rewards. `is_own`: `old_logprobs` are those of the policy before its update, so that its first ratio is 1;
-    otherwise those of an older policy. `learned`: whether each response has a loss; None = all.
+    otherwise those of an older policy. `learned`: whether each response has a loss; None = all. `masks`: which tokens
+    of each response the policy wrote; None = all. M counts only those.
     """
 
     prompts: list[list[int]]
@@ -216,11 +229,15 @@ class Experience:
     kl_coefficient: float
     is_own: bool = True
     learned: list[bool] | None = None
+    masks: list[list[bool]] | None = None
 
     def rows(self, device: torch.device, *, share_prompts: bool = False) -> ResponseRows:
-        lengths = [len(response) for response in self.responses]
-        columns = {name: torch.split(column, lengths) for name, column in self._columns().items()}
-        return ResponseRows(self.prompts, self.responses, device, columns, self.learned, share_prompts)
+        """Rows of batches."""
+        rows = ResponseRows(
+            self.prompts, self.responses, device, learned=self.learned, share_prompts=share_prompts, masks=self.masks
+        )
+        lengths = [len(rows.written(row)) for row in range(len(self.responses))]
+        return replace(rows, columns={name: torch.split(each, lengths) for name, each in self._columns().items()})
 
     def _columns(self) -> dict[str, Tensor]:
         return {name: column for name in _COLUMNS if (column := getattr(self, name)) is not None}
@@ -233,6 +250,8 @@ class Experience:
             stored[f"{name}_lengths"] = torch.tensor([len(ids) for ids in texts])
         if self.learned is not None:
             stored["learned"] = torch.tensor(self.learned)
+        if self.masks is not None:
+            stored["masks"] = torch.tensor([is_written for mask in self.masks for is_written in mask])
         return stored
 
     @classmethod
@@ -245,7 +264,10 @@ class Experience:
         columns = {name: tensors[name].clone() if name in tensors else None for name in _COLUMNS}
         assert all(columns[name] is not None for name in _ALWAYS), sorted(tensors)
         learned = tensors["learned"].tolist() if "learned" in tensors else None
-        named: dict[str, Any] = {**texts, **columns, "learned": learned}
+        masks = None
+        if "masks" in tensors:
+            masks = [each.tolist() for each in torch.split(tensors["masks"], tensors["responses_lengths"].tolist())]
+        named: dict[str, Any] = {**texts, **columns, "learned": learned, "masks": masks}
         return cls(**named, kl_coefficient=kl_coefficient, is_own=is_own)
 
 
@@ -295,18 +317,20 @@ class AdvantageSettings:
 
 
 class Response(Protocol):
-    """Tokens that a policy generated, and whether they have their end."""
+    """Tokens after a prompt, which of them the policy wrote (None = all), and whether they have their end."""
 
     @property
     def ids(self) -> Sequence[int]: ...
+    @property
+    def mask(self) -> list[bool] | None: ...
     @property
     def ended(self) -> bool: ...
 
 
 class Scored(Protocol):
-    """A response with its score and one value per token `[L]`: log-probabilities of the policy before its update
-    (`logprobs`), of the generating policy (`engine_logprobs`, `staleness` iterations older) and of the reference, and
-    values; the last two are None for a run without.
+    """A response with its score and one value per token that the policy wrote `[L]`: log-probabilities of the policy
+    before its update (`logprobs`), of the generating policy (`engine_logprobs`, `staleness` iterations older) and of
+    the reference, and values; the last two are None for a run without.
     """
 
     @property
@@ -339,7 +363,8 @@ def experience_of(
     policy before its update or the generating policy.
     """
     responses, by_engine = [each.response.ids for each in scored], old_logprobs == "engine"
-    mask = _mask_of(responses)
+    # Tokens that the policy did not write are no actions: they are context, between the token before and the next.
+    mask = _mask_of([len(each.logprobs) for each in scored])
     behavior = _padded([each.engine_logprobs for each in scored])
     old = behavior if by_engine else _padded([each.logprobs for each in scored])
     reference = _padded_or_none([each.reference_logprobs for each in scored])
@@ -389,13 +414,21 @@ def experience_of(
         kl_coefficient=kl_coefficient,
         is_own=not by_engine or not any(each.staleness for each in scored),
         learned=[each.response.ended for each in scored] if settings.mask_truncated else None,
+        masks=_masks_of([each.response for each in scored]),
     )
 
 
-def _mask_of(responses: Sequence[Sequence[int]]) -> Tensor:
-    """`[B, L]`: True for the tokens of each response."""
-    lengths = torch.tensor([len(response) for response in responses])
-    return torch.arange(int(lengths.max()))[None] < lengths[:, None]
+def _masks_of(responses: Sequence[Response]) -> list[list[bool]] | None:
+    """Which tokens of each response the policy wrote; None where it wrote all."""
+    if all(each.mask is None for each in responses):
+        return None
+    return [[True] * len(each.ids) if each.mask is None else each.mask for each in responses]
+
+
+def _mask_of(lengths: Sequence[int]) -> Tensor:
+    """`[B, L]`: True for the tokens of each response, of these lengths."""
+    each = torch.tensor(lengths)
+    return torch.arange(int(each.max()))[None] < each[:, None]
 
 
 def _imputed(scores: Tensor, groups: Tensor) -> Tensor:

@@ -27,7 +27,8 @@ from loopos.generation.engine import Engine
 from loopos.models.active_adapters import AdapterView
 from loopos.models.language_model import LanguageModel
 from loopos.models.load import NUMBER_FORMATS, Pretrained, cast_parameters
-from loopos.rl.collector import Collector, PolicyCheck, sampling_of
+from loopos.rl.collector import Collector, sampling_of
+from loopos.rl.policy_check import PolicyCheck
 from loopos.rl.preference_monitor import PreferenceMonitor
 from loopos.rl.rewards import judge_of
 from loopos.rl.roles import ActorCritic, Reference, without_dropout

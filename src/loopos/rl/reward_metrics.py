@@ -67,5 +67,6 @@ def _of_one(answers: Sequence[Answer], name: str, suffix: str, values: Sequence[
 def _groups(answers: Sequence[Answer], values: Sequence[float]) -> Iterator[list[float]]:
     """The values of the answers to each prompt, which follow each other."""
     rows = zip(answers, values, strict=True)
-    for _, group in itertools.groupby(rows, key=lambda row: tuple(row[0].response.prompt_ids)):
+    # Tasks of an environment may have equal prompts.
+    for _, group in itertools.groupby(rows, key=lambda row: (*row[0].response.prompt_ids, row[0].response.source)):
         yield [value for _, value in group]

@@ -33,6 +33,7 @@ from loopos.evaluation.reward_predictor import Normalization, raw_scores
 from loopos.functional.advantages import overlong_penalty
 from loopos.models.folders import RewardEnsemble, check_same_tokens, open_reward_model
 from loopos.models.heads import PooledModel
+from loopos.rl.episodes import Episode
 from loopos.rl.reward_functions import NotOfARow, Scores
 
 FRACTION = "fraction_"
@@ -43,7 +44,8 @@ FRACTION = "fraction_"
 class Response:
     """One response to one prompt. `prompt_ids`: ids after the chat template. `ended`: by an end token or stop string,
     not by the token limit. `source`: file and line of the prompt, empty if unknown. `row`: column → value of the row of
-    data that the prompt comes from.
+    data that the prompt comes from. `episode`: what was played, where an environment is: then `ids` also has the tokens
+    of tools, and `text` is the model's last message.
     """
 
     prompt: str
@@ -54,11 +56,29 @@ class Response:
     source: str = ""
     row: Mapping[str, object] = field(default_factory=dict)
     token_count: int | None = None
+    episode: Episode | None = None
+
+    @property
+    def mask(self) -> list[bool] | None:
+        """Which of `ids` the model wrote; None for all."""
+        return None if self.episode is None else self.episode.mask
+
+    @property
+    def written(self) -> Sequence[int]:
+        """The tokens that the model wrote."""
+        if self.mask is None:
+            return self.ids
+        return [token for token, is_written in zip(self.ids, self.mask, strict=True) if is_written]
 
     @property
     def num_tokens(self) -> int:
-        """Tokens of the response; `token_count` where its ids are not kept."""
-        return len(self.ids) if self.token_count is None else self.token_count
+        """Tokens that the model wrote; `token_count` where they are not kept."""
+        return len(self.written) if self.token_count is None else self.token_count
+
+    @property
+    def messages(self) -> list[dict[str, Any]] | None:
+        """The messages of the episode, those of its prompt included; None without an environment."""
+        return None if self.episode is None else [message.as_template() for message in self.episode.messages]
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,6 +93,8 @@ class RewardRun:
     label: str = ""
 
 
+ENVIRONMENT = "environment"
+"""Names the part of a score that is the environment's own reward."""
 UNJUDGED = math.nan
 """The score of a response that a reward did not judge."""
 
@@ -261,8 +283,13 @@ class Rewards:
         section: PpoRewardSection,
         rollout: RolloutSection,
         run: RewardRun | None = None,
+        *,
+        environment_weight: float | None = None,
     ) -> None:
-        """Raises `UserError` for a function that does not exist, and for options that it does not have."""
+        """environment_weight: of the environment's own reward, if it has one. Raises `UserError` for a function that
+        does not exist, and for options that it does not have.
+        """
+        self.environment_weight = environment_weight
         self.model, self.section, self.run = model, section, run or RewardRun()
         self.missing_end_penalty = rollout.missing_end_penalty or 0.0
         self.max_new_tokens, self.overlong_tokens = rollout.max_new_tokens, rollout.overlong_tokens
@@ -288,12 +315,16 @@ class Rewards:
         device: torch.device,
         tokenizer: PreTrainedTokenizerBase,
         run: RewardRun | None = None,
+        *,
+        environment_weight: float | None = None,
     ) -> Rewards:
-        """With a reward model, whose folder's description says how to read its scores; None = only functions."""
+        """With a reward model, whose folder's description says how to read its scores; None = only functions.
+        environment_weight: as for the constructor.
+        """
         scores = None
         if model is not None:
             scores = ModelScores(model, description, device, tokenizer, ensemble_penalty=section.ensemble_penalty)
-        return cls(scores, section, rollout, run)
+        return cls(scores, section, rollout, run, environment_weight=environment_weight)
 
     @property
     def read_rows(self) -> bool:
@@ -322,6 +353,9 @@ class Rewards:
         parts: dict[str, list[float]] = {}
         fractions: dict[str, list[float]] = {}
         weights = {"model": self.section.model_weight, **self.weights(iteration)}
+        if self.environment_weight is not None:
+            weights[ENVIRONMENT] = self.environment_weight
+            parts[ENVIRONMENT] = [_of_episode(response) for response in responses]
         if self.model is not None:
             parts["model"] = self.model(responses)
             if not all(map(math.isfinite, parts["model"])):
@@ -357,9 +391,14 @@ class Rewards:
         total -= 0.0 if response.ended else self.missing_end_penalty
         if self.overlong_tokens:
             longest, buffer = self.max_new_tokens, self.overlong_tokens
-            total -= self.overlong_weight * overlong_penalty(len(response.ids), longest=longest, buffer=buffer)
+            total -= self.overlong_weight * overlong_penalty(response.num_tokens, longest=longest, buffer=buffer)
         bound = self.section.score_clip
         return total if bound is None else min(max(total, -bound), bound)
+
+
+def _of_episode(response: Response) -> float:
+    reward = None if response.episode is None else response.episode.reward
+    return UNJUDGED if reward is None else reward
 
 
 def judge_of(

@@ -346,25 +346,29 @@ def of_policy(
     encoder: PreferenceEncoder,
     *,
     base: str,
-    rewards_read_rows: bool = False,
+    rows: Sequence[Mapping[str, object]] | None = None,
 ) -> Identity:
-    """Identity of a policy: the prompts and the rewards. base: of policy and reward models. rewards_read_rows: whether
-    the columns of the prompts' rows decide the rewards too.
+    """Identity of a policy: the prompts and the rewards. base: of policy and reward models. rows: of the prompts, whose
+    columns decide the rewards too; None where they do not.
     """
     key = "prompts" if config.data.prompts else "training_data"
     columns = {}
-    if rewards_read_rows:
-        rows = [encoder.origins[tuple(ids)].row for ids in prompts]
+    if rows is not None:
         columns["columns"] = Trait(records_digest(rows), (f"data.{key}", "data."), "the columns of the prompts' rows")
     return {
         **_learned_from(config, key, prompts_digest(prompts), encoder.tokenizer, encoder.max_length, base),
         **columns,
         **_template(encoder.template.source),
         **setting("reward", config.reward.identity),
+        **setting("environment", _played(config), if_absent=None),
         **setting("training.value_model", config.training.value_model),
         **setting("training.algorithm", config.training.algorithm, if_absent="ppo"),
         **setting("generation.responses_per_prompt", config.generation.responses_per_prompt, if_absent=1),
     }
+
+
+def _played(config: PpoConfig) -> dict[str, Any] | None:
+    return None if config.environment is None else config.environment.model_dump(mode="json")
 
 
 def of_text(

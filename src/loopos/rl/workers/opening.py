@@ -14,8 +14,10 @@ from loopos.config.diagnostics import MissingRequirement
 from loopos.config.extras import install_command
 from loopos.config.ppo import PpoConfig
 from loopos.config.rl import RolloutEngineSection
+from loopos.data.templates import ChatTemplate
 from loopos.generation.engine import Engine
 from loopos.models.load import Pretrained, Sizes
+from loopos.rl.episodes import EpisodePlayer
 from loopos.rl.workers.dispatch import Dispatcher
 from loopos.rl.workers.protocol import LocalRollouts, Request
 from loopos.rl.workers.ray_transport import RayTransport
@@ -87,13 +89,20 @@ def open_rollouts(
     run: RunView,
     say: Callable[[str], None],
     trust_remote_code: bool,
+    template: ChatTemplate | None = None,
 ) -> LocalRollouts | RemoteRollouts:
     """The rollout engine. pretrained: its model is the policy. Rank 0 starts the workers; the other ranks receive
-    results from it. Raises `MissingRequirement`.
+    results from it. template: of an environment's messages. Raises `MissingRequirement`, and `UserError` for an
+    environment that the template cannot write.
     """
     section, causal, tokenizer = config.rollout, pretrained.model, pretrained.tokenizer
     if not section.is_remote:
-        return LocalRollouts(Engine(causal, tokenizer), data_parallel=data_parallel.rank_and_size)
+        engine = Engine(causal, tokenizer)
+        player = None
+        if config.environment is not None:
+            assert template is not None, "an environment has a template"
+            player = EpisodePlayer(engine, template, config.environment)
+        return LocalRollouts(engine, player=player, data_parallel=data_parallel.rank_and_size)
     recipe = recipe_of(config, pretrained, trust_remote_code=trust_remote_code)
     dispatcher = None
     if data_parallel.rank_and_size[0] == 0:
@@ -133,6 +142,8 @@ def recipe_of(config: PpoConfig, pretrained: Pretrained, *, trust_remote_code: b
         on_gpu=config.rollout.gpus > 0,
         max_length=training.max_length,
         logprobs_mode="raw_logprobs" if filters else "processed_logprobs",
+        environment=config.environment,
+        chat_template="auto" if data.chat_template == "none" else _in_full(data.chat_template),
     )
 
 

@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol, TypeAlias
 
@@ -17,16 +17,29 @@ from loopos.generation.settings import SamplingParams
 
 
 @dataclass(frozen=True)
+class Task:
+    """A row of data that an environment plays. `source`: file and line."""
+
+    row: Mapping[str, object]
+    source: str
+
+
+@dataclass(frozen=True)
 class Request:
-    """`n` completions of every prompt. `settings`: one per prompt; their seeds fix the completions on any worker."""
+    """`n` completions of every prompt. `settings`: one per prompt; their seeds fix the completions on any worker.
+    `tasks`: of each prompt, where an environment plays it; None without one.
+    """
 
     prompts: list[list[int]]
     settings: list[SamplingParams]
     n: int = 1
+    tasks: list[Task] | None = None
 
     def of(self, indices: Sequence[int]) -> Request:
         """The request for some of its prompts."""
-        return Request([self.prompts[index] for index in indices], [self.settings[index] for index in indices], self.n)
+        tasks = None if self.tasks is None else [self.tasks[index] for index in indices]
+        prompts, settings = [self.prompts[index] for index in indices], [self.settings[index] for index in indices]
+        return Request(prompts, settings, self.n, tasks)
 
 
 @dataclass(frozen=True)
@@ -64,12 +77,32 @@ class RolloutEngine(Protocol):
         ...
 
 
+class Player(Protocol):
+    """Plays an environment with an engine."""
+
+    def answer(self, request: Request) -> Sequence[Completion]:
+        """An episode as a completion for each sample of each task of the request, in order."""
+        ...
+
+
+def answers_of(engine: Engine, player: Player | None, request: Request) -> list[Completion]:
+    """The completions of a request: episodes of its tasks, or what the engine generates from its prompts."""
+    if player is not None:
+        return [*player.answer(request)]
+    return engine.generate(request.prompts, request.settings, n=request.n)
+
+
 class LocalRollouts:
     """The engine over the weights in training."""
 
-    def __init__(self, engine: Engine, *, data_parallel: tuple[int, int] = (0, 1)) -> None:
-        """data_parallel: (rank, size): this process answers every `size`-th prompt."""
-        self.tokenizer, self._engine, self._data_parallel = engine.tokenizer, engine, data_parallel
+    def __init__(
+        self, engine: Engine, *, player: Player | None = None, data_parallel: tuple[int, int] = (0, 1)
+    ) -> None:
+        """player: of an environment, with this engine. data_parallel: (rank, size): this process answers every
+        `size`-th prompt.
+        """
+        self.tokenizer, self._engine, self._player = engine.tokenizer, engine, player
+        self._data_parallel = data_parallel
 
     @property
     def summary(self) -> str:
@@ -80,7 +113,7 @@ class LocalRollouts:
         indices = range(rank, len(request.prompts), ranks)
         own = request.of(indices)
         # A rank may have no prompts.
-        completions = self._engine.generate(own.prompts, own.settings, n=request.n) if own.prompts else []
+        completions = answers_of(self._engine, self._player, own) if own.prompts else []
         return Written([replace(each, prompt_index=indices[each.prompt_index]) for each in completions])
 
     def timing(self) -> dict[str, float]:

@@ -18,7 +18,9 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from loopos.config.diagnostics import MissingRequirement, UserError
+from loopos.config.environments import EnvironmentSection
 from loopos.config.sections import TrainingSection
+from loopos.data.templates import ChatTemplate
 from loopos.generation.completions import Completion, FinishReason
 from loopos.generation.engine import Engine
 from loopos.generation.settings import SamplingParams
@@ -26,7 +28,8 @@ from loopos.models.active_adapters import ADAPTER
 from loopos.models.adapters import train_adapters
 from loopos.models.backbone import headless
 from loopos.models.load import NUMBER_FORMATS, Sizes, cast_parameters, load_pretrained
-from loopos.rl.workers.protocol import Order, Request
+from loopos.rl.episodes import EpisodePlayer
+from loopos.rl.workers.protocol import Order, Request, answers_of
 from loopos.storage.tensor_files import safetensors_chunks
 
 
@@ -35,7 +38,8 @@ class WorkerRecipe:
     """What a worker needs to build the policy's model. `writer`: the generation engine. `training`: how the
     policy's adapters are made, if it trains as some; their base must have this `fingerprint`, because only the adapters
     are sent. `adapter`: the folder of those that train on. `max_length`: maximum tokens of prompt and response, None
-    for the model's own limit. `logprobs_mode`: vLLM's name of the returned log-probabilities.
+    for the model's own limit. `logprobs_mode`: vLLM's name of the returned log-probabilities. `environment`: what the
+    policy plays, under `chat_template`.
     """
 
     writer: Literal["ray", "vllm"]
@@ -50,6 +54,8 @@ class WorkerRecipe:
     on_gpu: bool
     max_length: int | None = None
     logprobs_mode: str = "processed_logprobs"
+    environment: EnvironmentSection | None = None
+    chat_template: str = "auto"
 
 
 class Writer(Protocol):
@@ -124,6 +130,10 @@ class EngineWriter:
             causal.to("cuda")  # type: ignore[arg-type]  # transformers' stub wants the model itself
         self._parameters = dict(causal.named_parameters())
         self._engine = Engine(causal, pretrained.tokenizer)
+        self._player: EpisodePlayer | None = None
+        if recipe.environment is not None:
+            template = ChatTemplate(pretrained.tokenizer, recipe.chat_template)
+            self._player = EpisodePlayer(self._engine, template, recipe.environment)
 
     @torch.no_grad()
     def take(self, weights: Mapping[str, Tensor]) -> None:
@@ -132,7 +142,7 @@ class EngineWriter:
             self._parameters[name].copy_(tensor)
 
     def write(self, request: Request) -> list[Completion]:
-        return self._engine.generate(request.prompts, request.settings, n=request.n)
+        return answers_of(self._engine, self._player, request)
 
 
 class TakesWeights:

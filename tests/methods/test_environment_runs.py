@@ -1,0 +1,266 @@
+"""Training in an environment: what the model wrote trains, what tools wrote is context; and exact resume."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from fake_workers import FakeWorkers
+from killed_runs import check_kills_leave_no_trace, digest
+from online_runs import online_config, trained
+from preference_runs import events_of
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from typer.testing import CliRunner
+from worlds import run_world
+
+from loopos.cli.commands import app
+from loopos.config.diagnostics import DataError, UserError
+from loopos.config.ppo import PpoConfig
+from loopos.methods.ppo import PpoTrainer
+from loopos.rl.workers import opening
+from loopos.rl.workers.worker import RolloutWorker
+from loopos.storage.events import fingerprint
+from loopos.training.progress import RunProgress
+
+OWN = "tests.rl.own_environments"
+TASKS = [{"goal": goal, "secret": number} for number, goal in enumerate(["a", "b b", "a", "the parcel"])]
+# Calls are whole turns; a tool's result is between two turns.
+TEMPLATE = (
+    "{% if tools %}{{ tools[0].function.name }}{% endif %}{% for message in messages %}"
+    "{{ '<|user|>' if message.role == 'user' else '<|end|>' if message.role == 'tool' else '' }}{{ message.content }}"
+    "{% for call in message.tool_calls or [] %}{{ call.function.name + (call.function.arguments | tojson) }}{% endfor %}"
+    "{{ '<|im_end|>' if message.role == 'assistant' else '<|assistant|>' }}{% endfor %}"
+)
+
+
+@pytest.fixture(scope="module")
+def actor(tmp_path_factory: pytest.TempPathFactory, pico_folder: Path) -> Path:
+    """The pico model with a template for tools; every fourth token or so it ends its turn."""
+    folder = tmp_path_factory.mktemp("actor")
+    tokenizer = AutoTokenizer.from_pretrained(pico_folder)
+    tokenizer.add_tokens(["<|user|>", "<|assistant|>", "<|end|>", "<|im_end|>"], special_tokens=True)
+    tokenizer.chat_template = TEMPLATE
+    model = AutoModelForCausalLM.from_pretrained(pico_folder, tie_word_embeddings=False)
+    model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+    with torch.no_grad():
+        # A direction that every state has, which the end of a turn is read from.
+        model.get_input_embeddings().weight[:, 0] = 1.0
+        model.lm_head.weight[tokenizer.convert_tokens_to_ids("<|im_end|>"), 0] += 1.0
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def played_config(
+    run: Path,
+    weights: Path,
+    method: str = "grpo",
+    *,
+    environment: dict[str, Any] | None = None,
+    functions: Sequence[dict[str, Any]] = (),
+    **sections: Any,
+) -> PpoConfig:
+    """Runs in an environment in which every turn that ends is a call."""
+    generation = {"max_new_tokens": 8, **sections.pop("generation", {})}
+    config = online_config(run, weights, method, generation=generation, **sections)
+    played = {
+        "name": f"{OWN}:Guess", "tool_parser": f"{OWN}:any_guess", "max_turns": 4, "max_tokens": 60,
+        **(environment or {}),
+    }  # fmt: skip
+    Path(config.data.source).write_text("".join(json.dumps(task) + "\n" for task in TASKS))
+    values = config.model_dump(mode="json", exclude_unset=True)
+    values["reward"]["functions"] = [*functions]
+    return PpoConfig.model_validate({**values, "environment": played})
+
+
+def rows_of(file: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in file.read_text().splitlines()]
+
+
+def test_only_what_the_model_wrote_trains(tmp_path: Path, actor: Path) -> None:
+    """The first update by plain SGD is that of a plain computation: Σ −A·∇log p over written tokens / their number."""
+    training = {
+        "max_iterations": 1, "optimizer": "sgd", "learning_rate": 1.0, "max_grad_norm": None, "log_rollouts": 12,
+        "validate_every": 1, "loss_normalization": "token", "inner_epochs": 1,
+    }  # fmt: skip
+    config = played_config(
+        tmp_path / "run", actor, training=training, data={"validation_data": str(tmp_path / "run.jsonl")}
+    )
+    method = PpoTrainer(config, progress=RunProgress(quiet=True))
+    drawn: list[Any] = []
+    collect = method._drawn
+    method._drawn = lambda iteration: drawn.append(collect(iteration)) or drawn[-1]  # type: ignore[method-assign,func-returns-value]
+    method.train()
+    rollouts = drawn[0].trained
+    episodes = [rollout.response.episode for rollout in rollouts]
+    assert max(episode.turns for episode in episodes) > 2
+    assert any(not written for episode in episodes for written in episode.mask)
+    model = AutoModelForCausalLM.from_pretrained(actor)
+    scores = torch.tensor([episode.reward for episode in episodes]).view(-1, 4)
+    advantages = ((scores - scores.mean(1, keepdim=True)) / (scores.std(1, keepdim=True) + 1e-4)).flatten()
+    total, loss = sum(sum(episode.mask) for episode in episodes), torch.zeros(())
+    for rollout, episode, advantage in zip(rollouts, episodes, advantages, strict=True):
+        whole = torch.tensor([[*episode.prompt_ids, *episode.ids]])
+        logprobs = model(whole).logits[0, :-1].log_softmax(-1).gather(1, whole[0, 1:, None])[:, 0]
+        own = logprobs[len(episode.prompt_ids) - 1 :][torch.tensor(episode.mask)]
+        assert len(rollout.logprobs) == len(own) == rollout.response.num_tokens
+        torch.testing.assert_close(rollout.logprobs, own.detach(), atol=1e-5, rtol=0)
+        torch.testing.assert_close(rollout.engine_logprobs, own.detach(), atol=1e-5, rtol=0)
+        loss = loss - advantage * own.sum() / total
+    loss.backward()
+    trained_weights = load_file(tmp_path / "run" / "model" / "model.safetensors")
+    for name, parameter in model.named_parameters():
+        assert parameter.grad is not None
+        expected = parameter.detach() - parameter.grad
+        torch.testing.assert_close(trained_weights[name], expected, atol=2e-6, rtol=1e-5)
+    [event] = events_of(tmp_path / "run", "rollout")
+    assert event["score_environment"] == pytest.approx(event["reward"]) == float(scores.mean())
+    assert event["turns"] == sum(episode.turns for episode in episodes) / 12
+    assert event["model_tokens"] == total / 12 == event["response_length"]
+    logged = rows_of(tmp_path / "run" / "rollouts.jsonl")
+    assert [row["messages"][1]["role"] for row in logged if len(row["messages"]) > 1][:1] == ["tool"]
+    assert sum(row["tool_tokens"] for row in logged) == pytest.approx(event["tool_tokens"] * 12)
+    validation = events_of(tmp_path / "run", "validation")[0]
+    assert {"turns", "tool_calls", "score_environment"} <= set(validation)
+    assert len(rows_of(tmp_path / "run" / "samples.jsonl")) == 2 * len(TASKS)
+
+
+def test_a_critic_and_functions_beside_the_environment(tmp_path: Path, actor: Path) -> None:
+    """PPO over several turns; a reward function sees the messages, and its weight counts beside the environment's."""
+    functions = [{"name": f"{OWN}:num_results", "label": "results", "weight": 0.5}]
+    config = played_config(
+        tmp_path / "run", actor, "ppo", environment={"reward_weight": 2.0}, functions=functions,
+        generation={"responses_per_prompt": 1},
+        training={"batch_size": 4, "value_model": "shared", "kl_coefficient": 0.1, "inner_epochs": 2, "minibatches": 2},
+    )  # fmt: skip
+    trained(config)
+    for event in events_of(tmp_path / "run", "rollout"):
+        weighted = 2.0 * event["score_environment"] + 0.5 * event["score_results"]
+        assert event["reward"] == pytest.approx(weighted, abs=1e-6)
+        assert event["logprob_mismatch"] < 1e-5
+        assert "kl" in event
+
+
+def bits_of(run: Path) -> dict[str, str]:
+    last = max((run / "checkpoints").glob("step-*"))
+    files = [run / "model" / "model.safetensors", *sorted(last.glob("*.safetensors")), run / "rollouts.jsonl"]
+    return {file.name: digest(file) for file in files} | {"metrics": fingerprint(run / "events.jsonl")}
+
+
+def resumed(config: PpoConfig) -> None:
+    PpoTrainer(config, progress=RunProgress(quiet=True)).train(resume=True)
+
+
+STEPS = {"max_iterations": 3, "inner_epochs": 2, "minibatches": 2, "optimizer": "sgd", "learning_rate": 0.05}
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning")
+def test_killed_at_random_moments(tmp_path: Path, actor: Path) -> None:
+    """In rollouts, inner epochs and saves; the tools wait a little, so that kills fall into them too."""
+    training = {**STEPS, "save_every": 1, "keep_last": 2, "log_rollouts": 4, "dynamic_sampling": 1}
+    runs = {which: tmp_path / which / "run" for which in ("whole", "killed")}
+    configs = {}
+    for which, run in runs.items():
+        run.parent.mkdir()
+        configs[which] = played_config(run, actor, training=training, environment={"name": f"{OWN}:SlowGuess"})
+    began = time.monotonic()
+    trained(configs["whole"])
+    seconds = time.monotonic() - began
+    check_kills_leave_no_trace(
+        lambda: resumed(configs["killed"]), runs["killed"], bits_of, bits_of(runs["whole"]),
+        kills=2, seconds=seconds, latest=0.8, seed="environment moments",
+    )  # fmt: skip
+
+
+@pytest.mark.slow
+def test_two_processes_are_one(tmp_path: Path, actor: Path) -> None:
+    for world, size in {"one": 16, "two": 8}.items():
+        training = {**STEPS, "batch_size": size, "log_rollouts": 16}
+        config = played_config(tmp_path / world, actor, training=training)
+        if world == "one":
+            trained(config)
+        else:
+            run_world(2, [(config, False)])
+    for kind in ("step", "rollout"):
+        one, two = (events_of(tmp_path / world, kind) for world in ("one", "two"))
+        assert len(one) == len(two) > 0
+        for mine, theirs in zip(one, two, strict=True):
+            own = {key: value for key, value in mine.items() if key != "tokens"}
+            assert {key: value for key, value in theirs.items() if key != "tokens"} == pytest.approx(own, abs=1e-5)
+    one, two = (rows_of(tmp_path / world / "rollouts.jsonl") for world in ("one", "two"))
+    assert [row["messages"] for row in one] == [row["messages"] for row in two]
+
+
+def test_workers_play_what_the_local_engine_plays(
+    tmp_path: Path, actor: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two workers with models of their own, one of which dies: the same episodes, so the same weights."""
+    made: list[FakeWorkers] = []
+
+    def transport(recipe: Any, section: Any) -> FakeWorkers:
+        behave = lambda worker, order: "die" if (worker, order) == (1, 1) else "answer"  # noqa: E731
+        made.append(FakeWorkers(lambda: RolloutWorker(recipe).write, behave))
+        return made[-1]
+
+    monkeypatch.setattr(opening, "RayTransport", transport)
+    monkeypatch.setattr(opening, "find_spec", lambda name: name)
+    for engine in ("local", "ray"):
+        (tmp_path / engine).mkdir()
+        training = {"max_iterations": 2, "learning_rate": 1e-2}
+        trained(played_config(tmp_path / engine / "run", actor, rollout={"engine": engine}, training=training))
+    ours, theirs = (load_file(tmp_path / e / "run" / "model" / "model.safetensors") for e in ("local", "ray"))
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+    assert len(made) == 1
+
+
+@pytest.mark.parametrize(
+    ("sections", "expected"),
+    [
+        ({"generation": {"stop": ["x"]}}, "stop strings with an environment"),
+        ({"rollout": {"engine": "vllm"}}, '"local" or "ray"'),
+        ({"rollout": {"engine": "ray", "max_staleness": 1}}, "episodes are not stored ahead"),
+        ({"generation": {"overlong_buffer": 0.5}}, "environment.max_tokens an episode"),
+        ({"environment": {"max_tokens": 400}, "training": {"max_length": 256}}, "environment.max_tokens"),
+    ],
+)
+def test_settings_that_an_environment_does_not_take(
+    sections: dict[str, Any], expected: str, tmp_path: Path, actor: Path
+) -> None:
+    config = played_config(tmp_path / "run", actor, **sections)
+    file = tmp_path / "run.json"
+    file.write_text(json.dumps(config.model_dump(mode="json", exclude_unset=True)))
+    result = CliRunner().invoke(app, ["validate", str(file)])
+    assert result.exit_code == 2
+    assert expected in result.stderr
+
+
+def test_mistakes_name_the_row_and_the_class(tmp_path: Path, actor: Path) -> None:
+    config = played_config(tmp_path / "run", actor, environment={"name": f"{OWN}:Counter"})
+    with pytest.raises(UserError, match=r"reset needs the column prompt; the row has goal, secret\n    for .*run\.jsonl:1"):
+        trained(config)
+    Path(config.data.source).write_text('{"prompt": "a"}\n')
+    with pytest.raises(UserError, match="has no method reward"):
+        trained(config)
+    Path(config.data.source).write_text('{"prompt": "a"}\n{"prompt"\n')
+    with pytest.raises(DataError, match=r"run\.jsonl:2"):
+        trained(config)
+
+
+def test_check_and_dry_run(tmp_path: Path, actor: Path) -> None:
+    config = played_config(tmp_path / "run", actor)
+    file = tmp_path / "run.json"
+    file.write_text(json.dumps(config.model_dump(mode="json", exclude_unset=True)))
+    result = CliRunner().invoke(app, ["train", str(file), "--dry-run", "--json"], catch_exceptions=False)
+    assert result.exit_code == 0, result.stderr
+    plan = json.loads(result.stdout)
+    assert (plan["prompts"]["train"], plan["tokens"]["response"]) == (len(TASKS), 60)
+    result = CliRunner().invoke(app, ["rl", "check", str(file), "--answers", "4"], catch_exceptions=False)
+    assert result.exit_code == 0, result.stderr
+    assert "environment" in result.stdout
