@@ -468,7 +468,7 @@ def test_keys_without_effect_are_noted(
 
 
 @pytest.mark.parametrize(
-    ("config_class", "num_definitions"), [(RewardModelConfig, 11), (PpoConfig, 15), (RlhfConfig, 20)]
+    ("config_class", "num_definitions"), [(RewardModelConfig, 11), (PpoConfig, 16), (RlhfConfig, 20)]
 )
 def test_the_schema_describes_every_key(config_class: type[MethodConfig], num_definitions: int) -> None:
     described = schema(config_class)

@@ -38,7 +38,9 @@ _DATA_EXPECTED = (
 )
 TASKS = "reasoning-gym:"
 """Begins a source of rows that reasoning-gym makes: "reasoning-gym:chain_sum?size=2000&seed=1"."""
-_TASK = re.compile(rf"{TASKS}\w+(\?\w+=[^&]*(&\w+=[^&]*)*)?")
+ENVIRONMENT_ROWS = "environment:"
+"""Begins a source of rows that an environment makes: "environment:calculator_search?number=2000&seed=1"."""
+_TASK = re.compile(rf"(?:{TASKS}|{ENVIRONMENT_ROWS})\w+(\?\w+=[^&]*(&\w+=[^&]*)*)?")
 
 
 def expanded(value: str) -> str:
@@ -120,9 +122,12 @@ def check_tokenizer(field: str, value: str) -> Iterator[Problem]:
 def check_rows(field: str, value: str, example: str) -> Iterator[Problem]:
     """Check a data source; `example` is one row as JSON, for the hint."""
     hint = f"one row looks like {example}"
-    if value.startswith(TASKS) and not os.path.exists(value):
+    if value.startswith((TASKS, ENVIRONMENT_ROWS)) and not os.path.exists(value):
         if _TASK.fullmatch(value) is None:
-            expected = f'a task and its settings, such as "{TASKS}chain_sum?size=2000&seed=1"'
+            example = f"{TASKS}chain_sum?size=2000&seed=1"
+            if value.startswith(ENVIRONMENT_ROWS):
+                example = f"{ENVIRONMENT_ROWS}calculator_search?number=2000&seed=1"
+            expected = f'a task and its settings, such as "{example}"'
             yield Problem((field,), f'"{value}"', expected)
         return
     is_glob = glob.has_magic(value) and not os.path.exists(value)

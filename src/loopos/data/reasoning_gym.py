@@ -39,7 +39,7 @@ def task_records(source: str) -> Records:
     if name not in factory.DATASETS:
         hint = did_you_mean(name, list(factory.DATASETS)) or "`reasoning_gym.factory.DATASETS` has all tasks"
         raise file_error(source, f"the task {shown(name)}", "a task of reasoning-gym", hint, field="task")
-    settings_of = {**_DEFAULTS, **{key: _value(text) for key, text in parse_qsl(settings, keep_blank_values=True)}}
+    settings_of = {**_DEFAULTS, **settings_in(settings)}
     known = [field.name for field in dataclasses.fields(factory.DATASETS[name][1])]
     for key in settings_of:
         if key not in known:
@@ -59,6 +59,11 @@ def task_records(source: str) -> Records:
         raise file_error(
             source, f"settings that the task refuses ({type(problem).__name__}: {problem})", "others", field="task"
         ) from problem
+
+
+def settings_in(query: str) -> dict[str, object]:
+    """Settings as they stand behind the question mark: "size=2000&seed=1"."""
+    return {key: _value(text) for key, text in parse_qsl(query, keep_blank_values=True)}
 
 
 def _value(text: str) -> object:

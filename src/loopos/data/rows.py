@@ -16,10 +16,11 @@ from pathlib import Path
 from typing import Literal, TypeAlias
 
 from loopos.config.diagnostics import DataError, Diagnostic
-from loopos.config.paths import expanded
+from loopos.config.paths import ENVIRONMENT_ROWS, expanded
 from loopos.data.columns import plain_name
 from loopos.data.decoding import PLAIN_RULES, TextRules, read_lines, read_text
 from loopos.data.delimited import DELIMITER_NAMES, BrokenQuote, delimited_records, split_record
+from loopos.data.environment_rows import environment_records
 from loopos.data.json_records import is_json_lines, json_document, json_lines
 from loopos.data.reasoning_gym import task_records
 from loopos.data.record import MAXIMUM_DIAGNOSTICS, SKIP_ROWS, BadRows, ReadReport, Record, Records, file_error, shown
@@ -251,7 +252,7 @@ class RowReader:
             case "hub":
                 yield name, hub_records(name, self.split, self.subset, self.streaming, report)
             case "task":
-                yield name, task_records(name)
+                yield name, environment_records(name) if name.startswith(ENVIRONMENT_ROWS) else task_records(name)
 
 
 def read(

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Literal, TypeAlias
 
 from loopos.config.diagnostics import DataError
-from loopos.config.paths import TASKS
+from loopos.config.paths import ENVIRONMENT_ROWS, TASKS
 from loopos.data.decoding import require_regular
 from loopos.data.record import file_error, shown
 
@@ -53,7 +53,7 @@ _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 @dataclass(frozen=True, slots=True)
 class Location:
     """What a source is: `files` with their formats, the path of a `saved` data set, the id of one on the `hub`, or a
-    `task` of reasoning-gym.
+    `task` of reasoning-gym or of an environment.
     """
 
     kind: Literal["files", "saved", "hub", "task"]
@@ -67,7 +67,7 @@ def locate(source: str, split: str) -> Location:
 
     Args:
         source: a file, a folder of files, a folder written by `save_to_disk`, a glob, a hub id "org/name", or a
-            task "reasoning-gym:NAME".
+            task "reasoning-gym:NAME" or "environment:NAME".
         split: which files of a folder count, where their names say it.
     Raises:
         DataError: nothing there (with the names that come near), or nothing that can be read.
@@ -81,7 +81,7 @@ def locate(source: str, split: str) -> Location:
         return Location("files", source, ((source, file_format(source)),))
     if os.path.isfile(sheet_of(source)[0]):
         return Location("files", source, ((source, "xlsx"),))
-    if source.startswith(TASKS):
+    if source.startswith((TASKS, ENVIRONMENT_ROWS)):
         return Location("task", source)
     if glob.has_magic(source):
         return _glob(source)

@@ -362,8 +362,8 @@ def conversation(response: Response) -> dict[str, Any]:
     episode = response.episode
     if episode is None:
         return {}
-    said = [message.as_template() for message in episode.messages[episode.num_prompt_messages :]]
-    return {"messages": said, "finish_reason": episode.finish_reason, "tool_tokens": episode.mask.count(False)}
+    messages = [message.as_template() for message in episode.messages[episode.num_prompt_messages :]]
+    return {"messages": messages, "finish_reason": episode.finish_reason, "tool_tokens": episode.mask.count(False)}
 
 
 def _require_finite(metrics: Mapping[str, float], number: int, *, is_rewarded: bool) -> None:

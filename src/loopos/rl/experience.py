@@ -315,6 +315,23 @@ class AdvantageSettings:
             mask_truncated=settings.mask_truncated,
         )
 
+    def inputs(
+        self, scores: Tensor, rewards: Tensor, mask: Tensor, *, groups: Tensor, judged: Tensor, values: Tensor | None
+    ) -> AdvantageInputs:
+        """What the algorithm's advantages are computed from."""
+        return AdvantageInputs(
+            scores=scores,
+            rewards=rewards,
+            mask=mask,
+            groups=groups,
+            judged=judged,
+            values=values,
+            discount=self.discount,
+            gae_lambda=self.gae_lambda,
+            baseline=self.baseline,
+            scale=self.scale,
+        )
+
 
 class Response(Protocol):
     """Tokens after a prompt, which of them the policy wrote (None = all), and whether they have their end."""
@@ -381,18 +398,7 @@ def experience_of(
     rewards = token_rewards(scores, penalty, mask, kl_coefficient=kl_coefficient)
     if settings.whiten_rewards:
         rewards = whitened(rewards, learned, shift_mean=False)
-    inputs = AdvantageInputs(
-        scores=scores,
-        rewards=rewards,
-        mask=mask,
-        groups=groups,
-        judged=is_judged,
-        values=state_values,
-        discount=settings.discount,
-        gae_lambda=settings.gae_lambda,
-        baseline=settings.baseline,
-        scale=settings.scale,
-    )
+    inputs = settings.inputs(scores, rewards, mask, groups=groups, judged=is_judged, values=state_values)
     advantages, returns = settings.algorithm.advantages(inputs)
     if settings.whiten_advantages:
         advantages = whitened(advantages, learned)
