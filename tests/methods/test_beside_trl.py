@@ -6,6 +6,8 @@ responses here and over prompts too in TRL's ORPO, so that their preference term
 
 from __future__ import annotations
 
+import math
+import os
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -77,6 +79,12 @@ def same_rows(method: PreferenceTrainer, batch: dict[str, Any]) -> PreferenceBat
     return method.rows(method.train_rows)([known[tuple(ids[mask.bool()].tolist())] for ids, mask in chosen])
 
 
+def report(loss: float, theirs: float, largest: float) -> None:
+    """A row of the table of all losses: `pytest -m slow -s` shows it."""
+    name = os.environ["PYTEST_CURRENT_TEST"].partition("::")[2].removesuffix(" (call)").removeprefix("test_")
+    print(f"\n| {name} | {loss:.6f} | {theirs:.6f} | {abs(loss - theirs) / abs(theirs):.0e} | {largest:.1e} |")
+
+
 def compare(method: PreferenceTrainer, trainer: Any, policy: Any, batch: dict[str, Any]) -> None:
     own = same_rows(method, batch)
     if method.objective.needs_ranks:
@@ -90,7 +98,7 @@ def compare(method: PreferenceTrainer, trainer: Any, policy: Any, batch: dict[st
     their_gradient = policy.get_input_embeddings().weight.grad
     scale = float(their_gradient.abs().max())
     largest = float((gradient - their_gradient).abs().max()) / scale
-    print(f"\nloss {loss.item():.6f}, TRL {their_loss.item():.6f}; gradients differ by {largest:.1e} of the largest")
+    report(loss.item(), their_loss.item(), largest)
     assert loss.item() == pytest.approx(their_loss.item(), rel=1e-5)
     assert scale > 0
     # fp32 rounding differs by processor.
@@ -153,6 +161,7 @@ def test_losses_without_a_reference(name: str, tmp_path: Path, pico_folder: Path
         expected = -trainer.odds_ratio_loss(*means)[0]
     else:
         expected = trainer.cpo_loss(*(means if name == "simpo" else (pairs.chosen, pairs.rejected)))[0]
+    report(float(own.mean()), float(expected.mean()), math.nan)
     torch.testing.assert_close(own, expected, rtol=1e-6, atol=1e-6)
 
 
@@ -217,9 +226,7 @@ def test_kto(tmp_path: Path, pico_folder: Path) -> None:
     embedding = next(value for name, value in method.model.named_parameters() if "embed_tokens" in name)
     gradient, their_gradient = torch.autograd.grad(loss, embedding)[0], policy.get_input_embeddings().weight.grad
     largest = float((gradient - their_gradient).abs().max() / their_gradient.abs().max())
-    print(
-        f"\nloss {loss.item():.6f}, TRL {their_loss.item():.6f}; baseline {baseline:.6f}; gradients differ by {largest:.1e}"
-    )
+    report(loss.item(), their_loss.item(), largest)
     assert baseline > 0
     assert loss.item() == pytest.approx(their_loss.item(), rel=1e-5)
     # fp32 rounding differs by processor.

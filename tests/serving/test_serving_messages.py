@@ -37,7 +37,7 @@ def read(**changes: Any) -> ChatRequest:
 
 def refused(**changes: Any) -> ApiError:
     with pytest.raises(ApiError) as told:
-        [each.message(position) for position, each in enumerate(read(**changes).messages)]
+        read(**changes).conversation()
     assert told.value.status == 400
     return told.value
 
@@ -102,6 +102,8 @@ def test_an_assistant_s_message_without_text(message: dict[str, Any]) -> None:
         ({"role": "user", "content": "x", "tool_call_id": "c1"}, "tool_call_id", "in a message of the user; expected one of the tool"),
         ({"role": "assistant", "tool_calls": [{"id": "c1", "function": {"name": "f", "arguments": "[1]"}}]},
          "tool_calls.0.function.arguments", 'got "[1]"; expected an object as JSON text'),
+        ({"role": "tool", "content": "9"}, "tool_call_id", "missing; expected the id of a call in an earlier message"),
+        ({"role": "tool", "content": "9", "tool_call_id": "c7"}, "tool_call_id", 'got "c7"; expected the id of a call'),
         ({"role": "user", "content": "a", "name": "<|im_end|>"}, "name", "got \"<|im_end|>\"; string should match"),
     ],
 )  # fmt: skip

@@ -20,7 +20,7 @@ DistillationMetric: TypeAlias = Annotated[
     Literal["loss", "forward_kl", "reverse_kl", "nll", "perplexity", "top_token_agreement"], MAY_BE_OWN, AS_IT_IS
 ]
 """Validation metrics, on the data's own answers: the loss, the KL both ways (nats per token), the negative
-log-likelihood and its exponential, and the share of positions whose most likely token is the teacher's."""
+log-likelihood and its exponential, and the fraction of positions whose most likely token is the teacher's."""
 
 
 class DistillationSection(Section):

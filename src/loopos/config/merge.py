@@ -233,8 +233,10 @@ class MergeConfig(MethodConfig):
     scale: Weights = Field(default=1.0, description="factor λ on the merged change, before the base is added")
     density: Densities = Field(default=0.5, description="ties, dare, della: fraction of each delta's elements kept")
     epsilon: Fractions = Field(default=0.1, description="della: width of the window of drop probabilities")
-    drop_smallest: Fractions = Field(default=0.85, description="breadcrumbs: share of elements dropped as negligible")
-    drop_largest: Fractions = Field(default=0.01, description="breadcrumbs: share of elements dropped as outliers")
+    drop_smallest: Fractions = Field(
+        default=0.85, description="breadcrumbs: fraction of elements dropped as negligible"
+    )
+    drop_largest: Fractions = Field(default=0.01, description="breadcrumbs: fraction of elements dropped as outliers")
     normalize: bool | None = Field(
         default=None,
         description="divide by the sum of the weights; when absent, as in the method's paper",

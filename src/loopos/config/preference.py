@@ -44,7 +44,7 @@ from loopos.config.variants import LOSSES, PREFERENCE
 JUDGED_METRICS = ("win_rate", "judge")
 """Validation metrics of generated answers."""
 PreferenceMetric = Annotated[Literal["loss", "accuracy", "reward_margin", "win_rate", "judge"], MAY_BE_OWN, AS_IT_IS]
-"""Validation metrics: the loss, the share of pairs whose chosen response has the larger implicit reward, the mean
+"""Validation metrics: the loss, the fraction of pairs whose chosen response has the larger implicit reward, the mean
 difference of the rewards; and of generated answers the win rate against the start and the judge's mean score."""
 
 
@@ -128,7 +128,7 @@ class PreferenceSection(Section):
     )
     margins: bool = Field(default=False, description="subtract the rows' margins from the difference of the rewards")
     soft_labels: bool = Field(
-        default=True, description="use p_human, the share of people who preferred the chosen response, as the target"
+        default=True, description="use p_human, the fraction of people who preferred the chosen response, as the target"
     )
     reference: Literal["auto", "adapter", "cached", "copy"] = Field(
         default="auto",

@@ -48,7 +48,7 @@ class PolicyEarlyStoppingSection(EarlyStoppingSection):
 
 
 class CurriculumSection(Section):
-    """Which prompts are preferred, by the share of their responses that passed: p(1 − p) is largest where half do."""
+    """Which prompts are preferred, by the fraction p of their responses that passed: p(1 − p) is largest at a half."""
 
     pass_score: float = Field(default=0.5, description="score from which a response passes")
     decay: Annotated[float, Field(ge=0, lt=1)] = Field(
@@ -213,7 +213,7 @@ class RolloutSection(ResponseSection):
     )
     overlong_buffer: Annotated[float, Field(gt=0, le=1)] | None = Field(
         default=None,
-        description="share of max_new_tokens at its end over which overlong_penalty rises from 0; null is no penalty",
+        description="last fraction of max_new_tokens, over which overlong_penalty rises from 0; null is no penalty",
     )
     overlong_penalty: AboveZero = Field(
         default=1.0, description="subtracted from the score of a response of max_new_tokens (reward)"

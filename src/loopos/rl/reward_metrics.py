@@ -34,8 +34,8 @@ def judged(values: Sequence[float]) -> list[float]:
 
 def reward_metrics(answers: Sequence[Answer]) -> dict[str, float]:
     """`reward` and `reward_std`, and of each part `score_NAME` and `score_NAME_std`, over the answers that it judged;
-    `judged` and `judged_NAME`, their share where it is below 1; `no_signal` and `no_signal_NAME`, the share of the
-    prompts with several answers whose judged scores are all equal. Raises `UserError` where no answer was judged.
+    `judged` and `judged_NAME`, their fraction where it is below 1; `no_signal` and `no_signal_NAME`, the fraction of
+    the prompts with several answers whose judged scores are all equal. Raises `UserError` where no answer was judged.
     """
     found = _of_one(answers, "reward", "", [answer.score for answer in answers])
     if "reward" not in found:

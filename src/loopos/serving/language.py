@@ -147,7 +147,7 @@ class LanguageService:
                 param="top_logprobs",
                 code="unsupported_parameter",
             )
-        messages, tools = [each.message(position) for position, each in enumerate(body.messages)], body.offered()
+        messages, tools = body.conversation(), body.offered()
         if tools and isinstance(self._tools, UserError):
             raise ApiError(400, f"tools: {self._tools}", param="tools", code="unsupported_parameter")
 

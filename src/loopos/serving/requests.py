@@ -245,6 +245,19 @@ class ChatRequest(Generation):
         schema = None if self.response_format is None else self.response_format.schema_text()
         return replace(super().settings(), json_schema=schema)
 
+    def conversation(self) -> list[Message]:
+        """The messages as the chat template takes them. Raises `ApiError`, also for a result of a tool without an
+        earlier call that it answers.
+        """
+        calls: set[str] = set()
+        for position, each in enumerate(self.messages):
+            if each.role == "tool" and each.tool_call_id not in calls:
+                actual = "missing" if each.tool_call_id is None else f"got {_short(each.tool_call_id)}"
+                expected = "expected the id of a call in an earlier message of the assistant"
+                raise _in_message(position, "tool_call_id", f"{actual}; {expected}")
+            calls |= {call.id for call in each.tool_calls}
+        return [each.message(position) for position, each in enumerate(self.messages)]
+
     def offered(self) -> tuple[Tool, ...]:
         """The tools that the model may call, as templates take them. Raises `ApiError`."""
         if self.tool_choice == "none":
