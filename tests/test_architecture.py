@@ -182,7 +182,7 @@ def test_files_and_functions_stay_short() -> None:
         text = file.read_text(encoding="utf-8")
         if (lines := text.count("\n")) > MOST_LINES_OF_A_FILE:
             wrong.append(at(file, lines, f"{lines} lines, at most {MOST_LINES_OF_A_FILE}"))
-        for node in ast.walk(ast.parse(text)):
+        for node in ast.walk(tree_of(file)):
             if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) and node.end_lineno is not None:
                 length = node.end_lineno - node.lineno + 1
                 if length > MOST_LINES_OF_A_FUNCTION:

@@ -171,6 +171,7 @@ def test_mistakes_are_user_errors_and_write_nothing(
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("few_goes")
 def test_nothing_is_shown_unless_asked_for(
     pico_folder: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]

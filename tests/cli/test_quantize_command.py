@@ -37,6 +37,7 @@ def test_quantize_writes_a_report_and_every_command_opens_the_model(
     assert not (tmp_path / "no").exists()
 
 
+@pytest.mark.slow
 def test_a_recipe_runs_again_and_options_win_over_it(invoke: Invoke, pico_folder: Path, tmp_path: Path) -> None:
     words = ("--method", "int8", "--keep", "*.down_proj", "--keep", "lm_head")
     first = invoke("quantize", pico_folder, *words, "-o", tmp_path / "first")

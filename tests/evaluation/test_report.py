@@ -207,6 +207,7 @@ def test_a_folder_that_is_no_run_is_refused(tmp_path: Path, name: str) -> None:
         write_report(run)
 
 
+@pytest.mark.slow
 def test_the_report_needs_no_torch_and_no_display(tmp_path: Path) -> None:
     code = (
         f"import sys; sys.path[:] = {sys.path!r}\n"
