@@ -170,6 +170,14 @@ def _undrawn() -> Iterator[None]:
 
 
 @pytest.fixture(scope="session", autouse=True)
+def _not_flushed() -> Iterator[None]:
+    """Files stay in the system's memory: tests end processes, never the machine, and a disk takes milliseconds a file."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "fsync", lambda descriptor: None)
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
 def _measured_once() -> Iterator[None]:
     """Dry runs measure this machine as ever, but once: each time takes a second."""
     from loopos.planning import dry_run

@@ -255,7 +255,7 @@ def train(invoke: Invoke, run: Path, method: str, weights: Path, rows: Path, **t
 @pytest.mark.parametrize(
     ("keep", "method"),
     slow_but(
-        [("best", "sft"), ("pairs", "dpo"), ("groups", "reward_model"), ("all", "kto")],
+        [("best", "sft"), ("groups", "reward_model"), ("all", "kto")],
         [("best", "sft"), ("pairs", "dpo"), ("pairs", "reward_model"), ("groups", "reward_model"), ("all", "kto"),
          ("all", "sft")],
     ),

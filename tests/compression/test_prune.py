@@ -127,7 +127,7 @@ def test_wanda_beside_a_plain_loop(pico_folder: Path, text: Path) -> None:
 STRUCTURED = [("heads", 0.5), ("channels", 0.25), ("layers", 0.5)]
 
 
-@pytest.mark.parametrize(("method", "sparsity"), slow_but(("channels", 0.25), STRUCTURED))
+@pytest.mark.parametrize(("method", "sparsity"), slow_but([("heads", 0.5), ("channels", 0.25)], STRUCTURED))
 def test_a_shrunk_folder_is_an_ordinary_smaller_model(
     method: str, sparsity: float, pico_folder: Path, text: Path, tmp_path: Path
 ) -> None:
@@ -191,21 +191,23 @@ def test_the_same_recipe_gives_the_same_weights(pico_folder: Path, text: Path, t
     assert all(torch.equal(second[name], tensor) for name, tensor in first.items())
 
 
-def test_a_classifier_stays_one(pico_folder: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("method", "sparsity"), slow_but(("layers", 0.5), [("wanda", 0.3), ("channels", 0.5), ("layers", 0.5)])
+)
+def test_a_classifier_stays_one(method: str, sparsity: float, pico_folder: Path, tmp_path: Path) -> None:
     """Its own training rows calibrate, its metric is measured, and every door still opens it."""
     rows = class_rows(40)
     config = config_of(tmp_path / "run", pico_folder, rows, model={"pooling": "last"})
     train(config)
     data = tmp_path / "run.jsonl"
     before = loopos.load(tmp_path / "run").evaluate_file(str(data))
-    for method, sparsity in (("wanda", 0.3), ("channels", 0.5), ("layers", 0.5)):
-        recipe = recipe_of(tmp_path / "run", method, data, sparsity=sparsity, evaluate=str(data))
-        result = Pruner(recipe).prune(tmp_path / method)
-        assert result.before.metrics["accuracy"] == before["accuracy"]
-        after = loopos.load(tmp_path / method)
-        assert result.after[0].measured.metrics["accuracy"] == after.evaluate_file(str(data))["accuracy"]
-        classifier = AutoModelForSequenceClassification.from_pretrained(tmp_path / method)
-        assert classifier.config.num_hidden_layers == (1 if method == "layers" else 2)
+    recipe = recipe_of(tmp_path / "run", method, data, sparsity=sparsity, evaluate=str(data))
+    result = Pruner(recipe).prune(tmp_path / method)
+    assert result.before.metrics["accuracy"] == before["accuracy"]
+    after = loopos.load(tmp_path / method)
+    assert result.after[0].measured.metrics["accuracy"] == after.evaluate_file(str(data))["accuracy"]
+    classifier = AutoModelForSequenceClassification.from_pretrained(tmp_path / method)
+    assert classifier.config.num_hidden_layers == (1 if method == "layers" else 2)
 
 
 @pytest.mark.slow
@@ -258,6 +260,7 @@ def test_sizes_that_do_not_fit_are_refused_and_nothing_is_left(pico_folder: Path
     assert [place.name for place in tmp_path.iterdir()] == ["text.md"]
 
 
+@pytest.mark.slow
 def test_heads_go_to_the_nearest_number_that_can_be_written(pico_folder: Path, text: Path, tmp_path: Path) -> None:
     result = Pruner(recipe_of(pico_folder, "heads", text, sparsity=0.1)).prune(tmp_path / "out")
     assert "1 of 2 key-value groups of 2 query heads leave every block" in result.after[0].summary[0]

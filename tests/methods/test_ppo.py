@@ -160,6 +160,7 @@ def test_the_clip_and_the_penalty_follow_their_formulas(
     assert abs(dear_steps[8]["value_loss"] - plain_steps[8]["value_loss"]) > 0.05
 
 
+@pytest.mark.slow
 def test_recomputed_activations_change_nothing(reward_runs: dict[str, Path], tmp_path: Path, pico_folder: Path) -> None:
     losses = []
     for name in (False, True):

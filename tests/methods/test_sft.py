@@ -219,7 +219,7 @@ def test_a_run_from_when_sft_was_another_name_of_chain_of_thought_resumes(tmp_pa
 
 @pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning")
 def test_killed_at_random_moments(tmp_path: Path, pico_folder: Path) -> None:
-    training = {"num_epochs": 8, "validate_every": 6, "save_every": 4, "schedule": "cosine", "keep_last": 2}
+    training = {"num_epochs": 4, "validate_every": 6, "save_every": 4, "schedule": "cosine", "keep_last": 2}
     config = sections_of(tmp_path / "whole", pico_folder, KINDS["conversations"] * 2, **training)
     config["generation"]["temperature"] = 0.7
     began = time.monotonic()
