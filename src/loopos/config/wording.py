@@ -39,9 +39,9 @@ def diagnostics_of(
 ) -> list[tuple[Path, Diagnostic]]:
     """One diagnostic for each invalid path of `error`, in its order.
 
-    `renamed` maps a moved key to the name that the user wrote. `others` gives the schemas of all methods, which may know
-    a key: called only for an unknown key, because it takes most of a second. Of a union's errors only the deepest is
-    reported.
+    `renamed` maps a moved key to the name that the user wrote. `others` gives the schemas of all methods, which may
+    know a key: called only for an unknown key, because it takes most of a second. Of a union's errors only the deepest
+    is reported.
     """
     found: dict[Path, Diagnostic] = {}
     for detail in error.errors(include_url=False, include_context=False, include_input=False):
