@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import random
@@ -33,6 +34,12 @@ SENTENCES = [
     "it broke after two days and nobody replies",
     "good value, works as described",
 ]
+
+
+def pytest_collection_finish() -> None:
+    """What imports have made stays to the end: the collector need not look through it again and again."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")

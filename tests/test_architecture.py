@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import gc
 import sys
 from collections.abc import Iterator
 from functools import cache
@@ -56,6 +57,14 @@ FRONT = {"__init__.py", "__main__.py", "api.py", "changes.py", "run.py"}
 @cache
 def modules() -> list[Path]:
     return sorted(SOURCE.rglob("*.py"))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _uncollected() -> Iterator[None]:
+    """Trees have no cycles to look for, and so many objects that the collector takes most of the time."""
+    gc.disable()
+    yield
+    gc.enable()
 
 
 @cache

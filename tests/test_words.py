@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import gc
 import re
 from collections.abc import Iterator
 from functools import cache
@@ -89,6 +90,14 @@ ORDINARY = {r"--licence": "the option's older spelling", r"page faults": "the ke
 
 def parts_of(identifier: str) -> list[str]:
     return [part.lower() for part in re.findall(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+", identifier)]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _uncollected() -> Iterator[None]:
+    """Trees have no cycles to look for, and so many objects that the collector takes most of the time."""
+    gc.disable()
+    yield
+    gc.enable()
 
 
 @cache
