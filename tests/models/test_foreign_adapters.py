@@ -150,7 +150,7 @@ def saved(model: PreTrainedModel, out: Path) -> Path:
 
 # What ties concern is tried with them, the rest without, and all with both by the slow tests.
 TIES = ("head", "embeddings", "lora on the head", "trainable tokens")
-RARE = ("rslora", "patterns", "target pattern", "layers_to_transform", "olora", "bias", "lora_bias", "loha", "lokr", "vera",
+RARE = ("replicated layers", "rslora", "patterns", "target pattern", "layers_to_transform", "olora", "bias", "lora_bias", "loha", "lokr", "vera",
         "adalora", "embeddings and head", "lora on embeddings", "excluded", "orthogonal", "pissa with rslora", "tokens of two", "norms", "lora_only", "parameters", "oft", "boft", "hra",
         "fourierft", "miss", "ln_tuning", "tokens only")  # fmt: skip
 ALL = [(name, kind) for name in ("untied", "tied") for kind in KINDS]
