@@ -4,7 +4,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 # pytest-xdist: three workers of one torch thread each, on two cores: a test that starts processes waits for them a quarter of its time.
 # A worker without work takes from the others' (worksteal), so that a long test met late does not keep one worker alone.
-PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 3 --dist worksteal
+# Bytecode is written whatever the environment says: without it every process compiles the package anew, every worker all tests.
+PYTEST := OMP_NUM_THREADS=1 PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest -n 3 --dist worksteal
 
 .PHONY: demo test test-slow test-cluster check format bench docs wheel clean
 

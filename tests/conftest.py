@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import random
 import signal
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +34,12 @@ SENTENCES = [
     "it broke after two days and nobody replies",
     "good value, works as described",
 ]
+
+
+def pytest_collection_finish() -> None:
+    """What imports have made stays to the end: the collector need not look through it again and again."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")
@@ -167,13 +176,31 @@ def _undrawn() -> Iterator[None]:
         yield
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _not_flushed() -> Iterator[None]:
+    """Files stay in the system's memory: tests end processes, never the machine, and a disk takes milliseconds a file."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "fsync", lambda descriptor: None)
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _measured_once() -> Iterator[None]:
+    """Dry runs measure this machine as ever, but once: each time takes a second."""
+    from loopos.planning import dry_run
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(dry_run, "measured_rates", cache(dry_run.measured_rates))
+        yield
+
+
 def _no_figure(*values: object, **named: object) -> str:
     return "<svg/>"
 
 
-@pytest.fixture(scope="module")
-def drawn() -> Iterator[None]:
-    """Reports have their figures, from here to the end of the file."""
+@contextmanager
+def drawing() -> Iterator[None]:
+    """Within it, reports have their figures."""
     from loopos.evaluation import drawing
     from loopos.evaluation import policy_report as frontier
 
@@ -182,6 +209,13 @@ def drawn() -> Iterator[None]:
             for name in names:
                 source = frontier if name == "frontier_svg" else drawing
                 patch.setattr(f"loopos.evaluation.{module}.{name}", getattr(source, name))
+        yield
+
+
+@pytest.fixture(scope="module")
+def drawn() -> Iterator[None]:
+    """Reports have their figures, from here to the end of the file."""
+    with drawing():
         yield
 
 

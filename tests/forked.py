@@ -27,11 +27,13 @@ class Child:
         self.returncode: int | None = None
         # What the parent holds must not be collected in the child: native objects, such as a session of onnxruntime,
         # wait there for threads that a fork does not copy.
+        frozen = gc.get_freeze_count()
         gc.freeze()
         self.pid = os.fork()
         if self.pid == 0:
             self._do(work, environment or {})
-        gc.unfreeze()
+        if not frozen:
+            gc.unfreeze()
 
     def _do(self, work: Callable[[], object], environment: Mapping[str, str]) -> None:
         status = 1

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from forked import Child
 
-NUM_KILLS = int(os.environ.get("LOOPOS_TEST_KILLS", "5"))
+NUM_KILLS = int(os.environ.get("LOOPOS_TEST_KILLS", "3"))
 
 
 def in_a_child(work: Callable[[], object], kill_after: float | None) -> int | None:

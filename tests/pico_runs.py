@@ -195,5 +195,14 @@ def write_weight_files(home: Path, folder: Path) -> Path:
 
 
 def slow_but(quick: Any, cases: Iterable[Any]) -> list[Any]:
-    """The cases of a parametrized test, of which all but `quick` are slow."""
-    return [case if case == quick else pytest.param(case, marks=pytest.mark.slow) for case in cases]
+    """The cases of a parametrized test, of which all but `quick` are slow: one case, or a list of them. A tuple is a
+    case of several arguments.
+    """
+    chosen = quick if isinstance(quick, list) else [quick]
+    cases = list(cases)
+    assert all(case in cases for case in chosen), f"no such cases: {chosen}"
+    return [case if case in chosen else _slow(case) for case in cases]
+
+
+def _slow(case: Any) -> Any:
+    return pytest.param(*(case if isinstance(case, tuple) else (case,)), marks=pytest.mark.slow)

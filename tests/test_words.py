@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import ast
+import gc
 import re
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -90,6 +92,19 @@ def parts_of(identifier: str) -> list[str]:
     return [part.lower() for part in re.findall(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+", identifier)]
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _uncollected() -> Iterator[None]:
+    """Trees have no cycles to look for, and so many objects that the collector takes most of the time."""
+    gc.disable()
+    yield
+    gc.enable()
+
+
+@cache
+def tree_of(file: Path) -> ast.Module:
+    return ast.parse(file.read_text(encoding="utf-8"))
+
+
 def identifiers_of(tree: ast.AST) -> Iterator[tuple[int, str]]:
     """Line and name of everything that a file names itself: not attributes of other libraries' objects."""
     for node in ast.walk(tree):
@@ -103,10 +118,10 @@ def identifiers_of(tree: ast.AST) -> Iterator[tuple[int, str]]:
             yield node.lineno, node.arg
 
 
-def private_identifiers(source: str) -> list[str]:
+def private_identifiers(tree: ast.AST) -> list[str]:
     """`12: told (say summary, message, describe())` for every private word of a file's identifiers."""
     found = []
-    for line, name in identifiers_of(ast.parse(source)):
+    for line, name in identifiers_of(tree):
         if name in ALLOWED:
             continue
         for part in parts_of(name):
@@ -149,11 +164,7 @@ def helps(group: Any, name: str = "loopos") -> Iterator[tuple[str, str]]:
 def test_identifiers_use_the_fields_words() -> None:
     files = sorted(SOURCE.rglob("*.py"))
     assert len(files) >= 200
-    found = [
-        f"{file.relative_to(ROOT)}:{each}"
-        for file in files
-        for each in private_identifiers(file.read_text(encoding="utf-8"))
-    ]
+    found = [f"{file.relative_to(ROOT)}:{each}" for file in files for each in private_identifiers(tree_of(file))]
     assert not found, "\n".join(found)
 
 
@@ -177,9 +188,7 @@ def test_the_documents_are_these() -> None:
 
 
 def test_what_is_allowed_is_still_used() -> None:
-    used = {
-        name for file in SOURCE.rglob("*.py") for _, name in identifiers_of(ast.parse(file.read_text(encoding="utf-8")))
-    }
+    used = {name for file in SOURCE.rglob("*.py") for _, name in identifiers_of(tree_of(file))}
     # typing's name is imported, not stored.
     assert sorted(set(ALLOWED) - used - {"TypeGuard"}) == []
 
@@ -196,7 +205,7 @@ def test_what_is_allowed_is_still_used() -> None:
     ],
 )
 def test_a_planted_identifier_is_found(planted: str, found: list[str]) -> None:
-    assert private_identifiers(planted) == found
+    assert private_identifiers(ast.parse(planted)) == found
 
 
 @pytest.mark.parametrize(

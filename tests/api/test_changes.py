@@ -85,9 +85,9 @@ def test_a_recipe_file_merges_with_keys_replaced(pico_folder: Path, other_folder
 
 @pytest.mark.usefixtures("few_goes")
 def test_a_pruning_is_that_of_the_command(pico_folder: Path, tmp_path: Path, text: Path) -> None:
-    pruned = loopos.prune(pico_folder, sparsity=0.5, output=tmp_path / "python", evaluate=text, window=32)
+    pruned = loopos.prune(pico_folder, sparsity=0.5, output=tmp_path / "python", evaluate=text, window=256)
     told = command("prune", pico_folder, "--method", "magnitude", "--sparsity", "0.5", "-o", tmp_path / "cli",
-                   "--evaluate", text, "--window", 32)  # fmt: skip
+                   "--evaluate", text, "--window", 256)  # fmt: skip
     assert_same_weights(tmp_path / "python", tmp_path / "cli")
     assert pruned.before.metrics == told["before"]["metrics"]
     assert pruned.after[0].measured.metrics == told["after"][0]["metrics"] != told["before"]["metrics"]
@@ -100,6 +100,11 @@ def test_a_quantization_is_that_of_the_command(pico_folder: Path, tmp_path: Path
     told = command("quantize", pico_folder, "--method", "int8", "-o", tmp_path / "cli", "--keep", "*.down_proj")
     assert_same_weights(tmp_path / "python", tmp_path / "cli")
     assert small.after[0].size_ratio == told["after"][0]["share"] < 1
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("few_goes")
+def test_a_recipe_file_quantizes_with_keys_replaced(pico_folder: Path, tmp_path: Path) -> None:
     recipe = tmp_path / "recipe.json"
     recipe.write_text(json.dumps({"model": str(pico_folder), "method": "int4"}))
     again = loopos.quantize(recipe, output=tmp_path / "of_recipe", group_size=64)
@@ -171,6 +176,7 @@ def test_mistakes_are_user_errors_and_write_nothing(
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("few_goes")
 def test_nothing_is_shown_unless_asked_for(
     pico_folder: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]

@@ -49,6 +49,7 @@ def shown(cell: Any, kind: str) -> list[str]:
     return [output.data[kind] for output in cell.outputs if kind in output.get("data", {})]
 
 
+@pytest.mark.slow
 def test_the_quickstart_runs(pico_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LOOPOS_QUICKSTART_MODEL", str(pico_folder))
     notebook = executed(quickstart(), tmp_path / "work")

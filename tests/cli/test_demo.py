@@ -121,6 +121,7 @@ def test_the_first_act_with_the_pico_model(invoke: Invoke, monkeypatch: pytest.M
     assert live[-1].startswith("wall time ")
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("pico_configs")
 def test_the_third_act_with_the_pico_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Replies, reward model, judge and policy on the packaged rows; what is shown is in the runs."""

@@ -75,6 +75,7 @@ def test_a_policy_is_measured_as_its_run_measured_it(dpo_run: Path, held_out: Pa
     assert sum(each["pairs"] for each in answer["by_margin"]) == 15
 
 
+@pytest.mark.slow
 def test_adapters_and_losses_without_a_reference(
     tmp_path: Path, pico_folder: Path, held_out: Path, invoke: Invoke
 ) -> None:

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 from forked import Child
+from pico_runs import slow_but
 
 from loopos.cli.commands import app
 
@@ -62,15 +63,16 @@ def process_of_rank(rank: int, launcher: int) -> int:
     raise AssertionError(f"no process of rank {rank}")
 
 
-def test_it_trains_in_two_processes(tmp_path: Path, pico_folder: Path) -> None:
-    """The launcher is forked, what it starts are processes of their own."""
+@pytest.mark.parametrize("number", slow_but(1, [1, 2]))
+def test_it_trains_in_processes(number: int, tmp_path: Path, pico_folder: Path) -> None:
+    """The launcher is forked, what it starts are processes of their own, each of which imports torch."""
     config = config_of(tmp_path, pico_folder, num_epochs=1)
-    with Child(lambda: app(["train", str(config), "--nproc", "2", "--json"])) as launcher:
+    with Child(lambda: app(["train", str(config), "--nproc", str(number), "--json"])) as launcher:
         assert launcher.wait(time.monotonic() + 240) == 0, launcher.errors
         answer = json.loads(launcher.output)
-    # 58 of 64 rows train, eight a step over both processes.
+    # 58 of 64 rows train, four a step and process.
     assert answer["stopped_by"] == "epochs"
-    assert answer["step"] == 8
+    assert answer["step"] == {1: 15, 2: 8}[number]
     assert (tmp_path / "run" / "model" / "loopos.json").is_file()
 
 

@@ -12,7 +12,6 @@ from typing import Any
 import pytest
 import torch
 from counted_run import LiveBytes, count, counting, train
-from pico_runs import slow_but
 from safetensors.torch import load_file
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 from worlds import run_processes
@@ -112,8 +111,9 @@ def medium_folder(tmp_path_factory: pytest.TempPathFactory, pico_tokenizer: Path
     return folder
 
 
-@pytest.mark.parametrize("checkpointing", slow_but(False, [False, True]))
-@pytest.mark.parametrize("rows", slow_but(8, [8, 24]))
+@pytest.mark.slow
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("rows", [8, 24])
 def test_the_estimated_peak_memory_is_within_a_tenth(
     rows: int, checkpointing: bool, tmp_path: Path, medium_folder: Path
 ) -> None:

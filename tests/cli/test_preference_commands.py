@@ -11,6 +11,7 @@ from unittest.mock import patch
 
 import pytest
 import torch
+from pico_runs import slow_but
 
 from loopos.cli.data_preview import preferences_of, response_fates
 from loopos.cli.opened_models import use_of
@@ -157,11 +158,16 @@ def test_a_dry_run_of_a_reward_model_counts_what_the_run_then_does(
     assert sum(step["event"] == "step" for step in steps) == plan["steps"]["all"]
 
 
+TRAINED = [("all", "all"), ("lora", "all"), ("lora", "lora"), ("lora", "lora all"), ("all", "all lora")]
+
+
 @pytest.mark.usefixtures("known_rates")
-@pytest.mark.parametrize("value_model", ["reward", "policy", "shared"])
 @pytest.mark.parametrize(
-    ("trainable", "reward"),
-    [("all", "all"), ("lora", "all"), ("lora", "lora"), ("lora", "lora all"), ("all", "all lora")],
+    ("trainable", "reward", "value_model"),
+    slow_but(
+        [("all", "all", "policy"), ("lora", "all", "shared"), ("lora", "lora all", "reward")],
+        [(*models, value_model) for models in TRAINED for value_model in ("reward", "policy", "shared")],
+    ),
 )
 def test_the_roles_of_a_dry_run_are_those_that_training_builds(
     trainable: str, reward: str, value_model: str, rewards: dict[str, Any], home: Path, config: Write, invoke: Invoke

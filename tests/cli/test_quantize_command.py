@@ -17,7 +17,7 @@ def test_quantize_writes_a_report_and_every_command_opens_the_model(
     invoke: Invoke, language_run: Path, tmp_path: Path
 ) -> None:
     text = tmp_path / "text.txt"
-    text.write_text("\n".join(f"{each}. {other}!" for each in SENTENCES for other in SENTENCES), encoding="utf-8")
+    text.write_text("\n".join(f"{each}. {other}!" for each in SENTENCES for other in SENTENCES[:3]), encoding="utf-8")
     read = ("--calibration", "awq", "--calibration-text", text, "--calibration-rows", 4, "--calibration-tokens", 16)
     options = ("--method", "int4", *read, "--evaluate", text, "--window", 64, "-o", tmp_path / "out", "--json")
     result = invoke("quantize", language_run, *options)
@@ -37,6 +37,7 @@ def test_quantize_writes_a_report_and_every_command_opens_the_model(
     assert not (tmp_path / "no").exists()
 
 
+@pytest.mark.slow
 def test_a_recipe_runs_again_and_options_win_over_it(invoke: Invoke, pico_folder: Path, tmp_path: Path) -> None:
     words = ("--method", "int8", "--keep", "*.down_proj", "--keep", "lm_head")
     first = invoke("quantize", pico_folder, *words, "-o", tmp_path / "first")

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from pico_runs import class_rows, config_of, train
+from pico_runs import class_rows, config_of, slow_but, train
 from safetensors.torch import load_file
 
 from loopos.evaluation.predictor import Predictor
@@ -103,7 +103,7 @@ def test_a_reward_model_scores(home: Home, tmp_path: Path, invoke: Invoke) -> No
     assert len({each["score"] for each in told["data"]}) == 2
 
 
-@pytest.mark.parametrize("kind", ["language", "head", "reward"])
+@pytest.mark.parametrize("kind", slow_but("head", ["language", "head", "reward"]))
 def test_the_folder_is_exported_as_it_is(kind: str, home: Home, tmp_path: Path, invoke: Invoke) -> None:
     result = invoke("export", home[kind], "--format", "huggingface", "-o", tmp_path / "out", "--json")
     assert result.exit_code == 0, result.stderr

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from pico_runs import slow_but
 
 from loopos.config.load import load
 from loopos.config.methods import config_classes
@@ -56,7 +57,7 @@ def written(folder: Path, method: str, pico: Path) -> Path:
     return file
 
 
-@pytest.mark.parametrize("method", sorted(ROWS))
+@pytest.mark.parametrize("method", slow_but(["fine_tuning", "rlhf"], sorted(ROWS)))
 def test_a_dry_run_reads_its_rows_once(
     tmp_path: Path, pico_folder: Path, invoke: Invoke, passes: Counter[str], method: str
 ) -> None:

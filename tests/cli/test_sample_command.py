@@ -7,12 +7,14 @@ import os
 import random
 import time
 from collections.abc import Callable
+from itertools import product
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
 import pytest
 from killed_runs import NUM_KILLS, digest, in_a_child
+from pico_runs import slow_but
 
 from loopos.cli import sample as command
 from loopos.cli import sample_options
@@ -252,8 +254,11 @@ def train(invoke: Invoke, run: Path, method: str, weights: Path, rows: Path, **t
 
 @pytest.mark.parametrize(
     ("keep", "method"),
-    [("best", "sft"), ("pairs", "dpo"), ("pairs", "reward_model"), ("groups", "reward_model"), ("all", "kto"),
-     ("all", "sft")],
+    slow_but(
+        [("best", "sft"), ("groups", "reward_model"), ("all", "kto")],
+        [("best", "sft"), ("pairs", "dpo"), ("pairs", "reward_model"), ("groups", "reward_model"), ("all", "kto"),
+         ("all", "sft")],
+    ),
 )  # fmt: skip
 def test_every_file_trains_without_further_settings(
     keep: str, method: str, sampled: Sampled, judges: str, pico_folder: Path, tmp_path: Path, invoke: Invoke
@@ -426,8 +431,9 @@ def test_killed_twenty_times(language_run: Path, reward_run: Path, tmp_path: Pat
     check_kills(invoke, language_run, source, str(reward_run), tmp_path / "out" / "rows.jsonl", kills=20)
 
 
-@pytest.mark.parametrize("file", [RESPONSES, SCORES])
-@pytest.mark.parametrize("cut", ["header", "chunk", "whole"])
+@pytest.mark.parametrize(
+    ("cut", "file"), slow_but(("chunk", SCORES), product(("header", "chunk", "whole"), (RESPONSES, SCORES)))
+)
 def test_every_torn_end_is_made_again(
     file: str, cut: str, language_run: Path, prompts: Path, judges: str, tmp_path: Path, invoke: Invoke
 ) -> None:

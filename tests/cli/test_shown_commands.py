@@ -141,8 +141,18 @@ def runnable() -> dict[Path, list[str]]:
 
 
 RUN = runnable()
-# Each of them changes a model, which takes seconds.
-_SLOW_PAGES = ("pruning.md", "quantization.md", "ensembles.md")
+# Their commands take seconds each: they change a model, or train one after the other. Tests of the commands themselves
+# are quick, and that all of them exist with their options is tested for every page.
+_SLOW_PAGES = (
+    "README.md",
+    "chain_of_thought.md",
+    "distillation.md",
+    "ensembles.md",
+    "evaluation.md",
+    "post_training.md",
+    "pruning.md",
+    "quantization.md",
+)
 RUN_PAGES = [
     pytest.param(page, marks=pytest.mark.slow) if page.name in _SLOW_PAGES else page for page in PAGES if RUN[page]
 ]

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from pico_runs import class_rows, config_of, save_pico, train
+from pico_runs import class_rows, config_of, save_pico, slow_but, train
 from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
@@ -79,7 +79,7 @@ CASES: list[tuple[str, str]] = [
 ]
 
 
-@pytest.mark.parametrize(("method", "calibration"), CASES, ids=" ".join)
+@pytest.mark.parametrize(("method", "calibration"), slow_but([CASES[1], CASES[2], CASES[5]], CASES))
 def test_the_folder_gives_the_outputs_of_its_dequantized_weights(
     method: str, calibration: str, pico_folder: Path, text: Path, tmp_path: Path
 ) -> None:
@@ -136,6 +136,7 @@ def test_transformers_opens_it_where_torchao_is(pico_folder: Path, tmp_path: Pat
     assert float((found - expected).abs().max()) < 0.03 * float(expected.abs().max())
 
 
+@pytest.mark.slow
 def test_layers_that_are_kept_are_as_they_were(pico_folder: Path, tmp_path: Path) -> None:
     recipe = recipe_of(pico_folder, "int8", keep=["*.down_proj", "lm_head"])
     result = Quantizer(recipe).quantize(tmp_path / "out")
@@ -150,6 +151,7 @@ def test_layers_that_are_kept_are_as_they_were(pico_folder: Path, tmp_path: Path
     assert not (tmp_path / "none").exists()
 
 
+@pytest.mark.slow
 def test_a_group_that_does_not_fit_leaves_eight_bits(pico_folder: Path, tmp_path: Path) -> None:
     """32 inputs are no group of 64; the 64 of the MLP's last layer are."""
     result = Quantizer(recipe_of(pico_folder, "int4", group_size=64)).quantize(tmp_path / "out")
@@ -157,6 +159,7 @@ def test_a_group_that_does_not_fit_leaves_eight_bits(pico_folder: Path, tmp_path
     assert {kind.name: kind.layers for kind in result.after[0].details}["linear layers, 4 bits, groups of 64"] == 2
 
 
+@pytest.mark.slow
 def test_a_tied_embedding_is_written_once(pico_folder: Path, tmp_path: Path) -> None:
     torch.manual_seed(0)
     config = LlamaConfig.from_pretrained(pico_folder, tie_word_embeddings=True)
@@ -172,6 +175,7 @@ def test_a_tied_embedding_is_written_once(pico_folder: Path, tmp_path: Path) -> 
     assert "embedding and output layer share one weight, and are not quantized" in stays.after[0].summary
 
 
+@pytest.mark.slow
 def test_gpt2_and_a_classifier(text: Path, tmp_path: Path, pico_tokenizer: Path) -> None:
     gpt2 = save_pico("gpt2", tmp_path / "gpt2", pico_tokenizer)
     Quantizer(recipe_of(gpt2, "int4", text, calibration="gptq")).quantize(tmp_path / "gpt2-4")
@@ -185,6 +189,7 @@ def test_gpt2_and_a_classifier(text: Path, tmp_path: Path, pico_tokenizer: Path)
     assert [rate.name for rate in result.after[0].rates] == ["reading"]
 
 
+@pytest.mark.slow
 def test_codes_can_be_neither_trained_nor_changed(pico_folder: Path, tmp_path: Path) -> None:
     Quantizer(recipe_of(pico_folder, "int8")).quantize(tmp_path / "out")
     with pytest.raises(UserError, match="cannot be trained or changed"):

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from pico_runs import FILLERS, save_pico, write_jsonl
+from pico_runs import FILLERS, save_pico, slow_but, write_jsonl
 
 import loopos
 from loopos.config.methods import METHODS
@@ -69,6 +69,8 @@ def blocks_of(page: Path) -> Iterator[Block]:
 
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+# Their blocks change a model or train several.
+SLOW_PAGES = ("post_training.md", "pruning.md", "quantization.md")
 BLOCKS = {page.name: blocks for page in PAGES if (blocks := list(blocks_of(page)))}
 
 
@@ -152,7 +154,7 @@ def serving(model: Path) -> Iterator[Server]:
 
 
 @pytest.mark.usefixtures("few_goes")
-@pytest.mark.parametrize("page", BLOCKS)
+@pytest.mark.parametrize("page", slow_but([page for page in BLOCKS if page not in SLOW_PAGES], BLOCKS))
 def test_the_blocks_of_a_page_run(
     page: str,
     models: Mapping[str, list[Path]],

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import re
+from functools import cache
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -33,7 +34,13 @@ def loaded() -> ModuleType:
 
 
 HOOK = loaded()
-PAGES: dict[str, str] = HOOK.pages()
+
+
+@cache
+def pages() -> dict[str, str]:
+    """Path → text of every generated page, by the first test that reads one."""
+    found: dict[str, str] = HOOK.pages()
+    return found
 
 
 def paths_in(nav: Any) -> list[str]:
@@ -48,7 +55,7 @@ def test_the_navigation_and_the_files_agree() -> None:
     listed = paths_in(MKDOCS["nav"])
     assert sorted(listed) == sorted(written)
     config = HOOK.on_config(SimpleNamespace(nav=list(MKDOCS["nav"])))
-    assert sorted(paths_in(config.nav)) == sorted([*listed, *PAGES])
+    assert sorted(paths_in(config.nav)) == sorted([*listed, *pages()])
 
 
 @pytest.mark.parametrize("page", HOOK.TABLES)
@@ -73,7 +80,7 @@ def test_nothing_is_loaded_from_the_network() -> None:
 def test_each_public_name_stands_on_one_page_of_the_reference() -> None:
     shown = [name for names in HOOK.PYTHON.values() for name in names.split() if "." not in name]
     assert sorted(shown) == sorted(set(loopos.__all__) - {"__version__"})
-    text = "".join(page for path, page in PAGES.items() if path.startswith("reference/python/"))
+    text = "".join(page for path, page in pages().items() if path.startswith("reference/python/"))
     for name in shown:
         place = f"{loopos._MODULES[name]}.{name}"
         assert f"::: {place}\n    options:\n      heading: loopos.{name}\n" in text
@@ -96,7 +103,7 @@ def cells(page: str) -> list[list[str]]:
 @pytest.mark.parametrize("method", METHODS)
 def test_every_key_of_a_method_is_listed_with_its_meaning(method: str) -> None:
     described = schema(METHODS[method].config_class)
-    page = PAGES[f"reference/config/{method}.md"]
+    page = pages()[f"reference/config/{method}.md"]
     shown = cells(page)
     assert all(len(row) == 4 and row[1] and row[3] for row in shown)
     keys = [row[0].strip("`") for row in shown]
@@ -111,12 +118,12 @@ def test_every_key_of_a_method_is_listed_with_its_meaning(method: str) -> None:
 
 
 def test_a_key_has_its_type_bounds_and_default() -> None:
-    rows = {row[0]: row[1:] for row in cells(PAGES["reference/config/fine_tuning.md"])}
+    rows = {row[0]: row[1:] for row in cells(pages()["reference/config/fine_tuning.md"])}
     assert rows["`batch_size`"] == ["integer (≥ 1)", "`16`", "sequences per process and forward pass"]
     assert rows["`learning_rate`"][:2] == ["number (> 0)", "required"]
     assert rows["`label_smoothing`"][0] == "number (≥ 0, &lt; 1)"
     assert rows["`lora`"][:2] == ["section or null", "`null`"]
-    assert "\n## training.lora\n" in PAGES["reference/config/fine_tuning.md"]
+    assert "\n## training.lora\n" in pages()["reference/config/fine_tuning.md"]
 
 
 def commands(group: Any, above: tuple[str, ...] = ()) -> dict[str, Any]:
@@ -130,7 +137,7 @@ def commands(group: Any, above: tuple[str, ...] = ()) -> dict[str, Any]:
 def test_every_command_is_listed_with_its_options() -> None:
     every = commands(typer.main.get_command(app))
     assert len(every) >= 20
-    page = PAGES["reference/commands.md"]
+    page = pages()["reference/commands.md"]
     assert re.findall(r"^## loopos (.*)$", page, re.MULTILINE) == list(every)
     for name, command in every.items():
         section = page.split(f"\n## loopos {name}\n", 1)[1].split("\n## ", 1)[0]
@@ -143,7 +150,7 @@ def test_signs_of_markdown_in_cells_are_written_out() -> None:
 
 
 def test_what_loopos_list_knows_is_there() -> None:
-    rows = {row[0] for row in cells(PAGES["reference/registries.md"])}
+    rows = {row[0] for row in cells(pages()["reference/registries.md"])}
     assert {f"`{name}`" for name in METHODS} <= rows
 
 

@@ -90,6 +90,7 @@ def test_fitted_weights_are_the_likeliest_mixture(members: list[str], tmp_path: 
     assert "optimistic" in (tmp_path / "all" / "report.md").read_text()
 
 
+@pytest.mark.slow
 def test_every_method_is_measured_as_a_single_model_is(members: list[str], tmp_path: Path, labeled: Path) -> None:
     for method in ("mean", "logits", "majority"):
         joined = made(members, tmp_path / method, method=method, test=str(labeled))

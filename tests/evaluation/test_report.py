@@ -124,6 +124,7 @@ def test_curves_are_drawn_and_named_in_the_report(usual_run: Path) -> None:
     assert all(f">{name}<" in panels for name in ("loss", "accuracy", "log_loss"))
 
 
+@pytest.mark.slow
 def test_equal_events_give_equal_bytes(tmp_path: Path, usual_run: Path) -> None:
     first, second = usual_run, make_run(tmp_path / "my_run", USUAL)
     write_report(second)
@@ -207,6 +208,7 @@ def test_a_folder_that_is_no_run_is_refused(tmp_path: Path, name: str) -> None:
         write_report(run)
 
 
+@pytest.mark.slow
 def test_the_report_needs_no_torch_and_no_display(tmp_path: Path) -> None:
     code = (
         f"import sys; sys.path[:] = {sys.path!r}\n"

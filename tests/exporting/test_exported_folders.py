@@ -189,6 +189,7 @@ def test_an_adapter_folder_opens_by_peft(lora_language_run: Path, pico_folder: P
     assert torch.equal(logits(tmp_path / "again"), logits(tmp_path / "merged"))
 
 
+@pytest.mark.slow
 def test_a_foreign_adapter_is_merged_over_the_base_that_it_names(
     lora_language_run: Path, pico_folder: Path, tmp_path: Path
 ) -> None:
@@ -406,6 +407,7 @@ def test_the_embedded_base_is_named_by_its_home(tmp_path: Path, pico_folder: Pat
     assert head["base_model"] == "HuggingFaceTB/SmolLM2-135M-Instruct"
 
 
+@pytest.mark.slow
 def test_a_gguf_of_a_run_is_made_from_the_merged_adapter(lora_language_run: Path, tmp_path: Path) -> None:
     pytest.importorskip("gguf")
     exported = export(str(lora_language_run), tmp_path / "out", ExportSettings(format="gguf", type="f32"))

@@ -10,6 +10,7 @@ from typing import Any
 import numpy
 import pytest
 import torch
+from pico_runs import slow_but
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen3Config
 
 from loopos.config.diagnostics import UserError
@@ -55,7 +56,11 @@ def fields_of(file: Path) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize(
-    ("kind", "allowed"), [("f32", 1e-5), ("f16", 5e-3), ("bf16", 5e-2), ("q8_0", 0.1), ("q4_0", 1.0)]
+    ("kind", "allowed"),
+    slow_but(
+        [("f32", 1e-5), ("q8_0", 0.1), ("q4_0", 1.0)],
+        [("f32", 1e-5), ("f16", 5e-3), ("bf16", 5e-2), ("q8_0", 0.1), ("q4_0", 1.0)],
+    ),
 )
 def test_transformers_reads_back_the_logits(kind: str, allowed: float, pico_folder: Path, tmp_path: Path) -> None:
     exported = made(pico_folder, tmp_path / "out", kind, check=True)

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from pico_language_models import mixed_prompts, pico_model
+from pico_runs import slow_but
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from loopos.config.diagnostics import UserError
@@ -35,7 +36,7 @@ def beams_of_transformers(
     return list(zip(rows, output.sequences_scores.tolist(), strict=True))
 
 
-@pytest.mark.parametrize("name", ["llama", "gpt2", "gemma2 soft caps"])
+@pytest.mark.parametrize("name", slow_but("gpt2", ["llama", "gpt2", "gemma2 soft caps"]))
 @pytest.mark.parametrize(
     ("length_penalty", "early_stopping", "ends"),
     [(1.0, False, ENDS), (0.0, True, ENDS), (2.0, None, ENDS), (-1.0, False, ENDS), (1.0, False, (2,))],

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from pico_language_models import FAMILIES, Scripted, mixed_prompts, pico_model
+from pico_runs import slow_but
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from loopos.config.diagnostics import UserError
@@ -27,10 +28,11 @@ def greedy_of_transformers(model: PreTrainedModel, prompt: list[int]) -> list[in
     return output[0, len(prompt) :].tolist()
 
 
-@pytest.mark.parametrize("name", FAMILIES)
-def test_greedy_tokens_equal_those_of_transformers(name: str, tokenizer: PreTrainedTokenizerBase) -> None:
+@pytest.mark.parametrize("number", slow_but(12, [12, 64]))
+@pytest.mark.parametrize("name", slow_but(["llama", "gpt2", "gemma2 soft caps"], FAMILIES))
+def test_greedy_tokens_equal_those_of_transformers(name: str, number: int, tokenizer: PreTrainedTokenizerBase) -> None:
     model = pico_model(name)
-    prompts = mixed_prompts(64)
+    prompts = mixed_prompts(number)
     expected = [greedy_of_transformers(model, prompt) for prompt in prompts]
     engine = Engine(model, tokenizer)
     assert engine.path == "cached", engine.reason
@@ -40,7 +42,7 @@ def test_greedy_tokens_equal_those_of_transformers(name: str, tokenizer: PreTrai
     assert separate == expected
     few = Engine(model, tokenizer, max_rows=5, prefill_tokens=16).generate(prompts, SamplingParams(max_new_tokens=NEW))
     assert [completion.token_ids for completion in few] == expected
-    assert len({tuple(ids) for ids in expected}) > 32
+    assert len({tuple(ids) for ids in expected}) > number / 2
 
 
 def test_the_plain_path_gives_the_same_tokens(llama: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import shutil
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from merge_models import recipe_of, rewrite_config, run, tensors_of, variant
-from pico_runs import class_rows, config_of, train, write_jsonl
+from pico_runs import class_rows, config_of, slow_but, train, write_jsonl
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
@@ -92,8 +93,13 @@ def test_task_vectors_of_headless_models_from_a_language_model(pico_folder: Path
     assert "averaged, because the base lacks them: head.weight" in (tmp_path / "out" / "report.md").read_text()
 
 
-@pytest.mark.parametrize("tied", [True, False])
-@pytest.mark.parametrize("method", ["linear", "slerp", "task_arithmetic", "model_stock"])
+@pytest.mark.parametrize(
+    ("method", "tied"),
+    slow_but(
+        [("linear", True), ("model_stock", False)],
+        product(["linear", "slerp", "task_arithmetic", "model_stock"], [True, False]),
+    ),
+)
 def test_a_classifier_and_a_language_model_share_their_layers(
     classifiers: list[Path], pico_folder: Path, held_out: str, tmp_path: Path, method: str, tied: bool
 ) -> None:

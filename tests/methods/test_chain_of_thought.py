@@ -196,7 +196,7 @@ def test_rounds_keep_right_and_distinct_chains_and_train_on_them(config: Configs
         config(
             rows,
             data={"validation_share": 0.0},
-            training={"num_epochs": 60, "learning_rate": 1e-2, "optimizer": "adamw"},
+            training={"num_epochs": 30, "learning_rate": 1e-2, "optimizer": "adamw"},
             self_improvement={"rounds": 1, "samples_per_problem": 6, "temperature": 0.5},
         )
     )
@@ -211,7 +211,7 @@ def test_rounds_keep_right_and_distinct_chains_and_train_on_them(config: Configs
         assert len(line["chains"]) <= line["right"] <= 6
         assert len({tuple(chain) for chain in line["chains"]}) == len(line["chains"])
     told = events(folder, "session")[0]["metrics"]
-    assert told["total_steps"] == 60 * -(-(4 + kept) // 4)
+    assert told["total_steps"] == 30 * -(-(4 + kept) // 4)
 
 
 def test_a_round_without_a_right_chain_says_what_to_do(config: Configs) -> None:

@@ -10,7 +10,6 @@ from typing import Any
 
 import pytest
 from killed_runs import NUM_KILLS, check_kills_leave_no_trace, digest
-from pico_runs import slow_but
 
 from loopos.config.chain_of_thought import ChainOfThoughtConfig
 from loopos.methods.chain_of_thought import ChainOfThought
@@ -67,7 +66,8 @@ def bits_of(run: Path) -> dict[str, str]:
     return found | {str(file.relative_to(run)): digest(file) for file in summary}
 
 
-@pytest.mark.parametrize("variant", slow_but("packed rows, generated validation", VARIANTS))
+@pytest.mark.slow
+@pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning")
 def test_killed_at_random_moments(variant: str, tmp_path: Path, pico_folder: Path) -> None:
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS), encoding="utf-8")

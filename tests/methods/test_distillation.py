@@ -119,7 +119,7 @@ def test_the_first_step_is_that_of_padded_rows_in_transformers(
     assert all(weight.grad is None for weight in method.teacher.parameters())
 
 
-@pytest.mark.parametrize("share", [0.0, 0.5])
+@pytest.mark.parametrize("share", [0.0, pytest.param(0.5, marks=pytest.mark.slow)])
 def test_micro_batches_and_accumulation_are_one_step(
     share: float, tmp_path: Path, pico_folder: Path, teacher: Path
 ) -> None:

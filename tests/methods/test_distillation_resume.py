@@ -10,7 +10,6 @@ from typing import Any
 import pytest
 from distillation_runs import distillation_config, pico_teacher, trained
 from killed_runs import NUM_KILLS, check_kills_leave_no_trace
-from pico_runs import slow_but
 from test_preference_resume import bits_of
 
 from loopos.config.distillation import DistillationConfig
@@ -33,7 +32,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("variant", slow_but("on-policy", ["off-policy", "on-policy", "mixed"]))
+@pytest.mark.slow
+@pytest.mark.parametrize("variant", ["off-policy", "on-policy", "mixed"])
 @pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning")
 def test_killed_at_random_moments(variant: str, pico_folder: Path, pico_tokenizer: Path, tmp_path: Path) -> None:
     teacher = pico_teacher(tmp_path / "teacher", pico_tokenizer)

@@ -17,6 +17,7 @@ from loopos.data.tokens import encode_labeled
 from loopos.evaluation.predictor import Predictor
 from loopos.functional.packing import PackedLayout
 from loopos.training.fit import FitResult
+from tests.conftest import drawing
 
 
 @pytest.fixture(scope="module")
@@ -43,52 +44,73 @@ GUIDE: dict[str, Any] = {
 }  # fmt: skip
 
 
+SMALLER = {"d_model": 48, "num_layers": 2, "d_ff": 96, "vocab_size": 400}
+
+
+@pytest.fixture(
+    scope="module",
+    params=[pytest.param(SMALLER, id="smaller"), pytest.param({}, id="as it is", marks=pytest.mark.slow)],
+)
+def guide(request: pytest.FixtureRequest) -> dict[str, Any]:
+    """The guide's config without its paths, and with smaller sizes."""
+    return {**GUIDE, "model": {**GUIDE["model"], **request.param}}
+
+
 @pytest.fixture(scope="module")
-def guide_weights(home: Path) -> Path:
-    """A model of the guide's sizes as `models/pretrained_model.bin` beside a tokenizer of 16,000 tokens."""
+def guide_home(guide: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("guide")
+
+
+@pytest.fixture(scope="module")
+def guide_weights(guide: dict[str, Any], guide_home: Path) -> Path:
+    """A model of the config's sizes as `models/pretrained_model.bin` beside a tokenizer of as many tokens."""
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-    folder = home / "models"
-    vocabulary = {"<unk>": 0, **{f"word{i}": i for i in range(1, 16000)}}
+    sizes, folder = guide["model"], guide_home / "models"
+    vocabulary = {"<unk>": 0, **{f"word{i}": i for i in range(1, sizes["vocab_size"])}}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>", model_max_length=512).save_pretrained(folder)
     torch.manual_seed(0)
-    sizes = LlamaConfig(
-        vocab_size=16000, hidden_size=384, intermediate_size=1536, num_hidden_layers=4, num_attention_heads=8,
-        num_key_value_heads=8, head_dim=48, tie_word_embeddings=True, max_position_embeddings=2048,
+    config = LlamaConfig(
+        vocab_size=sizes["vocab_size"], hidden_size=sizes["d_model"], intermediate_size=sizes["d_ff"],
+        num_hidden_layers=sizes["num_layers"], num_attention_heads=sizes["num_heads"],
+        num_key_value_heads=sizes["num_heads"], tie_word_embeddings=True, max_position_embeddings=2048,
     )  # fmt: skip
-    model = LlamaForCausalLM(sizes)
+    model = LlamaForCausalLM(config)
     torch.save(model.state_dict(), folder / "pretrained_model.bin")
     assert not (folder / "config.json").exists()
-    as_folder = home / "as_folder"
+    as_folder = guide_home / "as_folder"
     model.save_pretrained(as_folder)
     AutoTokenizer.from_pretrained(folder).save_pretrained(as_folder)
     return folder / "pretrained_model.bin"
 
 
 @pytest.fixture(scope="module")
-def guide_runs(guide_weights: Path, home: Path, drawn: None) -> dict[str, FitResult]:
-    """The guide's config, unchanged but for its paths, run as it is read from its file."""
+def guide_runs(guide: dict[str, Any], guide_weights: Path, guide_home: Path) -> dict[str, FitResult]:
+    """The guide's config, run as it is read from its file."""
     from loopos.config.load import load
     from loopos.config.methods import config_classes
 
-    data = home / "classification_train.txt"
+    data = guide_home / "classification_train.txt"
     data.write_text(
         "".join(json.dumps({"text": f"word{1 + i % 10} word{20 + i}", "label": i % 10}) + "\n" for i in range(40))
     )
     results = {}
-    for name, weights in (("bin", guide_weights), ("folder", home / "as_folder")):
-        run, file = home / f"guide_{name}", home / f"guide_{name}.json"
+    for name, weights in (("bin", guide_weights), ("folder", guide_home / "as_folder")):
+        run, file = guide_home / f"guide_{name}", guide_home / f"guide_{name}.json"
         paths = {"pretrained_weights": str(weights), "training_data": str(data), "output_dir": str(run)}
-        file.write_text(json.dumps({**GUIDE, "data": paths}))
-        results[name] = train(load(file, (), config_classes()).config, report=name == "bin")
+        file.write_text(json.dumps({**guide, "data": paths}))
+        with drawing():
+            results[name] = train(load(file, (), config_classes()).config, report=name == "bin")
     return results
 
 
-def test_the_guides_config_trains_validates_saves_and_predicts(guide_runs: dict[str, FitResult], home: Path) -> None:
-    run = home / "guide_bin"
+def test_the_guides_config_trains_validates_saves_and_predicts(
+    guide_runs: dict[str, FitResult], guide_home: Path
+) -> None:
+    run = guide_home / "guide_bin"
     # 36 of 40 rows train, 16 a step: 3 steps an epoch, 5 epochs.
     assert (guide_runs["bin"].step, guide_runs["bin"].stopped_by) == (15, "epochs")
     assert len(events_of(run, "validation")) == 6
@@ -105,9 +127,9 @@ def test_the_guides_config_trains_validates_saves_and_predicts(guide_runs: dict[
     assert (run / "curves" / "loss.svg").stat().st_size > 1000
 
 
-def test_a_bare_file_and_a_folder_are_the_same_model(guide_runs: dict[str, FitResult], home: Path) -> None:
+def test_a_bare_file_and_a_folder_are_the_same_model(guide_runs: dict[str, FitResult], guide_home: Path) -> None:
     assert guide_runs["folder"].step == guide_runs["bin"].step
-    one, other = losses_of(home / "guide_bin"), losses_of(home / "guide_folder")
+    one, other = losses_of(guide_home / "guide_bin"), losses_of(guide_home / "guide_folder")
     assert len(one) == guide_runs["bin"].step
     assert one == other
 

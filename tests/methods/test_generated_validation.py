@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from pico_runs import slow_but
 from preference_runs import comparisons, events_of, preference_config, reward_config, thumbs, write_rows
 from rich.console import Console
 from test_preference import plain_logprobs
@@ -60,7 +61,9 @@ def samples(run: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (run / "samples.jsonl").read_text(encoding="utf-8").splitlines()]
 
 
-@pytest.mark.parametrize(("method", "trainable"), [("dpo", "lora"), ("simpo", "all"), ("kto", "all")])
+@pytest.mark.parametrize(
+    ("method", "trainable"), slow_but(("dpo", "lora"), [("dpo", "lora"), ("simpo", "all"), ("kto", "all")])
+)
 def test_answers_are_judged_against_those_of_the_start(
     method: str, trainable: str, tmp_path: Path, pico_folder: Path
 ) -> None:
@@ -102,7 +105,7 @@ def test_golden_paths_have_no_answers_without_the_section(tmp_path: Path, pico_f
     assert "win_rate" not in events_of(tmp_path / "without", "validation")[-1]
 
 
-@pytest.mark.parametrize(("trainable", "estimator"), [("lora", "k1"), ("all", "k3")])
+@pytest.mark.parametrize(("trainable", "estimator"), slow_but(("all", "k3"), [("lora", "k1"), ("all", "k3")]))
 def test_the_kl_of_answers_equals_a_plain_computation(
     trainable: str, estimator: str, tmp_path: Path, pico_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -168,6 +171,7 @@ def validated_on(file: Path, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any
     return {"validation_data": str(write_rows(file, rows)), "validation_share": 0.0}
 
 
+@pytest.mark.slow
 def test_an_unfinished_run_resumes_with_the_scores_of_the_start(tmp_path: Path, pico_folder: Path) -> None:
     """Ended at step 3 and resumed, all validations, samples and notes are those of the run that was left alone."""
     data, runs = validated_on(tmp_path / "turned.jsonl", turned()), {}
@@ -183,6 +187,7 @@ def test_an_unfinished_run_resumes_with_the_scores_of_the_start(tmp_path: Path, 
     assert [note["name"] for note in runs["whole"][0][1]] == ["likelihood", "overfitting"]
 
 
+@pytest.mark.slow
 def test_another_judge_gives_no_win_rates_against_the_old_one(tmp_path: Path, pico_folder: Path) -> None:
     settings = config(tmp_path / "run", pico_folder)
     trained(settings.model_copy(update={"training": settings.training.model_copy(update={"max_steps": 3})}))
@@ -248,12 +253,18 @@ def lines_of(settings: Any) -> list[str]:
     return stream.getvalue().splitlines()
 
 
+ADVICE = [
+    ("ipo", '"preference": {"loss": {"ipo": 1, "sft": 1}}'),
+    ("kto", "A larger preference.desirable_weight or preference.beta holds it"),
+]
+
+
 @pytest.mark.parametrize(
     ("method", "advice"),
-    [
-        ("ipo", '"preference": {"loss": {"ipo": 1, "sft": 1}}'),
-        ("kto", "A larger preference.desirable_weight or preference.beta holds it"),
-    ],
+    slow_but(
+        ADVICE[0],
+        ADVICE,
+    ),
 )
 def test_chosen_answers_that_become_less_likely_are_noted_once(
     method: str, advice: str, tmp_path: Path, pico_folder: Path
@@ -271,6 +282,7 @@ def test_chosen_answers_that_become_less_likely_are_noted_once(
     assert notes[0]["message"] in (tmp_path / "run" / "report.md").read_text(encoding="utf-8").replace("\\", "")
 
 
+@pytest.mark.slow
 def test_memorized_pairs_are_noted(tmp_path: Path, pico_folder: Path) -> None:
     """The training rows are learned to the last pair, and the validation rows say the opposite."""
     training = {"learning_rate": 1e-2, "max_steps": 16, "validate_every": 2}
@@ -297,6 +309,7 @@ def test_a_run_that_learns_has_no_notes(tmp_path: Path, pico_folder: Path) -> No
     assert (note.name, note.value) == ("overfitting", 1.0)
 
 
+@pytest.mark.slow
 def test_two_processes_with_a_sharded_model_answer_alike(tmp_path: Path, pico_folder: Path) -> None:
     compare_worlds(tmp_path, pico_folder, 2, {"shard": {"mode": "shard"}}, ("dpo with answers",))
     assert {"win_rate", "response_kl"} <= set(events_of(tmp_path / "dpo with answers" / "shard", "validation")[-1])

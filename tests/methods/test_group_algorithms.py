@@ -182,7 +182,8 @@ def settings_of(name: str) -> dict[str, Any]:
     return training
 
 
-@pytest.mark.parametrize("name", ["dapo", *(pytest.param(name, marks=pytest.mark.slow) for name in ("grpo", "rloo"))])
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["dapo", "grpo", "rloo"])
 def test_two_processes_are_one(name: str, tmp_path: Path, pico_folder: Path) -> None:
     for world, size in {"one": 16, "two": 8}.items():
         config = online_config(
@@ -213,8 +214,9 @@ def resumed(config: PpoConfig) -> None:
     PpoTrainer(config, progress=RunProgress(quiet=True)).train(resume=True)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning")
-@pytest.mark.parametrize("name", ["dapo", pytest.param("rloo", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("name", ["dapo", "rloo"])
 def test_killed_at_random_moments(name: str, tmp_path: Path, pico_folder: Path) -> None:
     """With dynamic sampling and a curriculum, whose pass rates are in the checkpoint."""
     training = {
@@ -240,6 +242,12 @@ def test_killed_at_random_moments(name: str, tmp_path: Path, pico_folder: Path) 
     )  # fmt: skip
 
 
+def held_bytes(plan: dict[str, Any]) -> int:
+    """The peak without the process itself, which occupies more or less from one call to the next."""
+    memory = plan["memory"]
+    return int(memory["peak"] - memory["process"])
+
+
 def test_the_dry_run_counts_what_is_held(tmp_path: Path, pico_folder: Path) -> None:
     """No critic; a reference only for a KL; with shared prompts a prompt counts once."""
     plans = {}
@@ -260,6 +268,6 @@ def test_the_dry_run_counts_what_is_held(tmp_path: Path, pico_folder: Path) -> N
         "with kl": {"policy", "reference"},
         "ppo": {"policy", "reference", "value model"},
     }
-    peaks = {name: plan["memory"]["peak"] for name, plan in plans.items()}
-    assert peaks["grpo"] < peaks["with kl"] < peaks["ppo"]
+    held = {name: held_bytes(plan) for name, plan in plans.items()}
+    assert held["grpo"] < held["with kl"] < held["ppo"]
     assert plans["grpo"]["model"]["copies"] == 1

@@ -46,7 +46,7 @@ def build(fine_tuning_config: Build, run: Path, variant: str) -> Any:
     return fine_tuning_config(rows=90, training=settings, data={"output_dir": str(run), "validation_share": 0.15})
 
 
-@pytest.mark.parametrize("variant", slow_but("lora", VARIANTS))
+@pytest.mark.parametrize("variant", slow_but("full", VARIANTS))
 @pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning")
 def test_killed_at_random_moments(variant: str, fine_tuning_config: Build, tmp_path: Path) -> None:
     began = time.monotonic()
@@ -69,7 +69,9 @@ def test_killed_at_random_moments(variant: str, fine_tuning_config: Build, tmp_p
     )
 
 
-@pytest.mark.parametrize("damage", ["truncated", "flipped bit", "missing file", "half-written folder"])
+@pytest.mark.parametrize(
+    "damage", slow_but("flipped bit", ["truncated", "flipped bit", "missing file", "half-written folder"])
+)
 def test_a_damaged_checkpoint_is_named_and_the_newest_whole_one_used(
     damage: str, fine_tuning_config: Build, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

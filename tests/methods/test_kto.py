@@ -111,6 +111,7 @@ def test_micro_batches_and_comparisons_change_nothing(tmp_path: Path, pico_folde
         assert one == pytest.approx(other, abs=2e-5, rel=2e-4)
 
 
+@pytest.mark.slow
 def test_it_learns_which_answers_are_good(tmp_path: Path, pico_folder: Path) -> None:
     trained(tmp_path / "run", pico_folder, thumbs(40), training={"learning_rate": 3e-3, "num_epochs": 6})
     first, *_, last = events_of(tmp_path / "run", "validation")

@@ -92,8 +92,11 @@ def opened(base: Path, adapter: Path) -> Any:
 
 @pytest.mark.parametrize(
     ("method", "lora"),
-    [(method, PISSA) for method in ("fine_tuning", "reward_model", "sft", "dpo", "kto", "ppo")]
-    + [(method, DORA) for method in ("fine_tuning", "sft", "ppo")],
+    slow_but(
+        [("fine_tuning", PISSA), ("dpo", PISSA), ("sft", DORA)],
+        [(method, PISSA) for method in ("fine_tuning", "reward_model", "sft", "dpo", "kto", "ppo")]
+        + [(method, DORA) for method in ("fine_tuning", "sft", "ppo")],
+    ),
     ids=lambda value: value if isinstance(value, str) else ("pissa" if value is PISSA else "dora"),
 )
 def test_the_exported_model_is_the_base_with_the_exported_adapter(
@@ -132,7 +135,8 @@ def test_the_reference_of_dpo_is_the_start(lora: dict[str, Any], tmp_path: Path,
         assert float(sums[name]) == pytest.approx(0, abs=exact)
 
 
-@pytest.mark.parametrize("value_model", slow_but("policy", ["policy", "reward"]))
+@pytest.mark.slow
+@pytest.mark.parametrize("value_model", ["policy", "reward"])
 def test_the_models_of_ppo_share_a_base_whose_start_was_taken_out(
     value_model: str, tmp_path: Path, pico_folder: Path
 ) -> None:
@@ -229,7 +233,9 @@ def test_from_an_sft_adapter_the_reference_is_the_base_with_it(
     assert (model - hidden(load_pretrained(str(sft_run / "model")).model)).abs().max() > 1e-2
 
 
-@pytest.mark.parametrize("method", ["fine_tuning", "reward_model", "sft", "kto", "ppo"])
+@pytest.mark.parametrize(
+    "method", slow_but(["reward_model", "sft"], ["fine_tuning", "reward_model", "sft", "kto", "ppo"])
+)
 def test_every_method_continues_an_adapter(method: str, sft_run: Path, tmp_path: Path, pico_folder: Path) -> None:
     run = tmp_path / "run"
     trained(made(method, run, pico_folder, {"trainable": "lora"}, adapter=str(sft_run / "adapter")))
@@ -260,6 +266,7 @@ def test_a_continued_run_resumes_and_knows_its_adapter(sft_run: Path, tmp_path: 
         assert (tmp_path / "cut" / file).read_bytes() == (tmp_path / "whole" / file).read_bytes()
 
 
+@pytest.mark.slow
 def test_an_adapter_of_dora_is_continued_with_its_lengths(tmp_path: Path, pico_folder: Path) -> None:
     training = {"trainable": "lora", "lora": {"rank": 4, **DORA}}
     trained(sft_config(tmp_path / "first", pico_folder, training))

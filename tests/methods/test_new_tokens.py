@@ -9,6 +9,7 @@ from unittest.mock import patch
 
 import pytest
 import torch
+from pico_runs import slow_but
 from preference_runs import comparisons, preference_config, write_rows
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
@@ -26,7 +27,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is d
 TOKENS = {"new_tokens": ["<thought>", "invoice7"], "new_special_tokens": ["<|call|>"]}
 
 
-@pytest.fixture(scope="module", params=["tied", "untied", "spare rows"])
+@pytest.fixture(scope="module", params=slow_but("tied", ["tied", "untied", "spare rows"]))
 def base(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, pico_folder: Path) -> Path:
     folder = tmp_path_factory.mktemp("base") / "base"
     tokenizer = AutoTokenizer.from_pretrained(pico_folder)

@@ -67,6 +67,7 @@ def bits_of(run: Path) -> list[str]:
     ]
 
 
+@pytest.mark.slow
 def test_a_policy_and_its_monitor_resume(tmp_path: Path, pico_folder: Path) -> None:
     def trained(name: str, iterations: int, *, resume: bool = False) -> Path:
         config = ppo_config(

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from pico_runs import slow_but
 from preference_runs import ASKED, comparisons, events_of, reward_config, write_rows
 from preference_runs import preference_config as config
 from worlds import run_world
@@ -105,7 +106,7 @@ def test_a_round_is_divided_evenly_and_ends_early_with_few_comparisons(tmp_path:
     assert [len(rows) for rows in seen] == [3, 2, 1, 1, 1]
 
 
-@pytest.mark.parametrize("method", ["dpo", "simpo", "mpo", "aot"])
+@pytest.mark.parametrize("method", slow_but(["simpo", "aot"], ["dpo", "simpo", "mpo", "aot"]))
 def test_losses_of_the_family(method: str, tmp_path: Path, pico_folder: Path) -> None:
     trained(online_config(tmp_path / "run", pico_folder, method, training={"max_steps": 4}))
     run = steps(tmp_path / "run")
@@ -225,7 +226,8 @@ def test_a_changed_reward_is_another_run(tmp_path: Path, pico_folder: Path) -> N
         PreferenceTrainer(other, progress=RunProgress(quiet=True)).train(resume=True)
 
 
-@pytest.mark.parametrize("mode", ["replicate", pytest.param("shard", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", ["replicate", "shard"])
 def test_two_processes_are_the_same_run(mode: str, tmp_path: Path, pico_folder: Path) -> None:
     for name, size in {"one": 8, "two": 4}.items():
         training = {"batch_size": size, "max_steps": 4, "optimizer": "sgd", "learning_rate": 0.05, "num_epochs": 9}

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from pico_runs import class_rows, config_of, pair_tokenizer, save_pico, train
+from pico_runs import class_rows, config_of, pair_tokenizer, save_pico, slow_but, train
 from plain_transformers import LABELS, TEXTS, by_loopos, by_pipeline, cell, largest, trained
 from preference_runs import reward_config
 from safetensors.torch import load_file
@@ -55,11 +55,10 @@ def bert_folder(home: Path) -> Path:
 
 @pytest.mark.parametrize(
     ("task", "lora", "model"),
-    [
-        ("classification", False, {}),
+    slow_but(
         ("multi_label", True, {}),
-        ("regression", False, {"target_scaling": "scale"}),
-    ],
+        [("classification", False, {}), ("multi_label", True, {}), ("regression", False, {"target_scaling": "scale"})],
+    ),
 )
 def test_a_default_head_opens_right_in_plain_transformers(
     task: str, lora: bool, model: dict[str, str], home: Path, pico_folder: Path
@@ -75,13 +74,16 @@ def test_a_default_head_opens_right_in_plain_transformers(
 
 @pytest.mark.parametrize(
     ("architecture", "task", "model"),
-    [
-        ("llama", "classification", {"pooling": "mean"}),
-        ("llama", "multi_label", {"pooling": "max"}),
-        ("llama", "regression", {"target_scaling": "standardize"}),
-        ("bert", "regression", {}),
-        ("bert", "classification", {"pooling": "first"}),
-    ],
+    slow_but(
+        [("llama", "classification", {"pooling": "mean"}), ("bert", "regression", {})],
+        [
+            ("llama", "classification", {"pooling": "mean"}),
+            ("llama", "multi_label", {"pooling": "max"}),
+            ("llama", "regression", {"target_scaling": "standardize"}),
+            ("bert", "regression", {}),
+            ("bert", "classification", {"pooling": "first"}),
+        ],
+    ),
 )
 def test_every_other_head_is_refused_in_plain_transformers_and_right_when_trusted(
     architecture: str, task: str, model: dict[str, str], home: Path, pico_folder: Path, bert_folder: Path
@@ -130,6 +132,7 @@ def older_layout(run: Path, pico_folder: Path, to: Path) -> Path:
     return to
 
 
+@pytest.mark.slow
 def test_a_folder_of_an_older_version_opens_and_is_exported_right(
     home: Path, tmp_path: Path, pico_folder: Path
 ) -> None:
@@ -145,6 +148,7 @@ def test_a_folder_of_an_older_version_opens_and_is_exported_right(
     assert largest(expected, by_pipeline(tmp_path / "out", trust=True)) < 1e-4
 
 
+@pytest.mark.slow
 def test_an_export_that_answers_otherwise_is_a_diagnostic(
     tmp_path: Path, pico_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -179,7 +183,9 @@ def test_a_run_that_resumes_keeps_the_pooling_and_the_scaling_that_it_began_with
     assert json.loads((tmp_path / "run" / "config.json").read_text())["model"]["pooling"] == "mean"
 
 
-@pytest.mark.parametrize(("reward", "trust"), [({"normalize": False}, False), ({"heads": 3}, True)])
+@pytest.mark.parametrize(
+    ("reward", "trust"), slow_but(({"heads": 3}, True), [({"normalize": False}, False), ({"heads": 3}, True)])
+)
 def test_a_reward_model_gives_its_scores(
     reward: dict[str, int], trust: bool, tmp_path: Path, pico_folder: Path
 ) -> None:

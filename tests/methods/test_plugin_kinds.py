@@ -15,7 +15,7 @@ import pytest
 import torch
 from killed_runs import check_kills_leave_no_trace, digest
 from own_packages import installed
-from pico_runs import class_rows, write_jsonl
+from pico_runs import class_rows, slow_but, write_jsonl
 from preference_runs import ASKED, comparisons, events_of
 from safetensors import safe_open
 from safetensors.torch import load_file
@@ -104,7 +104,7 @@ def test_the_kinds_are_listed_and_an_unknown_one_is_refused() -> None:
     assert 'did you mean "trackers"?' in refused.stderr
 
 
-@pytest.mark.parametrize("algorithm", ["reinforce", "own_variants.algorithms:group_reinforce"])
+@pytest.mark.parametrize("algorithm", slow_but("reinforce", ["reinforce", "own_variants.algorithms:group_reinforce"]))
 def test_an_algorithm_without_a_critic_learns(algorithm: str, tmp_path: Path, pico_folder: Path) -> None:
     """Neither critic nor reference is built, trained, saved or planned; the reward rises."""
     # The last checkpoint is within an iteration, and holds its responses.
@@ -165,6 +165,7 @@ def test_rlhf_takes_an_algorithm_without_a_critic_too(tmp_path: Path, pico_folde
     assert set(roles) == {"policy", "reference", "reward model"}
 
 
+@pytest.mark.slow
 def test_with_adapters_and_no_critic_one_adapter_trains(tmp_path: Path, pico_folder: Path) -> None:
     training = {"trainable": "lora", "kl_coefficient": 0.1, "max_iterations": 1}
     config = policy_config(tmp_path / "run", pico_folder, "reinforce", **training)
@@ -181,12 +182,15 @@ def test_with_adapters_and_no_critic_one_adapter_trains(tmp_path: Path, pico_fol
 
 @pytest.mark.parametrize(
     "sections",
-    [
-        {"training": {"kl_in": "loss", "kl_coefficient": 0.1}},
-        {"training": {"kl_coefficient": 0.1, "kl_target": 1.0}},
+    slow_but(
         {"guards": {"kl": 5.0}},
-        {"evaluation": {"kl_limit": 5.0}},
-    ],
+        [
+            {"training": {"kl_in": "loss", "kl_coefficient": 0.1}},
+            {"training": {"kl_coefficient": 0.1, "kl_target": 1.0}},
+            {"guards": {"kl": 5.0}},
+            {"evaluation": {"kl_limit": 5.0}},
+        ],
+    ),
     ids=str,
 )
 def test_what_reads_the_kl_brings_the_reference(sections: dict[str, Any], tmp_path: Path, pico_folder: Path) -> None:
@@ -202,6 +206,7 @@ def bits_of(folder: Path) -> dict[str, str]:
     return {file.name: digest(file) for file in files} | {"metrics": fingerprint(folder / "events.jsonl")}
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning")
 def test_a_run_without_a_critic_resumes_to_the_same_bits(tmp_path: Path, pico_folder: Path) -> None:
     training = {"inner_epochs": 2, "minibatches": 2, "save_every": 1, "max_iterations": 6}
@@ -231,6 +236,7 @@ def test_another_algorithm_is_another_run(tmp_path: Path, pico_folder: Path) -> 
         loopos.train(config, resume=True, quiet=True)
 
 
+@pytest.mark.slow
 def test_other_answers_are_another_run(tmp_path: Path, pico_folder: Path) -> None:
     """The columns that a reward reads decide what is learned, though no token shows them."""
     config = policy_config(tmp_path / "run", pico_folder, "reinforce", max_iterations=2)

@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Sequence
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from pico_runs import slow_but
 from preference_runs import ASKED, early_letters, events_of, ppo_config, reward_config
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -42,8 +44,10 @@ def reward_runs(tmp_path_factory: pytest.TempPathFactory, pico_folder: Path) -> 
     return runs
 
 
-@pytest.mark.parametrize("trainable", ["all", "lora"])
-@pytest.mark.parametrize("value_model", ["reward", "policy", "shared"])
+@pytest.mark.parametrize(
+    ("trainable", "value_model"),
+    slow_but([("all", "reward"), ("lora", "shared")], product(("all", "lora"), ("reward", "policy", "shared"))),
+)
 def test_it_begins_where_the_reference_is(
     trainable: str, value_model: str, reward_runs: dict[str, Path], tmp_path: Path, pico_folder: Path
 ) -> None:
@@ -85,7 +89,7 @@ def test_with_adapters_one_copy_of_the_weights_serves_all_roles(
     assert any(".default." in name for name in method.trained.now)
 
 
-@pytest.mark.parametrize("trainable", ["all", "lora"])
+@pytest.mark.parametrize("trainable", slow_but("all", ["all", "lora"]))
 def test_several_reward_models_are_an_ensemble(
     trainable: str, reward_runs: dict[str, Path], tmp_path: Path, pico_folder: Path
 ) -> None:
@@ -107,6 +111,7 @@ def test_several_reward_models_are_an_ensemble(
     assert found["careful"] < found["both"]
 
 
+@pytest.mark.slow
 def test_an_adapters_reward_is_the_merged_models(
     reward_runs: dict[str, Path], tmp_path: Path, pico_folder: Path
 ) -> None:
@@ -126,6 +131,7 @@ def test_an_adapters_reward_is_the_merged_models(
     assert rewards["adapter"] == pytest.approx(rewards["whole"], abs=1e-3)
 
 
+@pytest.mark.slow
 def test_the_clip_and_the_penalty_follow_their_formulas(
     reward_runs: dict[str, Path], tmp_path: Path, pico_folder: Path
 ) -> None:
@@ -154,6 +160,7 @@ def test_the_clip_and_the_penalty_follow_their_formulas(
     assert abs(dear_steps[8]["value_loss"] - plain_steps[8]["value_loss"]) > 0.05
 
 
+@pytest.mark.slow
 def test_recomputed_activations_change_nothing(reward_runs: dict[str, Path], tmp_path: Path, pico_folder: Path) -> None:
     losses = []
     for name in (False, True):
@@ -277,7 +284,7 @@ def test_a_one_step_problem_comes_to_its_known_optimum(kl_in: str, tmp_path: Pat
     assert chances["policy"] == pytest.approx(optimum, abs=0.02)
 
 
-@pytest.mark.parametrize("trainable", ["all", "lora"])
+@pytest.mark.parametrize("trainable", slow_but("lora", ["all", "lora"]))
 def test_the_scoring_pass_is_that_of_the_first_step(
     trainable: str, tmp_path: Path, pico_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

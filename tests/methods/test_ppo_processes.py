@@ -52,6 +52,7 @@ def test_ppo(tmp_path: Path, pico_folder: Path) -> None:
             assert theirs == pytest.approx(mine, abs=1e-5)
 
 
+@pytest.mark.slow
 def test_groups_without_a_critic(tmp_path: Path, pico_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A group's responses are written by both processes, and compared with each other all the same."""
     with installed(tmp_path / "site", Path(__file__).parents[1] / "plugin_package", "own_variants", monkeypatch):

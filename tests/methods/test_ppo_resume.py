@@ -20,7 +20,7 @@ from loopos.storage.events import fingerprint, read
 from loopos.training.progress import RunProgress
 
 TRAINING = {
-    "learning_rate": 1e-3, "batch_size": 4, "num_epochs": 2, "inner_epochs": 3, "minibatches": 2, "save_every": 1,
+    "learning_rate": 1e-3, "batch_size": 4, "inner_epochs": 3, "minibatches": 2, "save_every": 1,
     "validate_every": 3, "precision": "fp32", "seed": 7, "kl_target": 1.0, "kl_horizon": 50, "optimizer": "adamw",
     "keep_last": 2,
 }  # fmt: skip
@@ -28,6 +28,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "four models": {},
     "one trunk": {"trainable": "lora"},
 }
+# Rows and rollouts of a run: one that is killed often enough need not be long.
+SIZES = {"four models": (24, 10), "one trunk": (16, 4)}
 
 
 def config_of(run: Path, weights: Path, variant: str) -> RlhfConfig:
@@ -35,7 +37,7 @@ def config_of(run: Path, weights: Path, variant: str) -> RlhfConfig:
     return RlhfConfig.model_validate(
         {
             "computation": {"mode": "posttraining", "method": "rlhf"},
-            "training": {**TRAINING, **settings},
+            "training": {**TRAINING, "num_epochs": 2 if variant == "four models" else 1, **settings},
             "reward_training": {
                 "learning_rate": 1e-2, "batch_size": 8, "num_epochs": 2, "save_every": 2, "precision": "fp32", **settings
             },
@@ -70,15 +72,16 @@ def bits_of(run: Path) -> dict[str, str]:
 @pytest.mark.parametrize("variant", slow_but("one trunk", VARIANTS))
 @pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning")
 def test_killed_at_random_moments(variant: str, tmp_path: Path, pico_folder: Path) -> None:
-    write_rows(tmp_path / "rows.jsonl", comparisons(24))
+    rows, rollouts = SIZES[variant]
+    write_rows(tmp_path / "rows.jsonl", comparisons(rows))
     began = time.monotonic()
     train(config_of(tmp_path / "whole", pico_folder, variant), resume=False)
     seconds = time.monotonic() - began
     expected = bits_of(tmp_path / "whole")
     assert {"./metrics", "reward_model/metrics", "./weights.safetensors", "model/model.safetensors"} <= set(expected)
     kinds = [event["event"] for event in read(tmp_path / "whole" / "events.jsonl")]
-    assert kinds.count("rollout") == 10
-    assert kinds.count("step") == 60
+    assert kinds.count("rollout") == rollouts
+    assert kinds.count("step") == 6 * rollouts
 
     config = config_of(tmp_path / "killed", pico_folder, variant)
     # These runs are longer than fine-tuning's: LOOPOS_TEST_KILLS=150 makes it thirty for both variants together.

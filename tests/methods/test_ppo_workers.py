@@ -13,6 +13,7 @@ import pytest
 import torch
 from fake_workers import FakeWorkers
 from killed_runs import digest
+from pico_runs import slow_but
 from preference_runs import early_letters, events_of, ppo_config
 
 from loopos.config.diagnostics import MissingRequirement, UserError
@@ -61,7 +62,7 @@ def staler_config(run: Path, weights: Path, **sections: Any) -> PpoConfig:
     return ppo_config(run, weights, functions=[EARLY], training=training, rollout=rollout, **sections)
 
 
-@pytest.mark.parametrize("trainable", ["all", "lora"])
+@pytest.mark.parametrize("trainable", slow_but("lora", ["all", "lora"]))
 def test_without_staleness_the_run_equals_that_of_the_local_engine(
     trainable: str, fakes: Fakes, tmp_path: Path, pico_folder: Path
 ) -> None:
@@ -97,6 +98,7 @@ def test_without_staleness_the_run_equals_that_of_the_local_engine(
     assert len(last) < size / 2 if trainable == "lora" else len(last) > 0.9 * size
 
 
+@pytest.mark.slow
 def test_an_older_policy_is_what_the_ratio_is_held_against(fakes: Fakes, tmp_path: Path, pico_folder: Path) -> None:
     trained(staler_config(tmp_path / "run", pico_folder))
     rollouts, steps = events_of(tmp_path / "run", "rollout"), events_of(tmp_path / "run", "step")
@@ -141,7 +143,8 @@ def bits_of(run: Path) -> list[str]:
     return [fingerprint(run / "events.jsonl"), *map(digest, files)]
 
 
-@pytest.mark.parametrize("cap", [None, pytest.param(2.0, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("cap", [None, 2.0])
 def test_with_staleness_a_resumed_run_is_bit_identical(
     cap: float | None, fakes: Fakes, tmp_path: Path, pico_folder: Path
 ) -> None:

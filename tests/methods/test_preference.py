@@ -120,7 +120,7 @@ def _of_pairs(name: str, model: Any, reference: Any, rows: Sequence[Any], beta: 
 
 @pytest.mark.parametrize("name", [*sorted(set(PRESETS) - {"aot"}), "sigmoid_norm"])
 def test_losses_and_gradients_equal_a_plain_computation(name: str, tmp_path: Path, pico_folder: Path) -> None:
-    training = {"max_steps": 2, "learning_rate": 1e-3}
+    training = {"max_steps": 2, "learning_rate": 1e-3, "validate_every": "never"}
     if name in PRESETS:
         method = trained(config(tmp_path / "run", pico_folder, name, training=training))
     else:
@@ -179,7 +179,7 @@ def _of_turns(number: int) -> list[dict[str, Any]]:
     return found
 
 
-@pytest.mark.parametrize("name", ["dpo", "ipo", "simpo"])
+@pytest.mark.parametrize("name", slow_but("ipo", ["dpo", "ipo", "simpo"]))
 def test_only_the_assistants_tokens_count_after_the_split(name: str, tmp_path: Path, pico_folder: Path) -> None:
     training = {"max_steps": 2, "learning_rate": 1e-3}
     method = trained(config(tmp_path / "run", pico_folder, name, rows=_of_turns(20), training=training))
@@ -202,7 +202,10 @@ def test_only_the_assistants_tokens_count_after_the_split(name: str, tmp_path: P
     assert loss.item() == pytest.approx(torch.stack(losses).mean().item(), abs=2e-5, rel=1e-5)
 
 
-@pytest.mark.parametrize(("name", "trainable"), [("dpo", "all"), ("dpo", "lora"), ("mpo", "all"), ("simpo", "all")])
+@pytest.mark.parametrize(
+    ("name", "trainable"),
+    slow_but(("mpo", "all"), [("dpo", "all"), ("dpo", "lora"), ("mpo", "all"), ("simpo", "all")]),
+)
 def test_micro_batches_change_nothing(name: str, trainable: str, tmp_path: Path, pico_folder: Path) -> None:
     found = []
     for size, accumulation in ((8, 1), (2, 4)):
@@ -242,7 +245,8 @@ def _lines(settings: PreferenceConfig) -> list[str]:
     return stream.getvalue().splitlines()
 
 
-@pytest.mark.parametrize("trainable", slow_but("lora", ["all", "lora"]))
+@pytest.mark.slow
+@pytest.mark.parametrize("trainable", ["all", "lora"])
 def test_the_reference_of_an_adapter_is_the_base_with_it(trainable: str, tmp_path: Path, pico_folder: Path) -> None:
     """From a folder of adapters: rewards are 0 in the first step, and the run equals one from the merged weights."""
     trained(config(tmp_path / "first", pico_folder, training={"trainable": "lora", "max_steps": 6}))
@@ -346,7 +350,8 @@ def test_weights_of_wpo_are_worked_by_hand() -> None:
     assert not found.requires_grad
 
 
-@pytest.mark.parametrize("name", slow_but("dpo", ["dpo", "mpo", "simpo"]))
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["dpo", "mpo", "simpo"])
 def test_wpo_is_the_same_in_micro_batches(name: str, tmp_path: Path, pico_folder: Path) -> None:
     found = []
     for size, accumulation in ((8, 1), (2, 4)):

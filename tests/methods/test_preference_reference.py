@@ -39,7 +39,7 @@ def figures(run: Path) -> list[tuple[float, ...]]:
     return [tuple(step[name] for name in names) for step in steps(run)]
 
 
-@pytest.mark.parametrize("trainable", TRAINABLE)
+@pytest.mark.parametrize("trainable", slow_but("all", TRAINABLE))
 def test_a_copy_is_the_same_reference(trainable: str, tmp_path: Path, pico_folder: Path) -> None:
     """As the cached log-probabilities, or as the weights without the adapters."""
     training = {"max_steps": 5, "learning_rate": 1e-3, **TRAINABLE[trainable]}
@@ -51,7 +51,7 @@ def test_a_copy_is_the_same_reference(trainable: str, tmp_path: Path, pico_folde
         assert one == pytest.approx(other, abs=1e-5, rel=1e-4)
 
 
-@pytest.mark.parametrize("trainable", TRAINABLE)
+@pytest.mark.parametrize("trainable", slow_but("lora", TRAINABLE))
 @pytest.mark.parametrize("method", slow_but("dpo", ["dpo", "kto"]))
 def test_rewards_are_0_again_when_the_policy_replaces_the_reference(
     method: str, trainable: str, tmp_path: Path, pico_folder: Path
@@ -68,7 +68,7 @@ def test_rewards_are_0_again_when_the_policy_replaces_the_reference(
     assert validated == [True, True, True, False]
 
 
-@pytest.mark.parametrize("trainable", TRAINABLE)
+@pytest.mark.parametrize("trainable", slow_but("lora", TRAINABLE))
 def test_the_mix_is_weight_by_weight(trainable: str, tmp_path: Path, pico_folder: Path) -> None:
     """ρ ← 0.25·π + 0.75·ρ after steps 2 and 4, from the weights of runs that end there."""
     training = {"optimizer": "sgd", "learning_rate": 1e-2, "schedule": "constant", "warmup": 0, **TRAINABLE[trainable]}
@@ -90,6 +90,7 @@ def test_the_mix_is_weight_by_weight(trainable: str, tmp_path: Path, pico_folder
     assert moved > 1e-5
 
 
+@pytest.mark.slow
 def test_two_processes_are_the_same_run(tmp_path: Path, pico_folder: Path) -> None:
     section = {"sync_reference": {"every": 2, "alpha": 0.5}}
     for name, size in {"one": 8, "two": 4}.items():

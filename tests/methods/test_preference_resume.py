@@ -58,7 +58,7 @@ def bits_of(run: Path) -> dict[str, str]:
 @pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning")
 def test_killed_at_random_moments(variant: str, pico_folder: Path, tmp_path: Path) -> None:
     method, training = VARIANTS[variant]
-    settings = {"num_epochs": 4, "save_every": 2, "validate_every": 3, "keep_last": 2, "schedule": "cosine", **training}
+    settings = {"num_epochs": 2, "save_every": 2, "validate_every": 3, "keep_last": 2, "schedule": "cosine", **training}
     rows = thumbs(60) if method == "kto" else None
 
     def build(name: str) -> Any:
@@ -72,7 +72,7 @@ def test_killed_at_random_moments(variant: str, pico_folder: Path, tmp_path: Pat
     train(build("whole"), resume=False)
     seconds = time.monotonic() - began
     expected = bits_of(tmp_path / "whole")
-    assert sum(event["event"] == "step" for event in read(tmp_path / "whole" / "events.jsonl")) >= 16
+    assert sum(event["event"] == "step" for event in read(tmp_path / "whole" / "events.jsonl")) >= 8
     assert any("reference/" in name for name in expected) == (variant in ("full", "kto"))
     assert any("samples" in name for name in expected) == (variant == "answers")
     config = build("killed")

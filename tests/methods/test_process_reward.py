@@ -143,6 +143,7 @@ def test_the_counts_of_a_step_are_its_labeled_steps(tmp_path: Path, pico_folder:
         assert one["step_accuracy"] == pytest.approx(other["step_accuracy"], abs=1e-6)
 
 
+@pytest.mark.slow
 def test_two_processes_take_the_steps_of_one(tmp_path: Path, pico_folder: Path) -> None:
     settings = {"max_steps": 3, "learning_rate": 1e-3, "validate_every": 3}
     train_here(process_config(tmp_path / "one", pico_folder, training={**settings, "batch_size": 8}))
@@ -161,6 +162,7 @@ def bits_of(run: Path) -> dict[str, str]:
     return {**{f"{f.parent.name}/{f.name}": digest(f) for f in files}, "metrics": fingerprint(run / "events.jsonl")}
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning")
 def test_killed_at_random_moments(tmp_path: Path, pico_folder: Path) -> None:
     training = {
@@ -290,6 +292,7 @@ def reasoning_config(run: Path, weights: Path, strategy: str, reward_model: Path
     )  # fmt: skip
 
 
+@pytest.mark.slow
 def test_validation_searches_with_the_scores_of_steps(
     process_run: Path, pico_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

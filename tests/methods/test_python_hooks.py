@@ -11,7 +11,7 @@ from typing import Any
 import numpy
 import pytest
 import torch
-from pico_runs import class_rows
+from pico_runs import class_rows, slow_but
 from preference_runs import ASKED, comparisons
 from test_python_api import PROBLEMS, config_of, language_config
 
@@ -85,7 +85,10 @@ def test_a_callback_may_answer_to_a_validation(train: Train, tmp_path: Path) -> 
     assert steps == [0, 2]
 
 
-@pytest.mark.parametrize(("kind", "step", "saved"), [("step", 3, 3), ("validation", 2, 2), ("session", 0, None)])
+@pytest.mark.parametrize(
+    ("kind", "step", "saved"),
+    slow_but(("validation", 2, 2), [("step", 3, 3), ("validation", 2, 2), ("session", 0, None)]),
+)
 def test_a_callback_that_fails_ends_the_run_in_order(
     kind: str, step: int, saved: int | None, train: Train, tmp_path: Path
 ) -> None:

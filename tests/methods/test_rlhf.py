@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -16,25 +17,26 @@ from loopos.config.sections import LanguageModelSection
 from loopos.evaluation.reward_predictor import RewardPredictor
 from loopos.methods.rlhf import ReinforcementTrainer
 from loopos.training.progress import RunProgress
+from tests.conftest import drawing
 
 GUIDE = Path(__file__).parents[2] / "configs" / "rlhf.json"
 
 
 def write_guide_files(folder: Path, model: LanguageModelSection) -> None:
-    """What the guide's config names: a model of these sizes as `models/pretrained_model.bin` beside a tokenizer of 16,000
+    """What the guide's config names: a model of these sizes as `models/pretrained_model.bin` beside a tokenizer of as many
     tokens, and comparisons as people write them.
     """
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-    vocabulary = {"<unk>": 0, "<end>": 1, **{f"word{i}": i for i in range(2, 16000)}}
+    vocabulary = {"<unk>": 0, "<end>": 1, **{f"word{i}": i for i in range(2, model.vocab_size)}}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>", eos_token="<end>")
     fast.save_pretrained(folder / "models")
     torch.manual_seed(0)
     sizes = LlamaConfig(
-        vocab_size=16000, hidden_size=model.d_model, intermediate_size=model.d_ff,
+        vocab_size=model.vocab_size, hidden_size=model.d_model, intermediate_size=model.d_ff,
         num_hidden_layers=model.num_layers, num_attention_heads=8, num_key_value_heads=8, tie_word_embeddings=True,
         max_position_embeddings=2048,
     )  # fmt: skip
@@ -48,11 +50,10 @@ def write_guide_files(folder: Path, model: LanguageModelSection) -> None:
     )
 
 
-@pytest.mark.usefixtures("drawn")
 @pytest.mark.parametrize(
     "smaller",
     [
-        ("model.d_model=48", "model.d_ff=96", "model.num_layers=2"),
+        pytest.param(("model.d_model=48", "model.d_ff=96", "model.num_layers=2", "model.vocab_size=400"), id="smaller"),
         pytest.param((), marks=pytest.mark.slow, id="as it is"),
     ],
 )
@@ -65,7 +66,9 @@ def test_the_guides_config_runs_both_phases(
     write_guide_files(tmp_path, guide.model)
     config = load(GUIDE, smaller, config_classes()).config
     assert config == guide
-    result = ReinforcementTrainer(config, progress=RunProgress(quiet=True)).train()
+    # The smaller run is not drawn, which takes longer than it does.
+    with nullcontext() if smaller else drawing():
+        result = ReinforcementTrainer(config, progress=RunProgress(quiet=True)).train()
     run = tmp_path / "outputs" / "rlhf"
     # 9 of 10 prompts train, 8 an iteration, once each: 2 iterations of 4 inner epochs.
     assert (result.step, result.stopped_by) == (8, "epochs")

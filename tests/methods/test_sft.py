@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 from killed_runs import NUM_KILLS, check_kills_leave_no_trace
-from pico_runs import events_of, last_weights
+from pico_runs import events_of, last_weights, slow_but
 from test_chain_of_thought_resume import bits_of
 
 import loopos
@@ -108,7 +108,7 @@ def command(monkeypatch: pytest.MonkeyPatch, *words: object) -> int:
     return int(ended.value.code or 0)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", slow_but(["conversations", "tool calls"], KINDS))
 def test_each_kind_of_rows_trains_by_the_command_line(
     kind: str, tmp_path: Path, pico_folder: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -145,7 +145,9 @@ def reasoning_of(sections: Mapping[str, Any]) -> ChainOfThought:
     return ChainOfThought(ChainOfThoughtConfig.model_validate(written), progress=RunProgress(quiet=True))
 
 
-@pytest.mark.parametrize("kind", ["conversations", "instructions", "completions", "texts", "steps"])
+@pytest.mark.parametrize(
+    "kind", slow_but(["texts", "steps"], [kind for kind in KINDS if kind not in ("questions", "tool calls")])
+)
 def test_the_numbers_are_those_of_chain_of_thought(kind: str, tmp_path: Path, pico_folder: Path) -> None:
     """One trainer: the same rows give the same losses, gradients and weights to the bit."""
     ours, theirs = (sections_of(tmp_path / name, pico_folder, KINDS[kind]) for name in ("sft", "cot"))
@@ -217,7 +219,7 @@ def test_a_run_from_when_sft_was_another_name_of_chain_of_thought_resumes(tmp_pa
 
 @pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning")
 def test_killed_at_random_moments(tmp_path: Path, pico_folder: Path) -> None:
-    training = {"num_epochs": 8, "validate_every": 6, "save_every": 4, "schedule": "cosine", "keep_last": 2}
+    training = {"num_epochs": 4, "validate_every": 6, "save_every": 4, "schedule": "cosine", "keep_last": 2}
     config = sections_of(tmp_path / "whole", pico_folder, KINDS["conversations"] * 2, **training)
     config["generation"]["temperature"] = 0.7
     began = time.monotonic()

@@ -14,6 +14,7 @@ from unittest.mock import Mock
 
 import pytest
 import torch
+from pico_runs import slow_but
 from safetensors.torch import load_file
 from sharded_methods import METHODS, measured, small_run
 from transformers import GPT2Config, GPT2Model, LlamaConfig, LlamaModel
@@ -82,8 +83,9 @@ def compare_worlds(
                 torch.testing.assert_close(mine[name], tensor, atol=1e-6, rtol=1e-5)
 
 
-def test_two_processes_that_share_a_model(tmp_path: Path, pico_folder: Path) -> None:
-    compare_worlds(tmp_path, pico_folder, 2, {"shard": SHARD, "split": SPLIT}, ("fine_tuning", "ppo"))
+@pytest.mark.parametrize("method", slow_but("fine_tuning", ["fine_tuning", "ppo"]))
+def test_two_processes_that_share_a_model(method: str, tmp_path: Path, pico_folder: Path) -> None:
+    compare_worlds(tmp_path, pico_folder, 2, {"shard": SHARD, "split": SPLIT}, (method,))
 
 
 @pytest.mark.slow

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from pico_runs import slow_but
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
@@ -147,23 +148,15 @@ def saved(model: PreTrainedModel, out: Path) -> Path:
     return out
 
 
-# What ties concern is tried with and without them; the rest with one of them, and all with both by the slow tests.
-TIES = (
-    "plain",
-    "head",
-    "embeddings",
-    "embeddings and head",
-    "lora on embeddings",
-    "lora on the head",
-    "trainable tokens",
-)
-RARE = ("excluded", "orthogonal", "pissa with rslora", "tokens of two", "norms", "lora_only", "parameters", "oft", "boft", "hra",
+# What ties concern is tried with them, the rest without, and all with both by the slow tests.
+TIES = ("head", "embeddings", "lora on the head", "trainable tokens")
+RARE = ("replicated layers", "rslora", "patterns", "target pattern", "layers_to_transform", "olora", "bias", "lora_bias", "loha", "lokr", "vera",
+        "adalora", "embeddings and head", "lora on embeddings", "excluded", "orthogonal", "pissa with rslora", "tokens of two", "norms", "lora_only", "parameters", "oft", "boft", "hra",
         "fourierft", "miss", "ln_tuning", "tokens only")  # fmt: skip
-CASES = [
-    pytest.param(name, kind, marks=() if kind not in RARE and (name == "untied" or kind in TIES) else pytest.mark.slow)
-    for name in ("untied", "tied")
-    for kind in KINDS
-]
+ALL = [(name, kind) for name in ("untied", "tied") for kind in KINDS]
+CASES = slow_but(
+    [each for each in ALL if each[1] not in RARE and each[0] == ("tied" if each[1] in TIES else "untied")], ALL
+)
 
 
 @pytest.mark.parametrize(("base", "kind"), CASES, indirect=["base"])
@@ -296,7 +289,10 @@ def test_biases_that_the_layers_lack_are_refused_by_name(pico_folder: Path, tmp_
 
 @pytest.mark.parametrize(
     ("base", "targets"),
-    [("untied", ["q_proj"]), ("tied", ["q_proj"]), ("untied", ["q_proj", "embed_tokens", "lm_head"])],
+    slow_but(
+        ("tied", ["q_proj"]),
+        [("untied", ["q_proj"]), ("tied", ["q_proj"]), ("untied", ["q_proj", "embed_tokens", "lm_head"])],
+    ),
     indirect=["base"],
 )
 def test_a_larger_vocabulary_comes_with_the_adapter(base: Path, tmp_path: Path, targets: list[str]) -> None:
@@ -332,14 +328,18 @@ def test_a_tokenizer_with_tokens_that_the_adapter_did_not_save_is_refused(plain:
     )
 
 
-@pytest.mark.parametrize(("base", "kind"), [("tied", "head"), ("untied", "head"), ("tied", "pissa")], indirect=["base"])
+@pytest.mark.parametrize(
+    ("base", "kind"),
+    slow_but(("tied", "head"), [("tied", "head"), ("untied", "head"), ("tied", "pissa")]),
+    indirect=["base"],
+)
 def test_an_export_answers_as_under_peft(kind: str, base: Path, tmp_path: Path) -> None:
     adapter = trained(base, tmp_path / "adapter", **KINDS[kind])
     assert exported(adapter, tmp_path / "out") == ""
     torch.testing.assert_close(logits(opened(tmp_path / "out")), under_peft(base, adapter), atol=1e-4, rtol=1e-4)
 
 
-@pytest.mark.parametrize("kind", ["head", "lora on embeddings"])
+@pytest.mark.parametrize("kind", slow_but("head", ["head", "lora on embeddings"]))
 def test_a_gguf_of_an_adapter_answers_as_under_peft(kind: str, tied_folder: Path, tmp_path: Path) -> None:
     """Of a model whose tied embeddings the adapter has made two."""
     pytest.importorskip("gguf")
@@ -410,6 +410,7 @@ def test_sums_refuse_what_no_sum_of_matrices_is(pico_folder: Path, tmp_path: Pat
         merged(targets, tmp_path / "out", result="adapter")
 
 
+@pytest.mark.slow
 def test_two_adapters_of_other_kinds_are_merged_together(pico_folder: Path, tmp_path: Path) -> None:
     """The mean of what peft makes of each."""
     targets = [

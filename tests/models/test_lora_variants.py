@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from pico_runs import slow_but
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, PreTrainedModel
 
@@ -50,6 +51,8 @@ VARIANTS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
         {"rank_pattern": {r"0\..*": 2}, "alpha_pattern": {r"1\..*": 20.0}},
     ),
 }
+# The others combine these.
+QUICK = ["rslora", "dora", "pissa", "olora", "patterns"]
 CHANGED_BASE = [name for name, (ours, _) in VARIANTS.items() if ours.get("init_lora_weights", "gaussian") != "gaussian"]
 
 
@@ -98,7 +101,10 @@ def adapted(architecture: str, **settings: Any) -> PreTrainedModel:
 
 @pytest.mark.parametrize(
     ("architecture", "variant"),
-    [("llama", each) for each in VARIANTS] + [("gpt2", each) for each in VARIANTS if each != "olora"],
+    slow_but(
+        [("llama", each) for each in QUICK] + [("gpt2", "pissa with dora")],
+        [("llama", each) for each in VARIANTS] + [("gpt2", each) for each in VARIANTS if each != "olora"],
+    ),
 )
 def test_it_starts_unchanged_merges_and_opens_over_the_base(variant: str, architecture: str, tmp_path: Path) -> None:
     base = tiny(architecture)
@@ -123,7 +129,7 @@ def test_it_starts_unchanged_merges_and_opens_over_the_base(variant: str, archit
     torch.testing.assert_close(logits(opened.eval()), after, atol=2e-4, rtol=0)
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("variant", slow_but(QUICK, VARIANTS))
 def test_outputs_and_gradients_are_those_of_peft(variant: str) -> None:
     """The same start from the same seed, and the same outputs and gradients after a change."""
     ours, theirs = VARIANTS[variant]

@@ -10,7 +10,7 @@ from unittest.mock import patch
 
 import pytest
 import torch
-from pico_runs import class_rows, config_of, save_pico, train
+from pico_runs import class_rows, config_of, save_pico, slow_but, train
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
@@ -112,7 +112,7 @@ NAMES = {
 }
 
 
-@pytest.mark.parametrize("command", COMMANDS)
+@pytest.mark.parametrize("command", slow_but(["generate", "export", "train"], COMMANDS))
 @pytest.mark.parametrize("kind", NAMES)
 def test_every_command_opens_the_same_weights(
     kind: str, command: str, house: Path, pico_folder: Path, tmp_path: Path
@@ -128,6 +128,7 @@ def test_every_command_opens_the_same_weights(
     assert (different - expected).abs().max() > 1e-2
 
 
+@pytest.mark.slow
 def test_a_gguf_file_is_one_model_to_every_command(house: Path, tmp_path: Path) -> None:
     pytest.importorskip("gguf")
     export(str(house / "run"), tmp_path / "file", ExportSettings(format="gguf", type="f32", check=False))
@@ -138,7 +139,7 @@ def test_a_gguf_file_is_one_model_to_every_command(house: Path, tmp_path: Path) 
         torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("part", ["", "model", "adapter"])
+@pytest.mark.parametrize("part", slow_but("adapter", ["", "model", "adapter"]))
 def test_a_model_with_a_head_is_the_same_to_every_command(part: str, tmp_path: Path, head_run: Path) -> None:
     """The adapter of a run stands for the run's model, which alone has the head."""
     name = str(head_run / part)
@@ -162,6 +163,7 @@ def head_run(tmp_path_factory: pytest.TempPathFactory, pico_folder: Path) -> Pat
     return run
 
 
+@pytest.mark.usefixtures("few_goes")
 def test_a_name_is_resolved_once(house: Path, tmp_path: Path) -> None:
     """Whoever passes a ModelRef on has no file looked up a second time; a pruned model is a second name."""
     name = str(house / "run")

@@ -105,6 +105,7 @@ def check_content(found: checkpoint.Checkpoint, value: float) -> None:
     assert torch.equal(weights["b"], torch.full((2, 3), value))
 
 
+@pytest.mark.slow
 def test_killed_at_random_moments_the_newest_is_whole_and_never_older(root: Path, savers: Savers) -> None:
     draw = random.Random(0)
     step = -1

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from pico_runs import events_of, last_weights
+from pico_runs import events_of, last_weights, slow_but
 from safetensors.torch import load_file
 
 from loopos.config.diagnostics import Interrupted
@@ -139,7 +139,11 @@ def test_a_full_disk_while_the_log_is_written_is_reported(run: Run, monkeypatch:
 
 
 @pytest.mark.parametrize(
-    ("name", "step"), [("SIGTERM", 3), ("SIGTERM", 5), ("SIGTERM", 10), ("SIGHUP", 5), ("SIGUSR1", 4)]
+    ("name", "step"),
+    slow_but(
+        [("SIGTERM", 10), ("SIGHUP", 5)],
+        [("SIGTERM", 3), ("SIGTERM", 5), ("SIGTERM", 10), ("SIGHUP", 5), ("SIGUSR1", 4)],
+    ),
 )
 def test_a_signal_at_a_step_that_validates_loses_nothing(
     name: str, step: int, run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -245,7 +249,7 @@ def test_signals_are_not_handled_outside_the_main_thread() -> None:
 # A full disk under the other files of a run ------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["config.json", "events.jsonl"])
+@pytest.mark.parametrize("name", slow_but("events.jsonl", ["config.json", "events.jsonl"]))
 def test_a_full_disk_at_the_start_of_a_resumed_run_leaves_its_files_whole(
     name: str, run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 
 import pytest
 import torch.distributed as dist
+from pico_runs import slow_but
 
 from loopos.config.diagnostics import UserError
 from loopos.training.session import Heartbeat
@@ -62,7 +63,7 @@ def test_while_all_processes_send_heartbeats_nothing_ends() -> None:
         assert ended == {}
 
 
-@pytest.mark.parametrize(("lost", "finder"), [(2, 0), (0, 1)])
+@pytest.mark.parametrize(("lost", "finder"), slow_but((2, 0), [(2, 0), (0, 1)]))
 def test_a_process_without_heartbeats_is_named_by_rank_and_host(lost: int, finder: int) -> None:
     hosts = ["first", "first", "second"] if lost == 2 else ["second", "first", "first"]
     with processes(hosts) as (ranks, ended):
@@ -79,7 +80,7 @@ def test_a_process_without_heartbeats_is_named_by_rank_and_host(lost: int, finde
             assert ended[finder]
 
 
-@pytest.mark.parametrize("lost", [0, 1, 2])
+@pytest.mark.parametrize("lost", slow_but(2, [0, 1, 2]))
 def test_a_process_that_ends_before_its_first_heartbeat_is_noticed_too(lost: int) -> None:
     with processes(["one", "two", "three"], never_begins=lost) as (_, ended):
         wait_for(2, ended)

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from pico_runs import class_rows, config_of, last_weights, save_pico, train
+from pico_runs import class_rows, config_of, last_weights, save_pico, slow_but, train
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -106,7 +106,7 @@ def zeros_in(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name.split("layers.")[1]: tensor == 0 for name, tensor in tensors.items() if "_proj" in name}
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("precision", slow_but("bf16", ["fp32", "bf16"]))
 def test_a_run_keeps_zeros_and_resumes_with_them(pruned: Path, tmp_path: Path, precision: str) -> None:
     def config(name: str, **training: Any) -> Any:
         chosen = {"keep_zeros": True, "weight_decay": 0.1, "precision": precision, "save_every": 3, **training}

@@ -248,8 +248,7 @@ def _validated(
         checkable: MethodConfig | None = config
     except ValidationError as error:
         schema = _schema_of(config_class, num_registered())
-        others = {name: _schema_of(found, num_registered()) for (_, name), found in (methods or {}).items()}
-        described = diagnostics_of(error, root, schema, renamed, others)
+        described = diagnostics_of(error, root, schema, renamed, lambda: _schemas_of(methods or {}))
         diagnostics.extend(diagnostic for path, diagnostic in described if diagnostic.field not in reported)
         faulty.update(".".join(str(step) for step in path[:2]) for path, _ in described)
         # `_repaired` drops the whole of what is no section: a key of a recipe, such as a list with one invalid item.
@@ -259,6 +258,10 @@ def _validated(
         problems = [*checkable.check(), *(checkable.check_files() if check_files else ())]
         diagnostics.extend(_located(problems, root, faulty, renamed))
     return config, diagnostics
+
+
+def _schemas_of(methods: Methods) -> dict[str, Schema]:
+    return {name: _schema_of(config_class, num_registered()) for (_, name), config_class in methods.items()}
 
 
 @functools.cache

@@ -8,9 +8,8 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from types import MappingProxyType
 from typing import Any, TypeAlias
 
 from pydantic import ValidationError
@@ -36,12 +35,13 @@ def diagnostics_of(
     root: MappingNode,
     schema: Schema,
     renamed: Mapping[str, str],
-    others: Mapping[str, Schema] = MappingProxyType({}),
+    others: Callable[[], Mapping[str, Schema]] = dict,
 ) -> list[tuple[Path, Diagnostic]]:
     """One diagnostic for each invalid path of `error`, in its order.
 
-    `renamed` maps a moved key to the name that the user wrote; `others` holds the schemas of all methods, which may
-    know a key. Of a union's errors only the deepest is reported.
+    `renamed` maps a moved key to the name that the user wrote. `others` gives the schemas of all methods, which may
+    know a key: called only for an unknown key, because it takes most of a second. Of a union's errors only the deepest
+    is reported.
     """
     found: dict[Path, Diagnostic] = {}
     for detail in error.errors(include_url=False, include_context=False, include_input=False):
@@ -63,11 +63,15 @@ def diagnostics_of(
 
 
 def _unknown_key(
-    path: Path, root: MappingNode, schema: Schema, renamed: Mapping[str, str], others: Mapping[str, Schema]
+    path: Path,
+    root: MappingNode,
+    schema: Schema,
+    renamed: Mapping[str, str],
+    others: Callable[[], Mapping[str, Schema]],
 ) -> Diagnostic:
     key, mark = str(path[-1]), key_mark(root, path)
     name, section = renamed.get(dotted(path), dotted(path)), dotted(path[:-1]) or "the top level"
-    owners = [f'"{method}"' for method, other in others.items() if key in _properties_at(path[:-1], other)]
+    owners = [f'"{method}"' for method, other in others().items() if key in _properties_at(path[:-1], other)]
     hint = _hint_for_key(key, path, schema, owners)
     actual = f"the unknown key {json.dumps(key, ensure_ascii=False)}"
     return Diagnostic(mark.source, mark.line, mark.column, name, actual, f"a key of {section}", hint)
