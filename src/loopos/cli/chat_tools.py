@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from typing import Any
 
 from loopos.config.diagnostics import UserError
 from loopos.config.environments import EnvironmentSection
@@ -19,7 +18,7 @@ from loopos.data.tool_calls import parse_turn
 from loopos.data.tool_schemas import CALLS, Tool, call_id
 from loopos.data.tool_turns import ToolTurns, calling, result_message
 from loopos.rl.environments import EnvironmentClass
-from loopos.rl.tool_runs import CallLimits, run_calls
+from loopos.rl.tool_runs import CallLimits, ThreadInstance, run_calls
 
 
 class ChatTools:
@@ -52,9 +51,10 @@ class ChatTools:
     def begin(self) -> None:
         """Starts the environment anew."""
         if self._row is None:
-            self._state: Any = self._environment.type()
+            state = self._environment.type()
         else:
-            self._state, self.opening = self._environment.begin(self._row, "--row")
+            state, self.opening = self._environment.begin(self._row, "--row")
+        self._instance = ThreadInstance(self._environment, state)
 
     def prompt(self, messages: Sequence[Message]) -> list[int]:
         """The ids that the next turn starts from. Raises `UserError`."""
@@ -70,7 +70,7 @@ class ChatTools:
             return []
         number = sum(message.role == "tool" for message in messages)
         limits = CallLimits(self._section.tool_seconds, self._section.max_result_characters)
-        outcomes = run_calls(self._environment, self._state, found.calls, found.malformed, limits)
+        outcomes = run_calls(self._environment, self._instance, found.calls, found.malformed, limits)
         turn = calling(found.calls, found.content, first=number) if found.calls else Message("assistant", text)
         return [turn, *(result_message(each.name, each.text, call_id(number + n)) for n, each in enumerate(outcomes))]
 

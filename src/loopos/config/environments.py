@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import Field
 
@@ -29,6 +29,17 @@ class EnvironmentSection(Section):
         default=None, description="seconds of an episode; null is no limit, which a resumed run needs to be exact"
     )
     tool_seconds: Annotated[float, Field(gt=0)] = Field(default=10.0, description="seconds of one call of a tool")
+    isolation: Literal["thread", "process"] = Field(
+        default="thread",
+        description="where the environment's objects live: thread is this process, for tools that you trust as your own "
+        "code; process is a process for each episode, without network and your files",
+    )
+    tool_memory: Annotated[int, Field(ge=64)] = Field(
+        default=512, description='MiB of memory of an episode\'s processes, with isolation "process"'
+    )
+    tool_processes: Count = Field(
+        default=16, description='processes and threads of an episode at once, with isolation "process"'
+    )
     reward_weight: float = Field(
         default=1.0, description="weight of the environment's own reward, beside those of reward.functions"
     )

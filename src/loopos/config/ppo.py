@@ -307,6 +307,8 @@ def _effects(config: PpoConfig) -> dict[str, tuple[bool, str]]:
     limits = (guards.kl, guards.entropy_share, guards.length_ratio, guards.repetition)
     is_guarded = any(limit is not None for limit in (*limits, guards.eos_rate_drop, guards.judge_drop))
     unanswered = (config.validates, "no validation prompts are answered")
+    has_processes = config.environment is not None and config.environment.isolation == "process"
+    in_processes = (has_processes, 'isolation is not "process"')
     return {
         **checks.effects(training),
         **text_effects(config.data),
@@ -325,6 +327,8 @@ def _effects(config: PpoConfig) -> dict[str, tuple[bool, str]]:
         "training.kl_estimator": (has_penalty, "kl_coefficient is 0"),
         "training.kl_importance": (has_penalty and training.kl_in == "loss", "there is no KL in the loss"),
         "training.kl_horizon": (training.kl_target is not None, "kl_target is not set"),
+        "environment.tool_memory": in_processes,
+        "environment.tool_processes": in_processes,
         "reward.model_weight": (has_model, "there is no data.reward_model"),
         "reward.ensemble_penalty": (has_model, "there is no data.reward_model"),
         "guards.judge_drop": (evaluation.judge is not None, "there is no evaluation.judge"),

@@ -16,14 +16,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from loopos.config.diagnostics import UserError
 
 _SUPERVISOR = Path(__file__).with_name("sandbox_supervisor.py")
 _MIB = 1 << 20
-# What a start of Python and the end of a program may take beside its own time.
-_GRACE = 30.0
+GRACE = 30.0
+"""Seconds that a start of Python and the end of a program may take beside its own time."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -81,18 +81,18 @@ def run_contained(
     """
     limits = limits or SandboxLimits()
     with tempfile.TemporaryDirectory(prefix="loopos-sandbox-") as folder:
-        spec = _spec(folder, {**files, "stdin": stdin}, arguments, limits, isolation)
+        spec = spec_of(folder, {**files, "stdin": stdin}, arguments, limits, isolation)
         try:
             done = subprocess.run(
                 [sys.executable, "-I", "-S", str(_SUPERVISOR)],
                 input=json.dumps(spec).encode(),
                 capture_output=True,
-                timeout=limits.seconds * limits.wall_factor + _GRACE,
+                timeout=limits.seconds * limits.wall_factor + GRACE,
                 check=False,
             )
         except subprocess.TimeoutExpired:
             # The supervisor itself was starved; its processes die with it.
-            return Ended("time", None, "", "", "", limits.seconds * limits.wall_factor + _GRACE, 0)
+            return Ended("time", None, "", "", "", limits.seconds * limits.wall_factor + GRACE, 0)
     if done.returncode != 0:
         raise UserError(f"the sandbox ended with {done.returncode}: {done.stderr.decode('utf-8', 'replace')[-500:]}")
     found = json.loads(done.stdout)
@@ -105,15 +105,22 @@ def run_contained(
     return Ended(**found)
 
 
-def _spec(
-    folder: str, files: Mapping[str, str], arguments: Sequence[str], limits: SandboxLimits, isolation: Isolation
-) -> dict[str, object]:
+def spec_of(
+    folder: str,
+    files: Mapping[str, str],
+    arguments: Sequence[str],
+    limits: SandboxLimits,
+    isolation: Isolation,
+    *,
+    readable: Sequence[Path] = (),
+) -> dict[str, Any]:
+    """What the supervisor reads. folder: an empty one; readable: folders beside those of Python and the system."""
     one_file = limits.file_size * _MIB
     return {
         "isolated": isolation == "full",
         "folder": folder,
         "files": dict(files),
-        "readable": sorted({sys.prefix, sys.base_prefix}, key=len),
+        "readable": sorted({sys.prefix, sys.base_prefix, *map(str, readable)}, key=len),
         # Isolated from variables and from the folder of the program; nothing is written beside modules.
         "program": [sys.executable, "-I", "-B", *arguments],
         "environment": {

@@ -1,7 +1,8 @@
 """Starts one program in namespaces of its own, watches its limits and reports how it ended. Standard library only.
 
 `evaluation.sandbox` runs this file as a script: one JSON object on stdin, one on stdout. Apart from it, because a fork
-of the training process would inherit its threads, its memory and its open files.
+of the training process would inherit its threads, its memory and its open files. `sandbox_server` starts Python
+functions by the same steps.
 
     supervisor (limits of time and memory) → process 1 of a PID namespace (mounts, then waits) → the program
 
@@ -21,7 +22,7 @@ import selectors
 import signal
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, NoReturn
 
 _NEW_MOUNTS, _NEW_UTS, _NEW_IPC, _NEW_USER, _NEW_PID, _NEW_NETWORK = (
@@ -34,9 +35,10 @@ _MOUNT_SETATTR, _AT_RECURSIVE, _AT_CWD = 442, 0x8000, -100
 _CALLS = {"x86_64": (155, 250), "aarch64": (41, 219)}
 _SYSTEM = ("/usr", "/bin", "/sbin", "/lib", "/lib32", "/lib64", "/etc/ld.so.cache")
 _DEVICES = ("null", "zero", "random", "urandom")
+_DESCRIPTORS = ("stdin", "stdout", "stderr", "result")
 # User ids above those that systems give out. RLIMIT_NPROC counts processes by user: each program has its own.
 _FIRST_USER = 1_900_000_000
-_TICK = 0.02
+TICK = 0.02
 
 _libc = ctypes.CDLL(None, use_errno=True)
 
@@ -48,7 +50,7 @@ class Unavailable(Exception):
 def main() -> None:
     """Runs the program that stdin describes."""
     spec = json.loads(sys.stdin.buffer.read())
-    _libc.prctl(_DEATH_SIGNAL, signal.SIGKILL, 0, 0, 0)
+    end_with_parent()
     # Files of process 1 are read by the program's user.
     os.umask(0o022)
     try:
@@ -60,16 +62,36 @@ def main() -> None:
 
 
 def _run(spec: dict[str, Any]) -> dict[str, Any]:
+    began, watch = time.monotonic(), Watch(spec, *start(spec))
+    while not watch.stopped:
+        watch.step(TICK)
+        if time.monotonic() - began > spec["wall_seconds"]:
+            watch.stop("time")
+    return {**watch.ended(), "seconds": time.monotonic() - began}
+
+
+def end_with_parent() -> None:
+    """Lets the kernel kill this process when its parent ends."""
+    _libc.prctl(_DEATH_SIGNAL, signal.SIGKILL, 0, 0, 0)
+
+
+def start(spec: dict[str, Any], function: Callable[[], object] | None = None) -> tuple[int, dict[str, int]]:
+    """Process 1 of new namespaces, and this process's ends of its pipes by name. function: what the contained process
+    calls, with a pipe as its stdin; None for the program of `spec`. Raises `Unavailable`.
+    """
     _libc.prctl(_SUBREAPER, 1, 0, 0, 0)
     if spec["isolated"]:
         _enter_namespaces()
     pipes = {name: os.pipe() for name in ("stdout", "stderr", "result", "status")}
+    ours, theirs = ({name: ends[side] for name, ends in pipes.items()} for side in (0, 1))
+    if function is not None:
+        theirs["stdin"], ours["stdin"] = os.pipe()
     number, first = os.getpid(), os.fork()
     if first == 0:
-        _first_process(spec, {name: ends[1] for name, ends in pipes.items()}, number)
-    for _, write_end in pipes.values():
-        os.close(write_end)
-    return _watched(spec, first, {name: ends[0] for name, ends in pipes.items()})
+        _first_process(spec, theirs, number, function)
+    for end in theirs.values():
+        os.close(end)
+    return first, ours
 
 
 def _enter_namespaces() -> None:
@@ -88,9 +110,11 @@ def _enter_namespaces() -> None:
             raise Unavailable(f"a user namespace: /proc/self/{name}: {problem.strerror}") from problem
 
 
-def _first_process(spec: dict[str, Any], ends: dict[str, int], number: int) -> NoReturn:
+def _first_process(
+    spec: dict[str, Any], ends: dict[str, int], number: int, function: Callable[[], object] | None
+) -> NoReturn:
     """Process 1: mounts, starts the program, waits for it and reports its status. Its end is the end of all."""
-    _libc.prctl(_DEATH_SIGNAL, signal.SIGKILL, 0, 0, 0)
+    end_with_parent()
     try:
         folder = _mounted(spec) if spec["isolated"] else spec["folder"]
         os.chdir(folder)
@@ -101,15 +125,16 @@ def _first_process(spec: dict[str, Any], ends: dict[str, int], number: int) -> N
             user = _FIRST_USER + number if os.getuid() == 0 else None
             # A session keyring would hold keys of the user who started the run.
             _libc.syscall(_CALLS[platform.machine()][1], 1, None)
-        # Unlinked, so that what was read cannot be read again.
-        stdin = os.open("stdin", os.O_RDONLY)
-        os.unlink("stdin")
+        if function is None:
+            # Unlinked, so that what was read cannot be read again.
+            ends["stdin"] = os.open("stdin", os.O_RDONLY)
+            os.unlink("stdin")
         os.setsid()
         program = os.fork()
         if program == 0:
-            _become(spec, (stdin, ends["stdout"], ends["stderr"], ends["result"]), user)
+            _become(spec, [ends[name] for name in _DESCRIPTORS], user, function)
         _libc.prctl(_DUMPABLE, 0, 0, 0, 0)
-        for name in ("stdout", "stderr", "result"):
+        for name in _DESCRIPTORS:
             os.close(ends[name])
         status = 0
         while True:
@@ -128,6 +153,9 @@ def _mounted(spec: dict[str, Any]) -> str:
     _call("a namespace of mounts", _libc.unshare(_NEW_MOUNTS))
     _mount(None, "/", None, _RECURSIVE | _PRIVATE)
     _mount("none", root, "tmpfs", _NO_SUID | _NO_DEVICES, "size=1m,mode=755")
+    os.mkdir(f"{root}/tmp")
+    # Files in it are memory, with a bound of their own. Before the folders that it may read, which may lie in /tmp.
+    _mount("none", f"{root}/tmp", "tmpfs", _NO_SUID | _NO_DEVICES, f"size={spec['folder_bytes']},mode=1777")
     seen: list[str] = []
     for path in [*_SYSTEM, *spec["readable"]]:
         if os.path.exists(path) and not any(path == other or path.startswith(other + "/") for other in seen):
@@ -136,9 +164,6 @@ def _mounted(spec: dict[str, Any]) -> str:
     os.mkdir(f"{root}/dev", 0o755)
     for name in _DEVICES:
         _show(f"/dev/{name}", root, devices=True)
-    os.mkdir(f"{root}/tmp")
-    # Files in it are memory, with a bound of their own.
-    _mount("none", f"{root}/tmp", "tmpfs", _NO_SUID | _NO_DEVICES, f"size={spec['folder_bytes']},mode=1777")
     os.symlink("/tmp", f"{root}/dev/shm")
     os.chdir(root)
     _call("pivot_root", _libc.syscall(_CALLS[platform.machine()][0], b".", b"."))
@@ -164,8 +189,10 @@ def _show(path: str, root: str, *, devices: bool = False) -> None:
     _call("mount_setattr (Linux 5.12)", _libc.syscall(_MOUNT_SETATTR, *arguments))
 
 
-def _become(spec: dict[str, Any], ends: tuple[int, ...], user: int | None) -> NoReturn:
-    """Limits and rights, then the program in place of this process. ends: its descriptors 0 to 3."""
+def _become(
+    spec: dict[str, Any], ends: list[int], user: int | None, function: Callable[[], object] | None
+) -> NoReturn:
+    """Limits and rights, then the function, or the program in place of this process. ends: its descriptors 0 to 3."""
     for number, end in enumerate(ends):
         # Above all that are open, so that no end is overwritten before it is copied.
         os.dup2(end, 100 + number)
@@ -182,47 +209,68 @@ def _become(spec: dict[str, Any], ends: tuple[int, ...], user: int | None) -> No
         os.setresuid(user, user, user)
     _libc.prctl(_NO_NEW_PRIVILEGES, 1, 0, 0, 0)
     try:
-        os.execve(spec["program"][0], spec["program"], spec["environment"])
+        if function is None:
+            os.execve(spec["program"][0], spec["program"], spec["environment"])
+        function()
+        os._exit(0)
+    except BaseException as problem:
+        # Nothing above may run in this process; the last line says why it ended, as that of a program.
+        os.write(2, f"{type(problem).__name__}: {problem}\n".encode("utf-8", "replace"))
     finally:
         os._exit(127)
 
 
-def _watched(spec: dict[str, Any], first: int, ends: dict[str, int]) -> dict[str, Any]:
-    """Reads what the program writes until it ends or passes a limit."""
-    began, most = time.monotonic(), spec["output_bytes"]
-    read: dict[str, bytes] = dict.fromkeys(ends, b"")
-    selector, peak, stopped = selectors.DefaultSelector(), 0, ""
-    for name, end in ends.items():
-        selector.register(end, selectors.EVENT_READ, name)
-    while selector.get_map() and not stopped:
-        for key, _ in selector.select(_TICK):
+class Watch:
+    """Reads what a program writes, and looks at its limits. `read`: by pipe, what was read; `stopped`: the limit that
+    it passed, "ended" if it ended itself, empty while it runs; `memory`: the most that was seen, in bytes.
+    """
+
+    def __init__(self, spec: dict[str, Any], first: int, ends: dict[str, int], shared: int = 0) -> None:
+        """first: process 1; ends: of its pipes. shared: bytes that each process has from a fork, which do not count."""
+        self._spec, self._first, self._ends, self._shared = spec, first, ends, shared
+        self._most, self._memory = spec["output_bytes"], spec["memory_bytes"]
+        self.read: dict[str, bytes] = {name: b"" for name in ends if name != "stdin"}
+        self.stopped, self.memory = "", 0
+        self.selector = selectors.DefaultSelector()
+        for name in self.read:
+            self.selector.register(ends[name], selectors.EVENT_READ, name)
+
+    def stop(self, limit: str) -> None:
+        """Notes the limit that was passed."""
+        self.stopped = limit
+
+    def step(self, seconds: float) -> list[str]:
+        """Waits up to `seconds` for something to read; the names of what else is ready in the selector."""
+        others = []
+        for key, _ in self.selector.select(seconds):
+            if key.data not in self.read:
+                others.append(key.data)
+                continue
             found = os.read(key.fd, 1 << 16)
-            read[key.data] += found
+            self.read[key.data] += found
             if not found:
-                selector.unregister(key.fd)
+                self.selector.unregister(key.fd)
                 # The program has ended; a process that it left behind may hold the other ends.
                 if key.data == "status":
-                    stopped = "ended"
-        peak = max(peak, _memory_of(first))
-        if max(len(read[name]) for name in ("stdout", "stderr", "result")) > most:
-            stopped = "output"
-        elif peak > spec["memory_bytes"]:
-            stopped = "memory"
-        elif time.monotonic() - began > spec["wall_seconds"]:
-            stopped = "time"
-    _end(first, isolated=spec["isolated"])
-    if stopped == "ended":
-        _drain(ends, read, most)
-    status = json.loads(read["status"] or b"{}")
-    if "unavailable" in status:
-        raise Unavailable(status["unavailable"])
-    return {
-        "stopped": "" if stopped == "ended" else stopped,
-        "status": status.get("status"),
-        "seconds": time.monotonic() - began,
-        "memory": peak,
-        **{name: read[name][:most].decode("utf-8", "replace") for name in ("stdout", "stderr", "result")},
-    }
+                    self.stop("ended")
+        self.memory = max(self.memory, _memory_of(self._first, self._shared))
+        if max(len(self.read[name]) for name in ("stdout", "stderr", "result")) > self._most:
+            self.stop("output")
+        elif self.memory > self._memory:
+            self.stop("memory")
+        return others
+
+    def ended(self) -> dict[str, Any]:
+        """Kills all that runs; how it ended. Raises `Unavailable`."""
+        _end(self._first, isolated=self._spec["isolated"])
+        if self.stopped == "ended":
+            _drain(self._ends, self.read, self._most)
+        status = json.loads(self.read["status"] or b"{}")
+        if "unavailable" in status:
+            raise Unavailable(status["unavailable"])
+        texts = {name: self.read[name][: self._most].decode("utf-8", "replace") for name in _DESCRIPTORS[1:]}
+        stopped = "" if self.stopped == "ended" else self.stopped
+        return {"stopped": stopped, "status": status.get("status"), "memory": self.memory, **texts}
 
 
 def _end(first: int, *, isolated: bool) -> None:
@@ -269,8 +317,8 @@ def _tree(pid: int) -> Iterator[int]:
         return
 
 
-def _memory_of(pid: int) -> int:
-    """Bytes of a process and all below it, without files that they only map."""
+def _memory_of(pid: int, shared: int) -> int:
+    """Bytes of a process and all below it, without files that they only map and `shared` bytes of each."""
     total = 0
     for each in _tree(pid):
         try:
@@ -278,7 +326,8 @@ def _memory_of(pid: int) -> int:
                 lines = file.read().splitlines()
         except OSError:
             continue
-        total += sum(int(line.split()[1]) * 1024 for line in lines if line.startswith(("RssAnon", "RssShmem")))
+        own = sum(int(line.split()[1]) * 1024 for line in lines if line.startswith(("RssAnon", "RssShmem")))
+        total += max(own - shared, 0)
     return total
 
 

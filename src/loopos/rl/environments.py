@@ -99,10 +99,16 @@ class EnvironmentClass:
 
     def reward(self, state: Any, messages: Sequence[Message], row: Mapping[str, object], source: str) -> float | None:
         """The score of an episode; None where the environment has none, or does not judge it. Raises `UserError`."""
+        return self.score(state, [message.as_template() for message in messages], row, source)
+
+    def score(
+        self, state: Any, messages: list[dict[str, object]], row: Mapping[str, object], source: str
+    ) -> float | None:
+        """As `reward`, of messages as chat templates take them."""
         if not self.has_reward:
             return None
         function = self._own(state.reward, "reward")
-        returned = function([message.as_template() for message in messages], dict(row), about=source)
+        returned = function(messages, dict(row), about=source)
         number = None if returned is None else number_of(returned)
         if returned is not None and number is None:
             expected = "expected a finite number, or None if it is not judged"

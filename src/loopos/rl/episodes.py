@@ -12,8 +12,9 @@ import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal, TypeAlias
+from typing import Literal, TypeAlias
 
 from loopos.config.diagnostics import UserError
 from loopos.config.environments import EnvironmentSection
@@ -29,13 +30,14 @@ from loopos.generation.completions import Completion, Running
 from loopos.generation.engine import Engine
 from loopos.generation.scheduler import Scheduler
 from loopos.generation.settings import SamplingParams
+from loopos.rl.contained_environments import instances_of
 from loopos.rl.environments import EnvironmentClass
-from loopos.rl.tool_runs import FAILURES, CallLimits, Outcome, run_calls
+from loopos.rl.tool_runs import FAILURES, CallLimits, Instance, Outcome, in_order, run_calls
 from loopos.rl.workers.protocol import Request
 
 EpisodeEnd: TypeAlias = Literal["answer", "done", "length", "turns", "seconds", "stuck"]
 """The model wrote a turn without a call; the environment is done; a limit on tokens, turns or seconds; a tool that
-still runs.
+still runs, or broke a limit of its process.
 """
 _MOST_THREADS = 32
 
@@ -44,7 +46,8 @@ _MOST_THREADS = 32
 class Episode:
     """One episode. `ids`: tokens after the prompt, `[L]`; `mask`: True = the model wrote it; `logprobs`: under softmax
     (logits / temperature), 0 for what it did not write. `messages`: all of them, as text. `calls`: calls of tools,
-    malformed ones included; `failures`: how many failed, by kind. `reward`: the environment's, None without one.
+    malformed ones included; `failures`: how many failed, by kind, and the limit that the reward broke. `reward`: the
+    environment's, None without one, and where a limit ended its process.
     """
 
     prompt_ids: list[int]
@@ -81,8 +84,7 @@ class EpisodeCompletion(Completion):
 class _Playing:
     """An episode in progress."""
 
-    state: Any
-    row: Mapping[str, object]
+    instance: Instance
     source: str
     prompt: list[int]
     messages: list[Message]
@@ -109,8 +111,8 @@ class EpisodePlayer:
     """Plays episodes of one environment with one engine."""
 
     def __init__(self, engine: Engine, template: ChatTemplate, section: EnvironmentSection) -> None:
-        """Raises `UserError` for a class that is no environment, and for a template that writes no tools or changes
-        earlier text.
+        """Raises `UserError` for a class that is no environment, a template that writes no tools or changes earlier text,
+        and where `isolation` is not possible.
         """
         self.engine, self.section = engine, section
         self.environment = EnvironmentClass(section.name)
@@ -121,6 +123,11 @@ class EpisodePlayer:
             self.turns = ToolTurns(template, self.environment.schemas, parser=section.tool_parser)
             self.turns.check_prefix()
         self._prompts = self.turns or SpelledTokens(template)
+        self._instances = instances_of(self.environment, section)
+
+    def close(self) -> None:
+        """Ends what the environment's objects are made by."""
+        self._instances.close()
 
     def play(
         self,
@@ -143,9 +150,17 @@ class EpisodePlayer:
             raise UserError("stop strings cut a turn before its end token; an environment needs whole turns")
         ends = self.template.stop_tokens
         each = [replace(one, stop_token_ids=tuple(sorted({*one.stop_token_ids, *ends}))) for one in each]
-        playing = self._begun(rows, each, sources or [f"row {number + 1}" for number in range(len(rows))])
-        if isinstance(settings, SamplingParams):
-            _give_own_seeds(playing)
+        with ExitStack() as instances:
+            playing = self._begun(rows, each, sources or [f"row {number + 1}" for number in range(len(rows))])
+            for begun in playing:
+                instances.callback(begun.instance.close)
+            if isinstance(settings, SamplingParams):
+                _give_own_seeds(playing)
+            self._play(playing)
+            return [self._episode(ended) for ended in playing]
+
+    def _play(self, playing: Sequence[_Playing]) -> None:
+        """Plays all to their ends."""
         owners: dict[Running, _Playing] = {}
         waiting: dict[Future[list[Outcome]], _Playing] = {}
         with ThreadPoolExecutor(_MOST_THREADS, "environment") as pool, self.engine.session() as session:
@@ -161,7 +176,6 @@ class EpisodePlayer:
                     # In the order of the rows, so that the same episodes decode together in every run.
                     for future in [each for each in waiting if each in done]:
                         self._after_calls(waiting.pop(future), future.result(), session, owners)
-        return [self._episode(ended) for ended in playing]
 
     def answer(self, request: Request) -> list[EpisodeCompletion]:
         """An episode of every sample of the request's tasks, in order. Raises `UserError`, as `play`."""
@@ -189,15 +203,15 @@ class EpisodePlayer:
         self, rows: Sequence[Mapping[str, object]], settings: Sequence[SamplingParams], sources: Sequence[str]
     ) -> list[_Playing]:
         playing = []
-        for row, chosen, source in zip(rows, settings, sources, strict=True):
-            state, messages = self.environment.begin(row, source)
+        begun = in_order(self._instances.begin, rows, sources, workers=self._instances.workers)
+        for (instance, messages), chosen, source in zip(begun, settings, sources, strict=True):
             try:
                 prompt = self._prompts.prompt(messages)
             except TemplateRefusal as refusal:
                 raise UserError(f"environment {self.environment.name}: {refusal}\n    for {source}") from refusal
             limit = self.engine.limit(prompt, self.section.max_tokens)
             now = time.monotonic()
-            playing.append(_Playing(state, row, source, prompt, messages, chosen, limit, now, len(messages)))
+            playing.append(_Playing(instance, source, prompt, messages, chosen, limit, now, len(messages)))
         return playing
 
     def _write(self, playing: _Playing, session: Scheduler, owners: dict[Running, _Playing]) -> None:
@@ -234,7 +248,7 @@ class EpisodePlayer:
         else:
             section = self.section
             limits = CallLimits(section.tool_seconds, section.max_result_characters)
-            waiting[pool.submit(run_calls, self.environment, playing.state, calls, malformed, limits)] = playing
+            waiting[pool.submit(run_calls, self.environment, playing.instance, calls, malformed, limits)] = playing
 
     def _after_calls(
         self, playing: _Playing, outcomes: Sequence[Outcome], session: Scheduler, owners: dict[Running, _Playing]
@@ -245,7 +259,7 @@ class EpisodePlayer:
             playing.failures[outcome.failure] += bool(outcome.failure)
         if any(outcome.stuck for outcome in outcomes):
             playing.end = "stuck"
-        elif getattr(playing.state, "done", False):
+        elif playing.instance.done:
             playing.end = "done"
         elif self._is_late(playing):
             playing.end = "seconds"
@@ -272,6 +286,8 @@ class EpisodePlayer:
 
     def _episode(self, playing: _Playing) -> Episode:
         assert playing.end is not None, "an episode without an end"
+        reward, failure = playing.instance.reward(playing.messages)
+        playing.failures[failure] += bool(failure)
         return Episode(
             prompt_ids=playing.prompt,
             ids=playing.ids,
@@ -283,7 +299,7 @@ class EpisodePlayer:
             calls=playing.calls,
             failures={kind: playing.failures[kind] for kind in FAILURES if playing.failures[kind]},
             finish_reason=playing.end,
-            reward=self.environment.reward(playing.state, playing.messages, playing.row, playing.source),
+            reward=reward,
         )
 
 

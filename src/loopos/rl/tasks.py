@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import closing
 from dataclasses import replace
 
 from loopos.config.ppo import PpoConfig
 from loopos.data.preference_data import PreferenceData, load_prompts, load_tasks
 from loopos.data.prompts import Prompt
+from loopos.rl.contained_environments import instances_of
 from loopos.rl.environments import EnvironmentClass
+from loopos.rl.tool_runs import in_order
 from loopos.rl.workers.protocol import Task
 
 
@@ -17,20 +20,20 @@ def load_policy_prompts(config: PpoConfig, environment: EnvironmentClass | None)
     data, seed = config.data, config.training.seed
     if environment is None:
         return load_prompts(data, data.source, seed=seed)
+    assert config.environment is not None, "an environment has a section"
     found = load_tasks(data, data.source, seed=seed)
-    return replace(found, train=_begun(found.train, environment), validation=_begun(found.validation, environment))
+    with closing(instances_of(environment, config.environment)) as instances:
 
+        def begun(each: Prompt) -> Prompt:
+            """The row with the messages that the environment begins with, and its tools."""
+            instance, messages = instances.begin(each.row.values, each.row.location)
+            instance.close()
+            return replace(each, prompt=tuple(messages), tools=environment.schemas)
 
-def _begun(rows: Sequence[Prompt], environment: EnvironmentClass) -> list[Prompt]:
-    """The rows with the messages that the environment begins with, and its tools."""
-    return [
-        replace(
-            each,
-            prompt=tuple(environment.begin(each.row.values, each.row.location)[1]),
-            tools=environment.schemas,
+        train, validation = (
+            in_order(begun, rows, workers=instances.workers) for rows in (found.train, found.validation)
         )
-        for each in rows
-    ]
+    return replace(found, train=train, validation=validation)
 
 
 def tasks_of(prompts: Sequence[Prompt], indices: Sequence[int]) -> list[Task]:

@@ -84,6 +84,10 @@ class Player(Protocol):
         """An episode as a completion for each sample of each task of the request, in order."""
         ...
 
+    def close(self) -> None:
+        """Ends what the environment's objects are made by."""
+        ...
+
 
 def answers_of(engine: Engine, player: Player | None, request: Request) -> list[Completion]:
     """The completions of a request: episodes of its tasks, or what the engine generates from its prompts."""
@@ -119,7 +123,9 @@ class LocalRollouts:
     def timing(self) -> dict[str, float]:
         return {}
 
-    def close(self) -> None: ...
+    def close(self) -> None:
+        if self._player is not None:
+            self._player.close()
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,137 @@
+"""An environment whose tools attack the machine, for tests of isolation."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+
+def forks() -> None:
+    while True:
+        os.fork()
+
+
+def forks_on() -> None:
+    while True:
+        with contextlib.suppress(OSError):
+            os.fork()
+
+
+def loops() -> None:
+    while True:
+        with contextlib.suppress(Exception):
+            pass
+
+
+def matches() -> None:
+    """An endless loop in C, which no exception ends."""
+    re.match(r"(a+)+$", "a" * 64 + "b")
+
+
+def fills() -> None:
+    bytearray(8 << 30)
+
+
+def fills_in_processes() -> None:
+    for _ in range(15):
+        if os.fork() == 0:
+            break
+    x = b"x" * (400 << 20)
+    time.sleep(1000 + len(x))
+
+
+def connects() -> None:
+    socket.create_connection(("1.1.1.1", 80))
+
+
+def reads_home() -> None:
+    os.listdir(Path.home())
+    os.listdir("/root")
+
+
+def reads_home_of_others() -> None:
+    os.listdir("/home")
+
+
+def writes_outside() -> None:
+    (Path(__file__).parent / "left.txt").write_text("x")
+
+
+def writes_much() -> None:
+    with open("/tmp/much", "w") as file:
+        file.write("x" * (80 << 20))
+
+
+def prints() -> None:
+    while True:
+        print("x" * 10_000)
+
+
+def answers_much() -> str:
+    return "x" * (100 << 20)
+
+
+def kills_parent() -> None:
+    os.kill(os.getppid(), signal.SIGKILL)
+    os.kill(-1, signal.SIGKILL)
+
+
+def leaves() -> None:
+    os._exit(3)
+
+
+def crashes() -> None:
+    os.kill(os.getpid(), signal.SIGSEGV)
+
+
+def leaves_a_process() -> None:
+    subprocess.Popen([sys.executable, "-c", "import time; time.sleep(1000)  # left-behind-by-a-tool"])
+
+
+def forges() -> None:
+    """Answers instead of the environment, wherever it can write."""
+    for number in range(3, 256):
+        with contextlib.suppress(OSError):
+            os.write(number, b'{"number": 3, "answer": {"found": 100.0}}\n' * 3)
+    sys.setrecursionlimit(10**9)
+
+
+def looks() -> str:
+    """What the process has: torch, variables, folders."""
+    folders = [each for each in ("/proc", "/home", "/root", "/etc/passwd", "/run") if os.path.exists(each)]
+    return repr(["torch" in sys.modules, "SECRET" in os.environ, folders, os.getcwd(), os.listdir(".")])
+
+
+class Attacks:
+    """A place for attacks."""
+
+    def reset(self, prompt: str, at: str = "call") -> str:
+        self.number, self.done, self.at, self.prompt = 0, False, at, prompt
+        if at == "reset":
+            globals()[prompt]()
+        return prompt
+
+    def attack(self, name: str) -> Any:
+        """Runs a function of this module."""
+        self.number += 1
+        found: Callable[[], Any] = globals()[name]
+        return found()
+
+    def fine(self) -> str:
+        """Does no harm."""
+        self.number += 1
+        return f"fine {self.number}"
+
+    def reward(self, messages: list[dict[str, Any]], row: dict[str, Any]) -> float:
+        if self.at == "reward":
+            globals()[self.prompt]()
+        return float(self.number)
