@@ -40,8 +40,9 @@ class Stopped(Exception):
 class ContainedProcess:
     """One process, by its connection."""
 
-    def __init__(self, connection: socket.socket, advice: str) -> None:
-        self._connection, self._advice = connection, advice
+    def __init__(self, connection: socket.socket, advice: str, sandbox: ForkedSandbox) -> None:
+        """sandbox: without it the process ends."""
+        self._connection, self._advice, self._sandbox = connection, advice, sandbox
         self._number = 0
         self._stopped: Stopped | None = None
 
@@ -139,42 +140,49 @@ class ForkedSandbox:
             # Without its connection the server ends, and with it all that it started.
             self._closing = weakref.finalize(self, _close, self._connection, self._server)
             theirs.close()
-            problem = self._problem(errors)
-        if problem:
-            self.close()
-            raise UserError(problem)
-        trial = self.start()
-        try:
-            trial.ask(None, GRACE)
-        except Stopped as stopped:
-            raise UserError(f"a contained process {stopped}; {advice}") from stopped
-        finally:
-            trial.close()
+            try:
+                self._check(errors)
+            except UserError:
+                self.close()
+                raise
 
     def start(self) -> ContainedProcess:
         """A new process, which starts beside this call. Raises `UserError` if the server was killed."""
+        ours = None
         try:
             ours, theirs = socket.socketpair()
             with theirs:
                 socket.send_fds(self._connection, [b"s"], [theirs.fileno()])
         except OSError as problem:
+            if ours is not None:
+                ours.close()
             hint = "; raise ulimit -n, or lower the number of episodes" if problem.errno == errno.EMFILE else ""
             raise UserError(f"a contained process cannot be started: {problem}{hint}") from problem
-        return ContainedProcess(ours, self._advice)
+        return ContainedProcess(ours, self._advice, self)
 
     def close(self) -> None:
         """Ends the server and all processes."""
         self._closing()
 
-    def _problem(self, errors: Any) -> str:
-        """Why the server does not start; empty if it does."""
-        line = self._connection.makefile("rb").readline()
-        if line:
-            return str(json.loads(line).get("error", ""))
-        self._server.wait()
-        errors.seek(0)
-        last = errors.read().decode("utf-8", "replace").rstrip()[-500:]
-        return f"the process that starts contained ones ended with {self._server.returncode}: {last}"
+    def _check(self, errors: Any) -> None:
+        """Waits for the server, and lets a process answer. Raises `UserError`."""
+        with self._connection.makefile("rb") as lines:
+            line = lines.readline()
+        if not line:
+            self._server.wait()
+            errors.seek(0)
+            last = errors.read().decode("utf-8", "replace").rstrip()[-500:]
+            raise UserError(f"the process that starts contained ones ended with {self._server.returncode}: {last}")
+        found = json.loads(line)
+        if "error" in found:
+            raise UserError(found["error"])
+        trial = self.start()
+        try:
+            trial.ask(None, GRACE)
+        except Stopped as stopped:
+            raise UserError(f"a contained process {stopped}; {self._advice}") from stopped
+        finally:
+            trial.close()
 
 
 def _close(connection: socket.socket, server: subprocess.Popen[bytes]) -> None:

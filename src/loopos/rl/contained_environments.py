@@ -82,10 +82,14 @@ class ContainedInstances:
         message = {"do": "begin", "row": dict(row), "source": source}
         try:
             found = instance.ask(message, section.tool_seconds)
+            return instance, [Message(*each) for each in found]
+        except UserError:
+            instance.close()
+            raise
         except Stopped as stopped:
+            instance.close()
             hint = f" ({section.tool_seconds:g} s, environment.tool_seconds)" if stopped.kind == "time" else ""
             raise UserError(f"environment {environment.name}: reset {stopped}{hint}\n    for {source}") from stopped
-        return instance, [Message(*each) for each in found]
 
     def close(self) -> None:
         self._sandbox.close()
@@ -186,12 +190,12 @@ def _not_json(value: object, place: str) -> str:
                 problem = (
                     _not_json(each, f"{place}[{key!r}]")
                     if isinstance(key, str)
-                    else f"{place} has the key {shown(repr(key))} ({type(key).__name__}); expected a text"
+                    else f"{place} has the key {key!r} ({type(key).__name__}); expected a text"
                 )
                 if problem:
                     return problem
             return ""
-    return f"{place} is {shown(repr(value))} ({type(value).__name__}); expected values of JSON"
+    return f"{place} is {shown(value)} ({type(value).__name__}); expected values of JSON"
 
 
 def made(argument: Mapping[str, str]) -> Callable[[], Callable[[Any], object]]:

@@ -151,9 +151,8 @@ class EpisodePlayer:
         ends = self.template.stop_tokens
         each = [replace(one, stop_token_ids=tuple(sorted({*one.stop_token_ids, *ends}))) for one in each]
         with ExitStack() as instances:
-            playing = self._begun(rows, each, sources or [f"row {number + 1}" for number in range(len(rows))])
-            for begun in playing:
-                instances.callback(begun.instance.close)
+            sources = sources or [f"row {number + 1}" for number in range(len(rows))]
+            playing = self._begun(rows, each, sources, instances)
             if isinstance(settings, SamplingParams):
                 _give_own_seeds(playing)
             self._play(playing)
@@ -200,11 +199,22 @@ class EpisodePlayer:
         ]
 
     def _begun(
-        self, rows: Sequence[Mapping[str, object]], settings: Sequence[SamplingParams], sources: Sequence[str]
+        self,
+        rows: Sequence[Mapping[str, object]],
+        settings: Sequence[SamplingParams],
+        sources: Sequence[str],
+        instances: ExitStack,
     ) -> list[_Playing]:
+        """The episodes before their first turns. instances: closes them."""
+
+        def begun(row: Mapping[str, object], source: str) -> tuple[Instance, list[Message]]:
+            instance, messages = self._instances.begin(row, source)
+            instances.callback(instance.close)
+            return instance, messages
+
         playing = []
-        begun = in_order(self._instances.begin, rows, sources, workers=self._instances.workers)
-        for (instance, messages), chosen, source in zip(begun, settings, sources, strict=True):
+        found = in_order(begun, rows, sources, workers=self._instances.workers)
+        for (instance, messages), chosen, source in zip(found, settings, sources, strict=True):
             try:
                 prompt = self._prompts.prompt(messages)
             except TemplateRefusal as refusal:
