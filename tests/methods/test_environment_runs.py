@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -22,6 +24,7 @@ from worlds import run_world
 from loopos.cli.commands import app
 from loopos.config.diagnostics import DataError, UserError
 from loopos.config.ppo import PpoConfig
+from loopos.evaluation.sandbox import missing
 from loopos.methods.ppo import PpoTrainer
 from loopos.rl.workers import opening
 from loopos.rl.workers.worker import RolloutWorker
@@ -219,6 +222,61 @@ def test_workers_play_what_the_local_engine_plays(tmp_path: Path, actor: Path, m
     assert len(made) == 1
 
 
+contained = pytest.mark.skipif(bool(missing()), reason=f"no containment on this system: {missing()}")
+
+
+@contained
+@pytest.mark.slow
+def test_contained_episodes_train_what_those_of_threads_train(
+    tmp_path: Path, actor: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In threads, in processes, and in processes of workers: the same weights and rollouts."""
+    monkeypatch.setattr(
+        opening, "RayTransport", lambda recipe, section: FakeWorkers(lambda: RolloutWorker(recipe).write)
+    )
+    monkeypatch.setattr(opening, "find_spec", lambda name: name)
+    found = {}
+    for which, engine, isolation in (
+        ("threads", "local", "thread"), ("processes", "local", "process"), ("workers", "ray", "process"),
+    ):  # fmt: skip
+        (tmp_path / which).mkdir()
+        config = played_config(
+            tmp_path / which / "run", actor, rollout={"engine": engine}, environment={"isolation": isolation},
+            training={"max_iterations": 2, "learning_rate": 1e-2, "log_rollouts": 12},
+        )  # fmt: skip
+        trained(config)
+        weights, rollouts = (tmp_path / which / "run" / file for file in ("model/model.safetensors", "rollouts.jsonl"))
+        found[which] = (digest(weights), digest(rollouts))
+    assert found["threads"] == found["processes"] == found["workers"]
+    # A run may be resumed with the other isolation.
+    environment, training = {"isolation": "process"}, {"max_iterations": 3, "learning_rate": 1e-2, "log_rollouts": 12}
+    resumed(played_config(tmp_path / "threads" / "run", actor, environment=environment, training=training))
+    assert len(events_of(tmp_path / "threads" / "run", "rollout")) == 3
+
+
+@contained
+@pytest.mark.slow
+def test_a_policy_trains_on_through_attacks(tmp_path: Path, actor: Path) -> None:
+    environment = {
+        "name": "tests.rl.own_attacks:Attacks", "tool_parser": "tests.rl.own_attacks:any_attack",
+        "isolation": "process", "tool_seconds": 1, "tool_memory": 128,
+    }  # fmt: skip
+    training = {"max_iterations": 3, "log_rollouts": 12}
+    config = played_config(tmp_path / "run", actor, environment=environment, training=training)
+    Path(config.data.source).write_text("".join(json.dumps({"prompt": each}) + "\n" for each in ("a", "b b", "the c")))
+    trained(config)
+    rollouts = events_of(tmp_path / "run", "rollout")
+    assert len(rollouts) == 3
+    broken = ("processes", "timeout", "memory", "output", "died")
+    kinds = {kind: sum(each[f"tool_failures_{kind}"] for each in rollouts) for kind in (*broken, "exception")}
+    assert sum(kinds[kind] > 0 for kind in broken) >= 3, kinds
+    assert kinds["exception"] > 0
+    logged = rows_of(tmp_path / "run" / "rollouts.jsonl")
+    assert {row["finish_reason"] for row in logged} >= {"stuck"}
+    children = ["ps", "--ppid", str(os.getpid()), "-o", "args"]
+    assert "sandbox_server" not in subprocess.run(children, capture_output=True, text=True, check=True).stdout
+
+
 @pytest.mark.parametrize(
     ("sections", "expected"),
     [
@@ -238,6 +296,16 @@ def test_settings_that_an_environment_does_not_take(
     result = CliRunner().invoke(app, ["validate", str(file)])
     assert result.exit_code == 2
     assert expected in result.stderr
+
+
+def test_limits_without_processes_have_no_effect(tmp_path: Path, actor: Path) -> None:
+    for isolation, expected in {"thread": True, "process": False}.items():
+        config = played_config(tmp_path / "run", actor, environment={"tool_memory": 256, "isolation": isolation})
+        file = tmp_path / "run.json"
+        file.write_text(json.dumps(config.model_dump(mode="json", exclude_unset=True)))
+        result = CliRunner().invoke(app, ["validate", str(file)])
+        assert result.exit_code == 0, result.output
+        assert ('environment.tool_memory has no effect: isolation is not "process"' in result.output) is expected
 
 
 def test_mistakes_name_the_row_and_the_class(tmp_path: Path, actor: Path) -> None:

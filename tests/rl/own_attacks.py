@@ -14,6 +14,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from loopos.data.tool_calls import Part, ToolCall
+
 
 def forks() -> None:
     while True:
@@ -77,7 +79,8 @@ def answers_much() -> str:
 
 
 def kills_parent() -> None:
-    os.kill(os.getppid(), signal.SIGKILL)
+    with contextlib.suppress(OSError):
+        os.kill(os.getppid(), signal.SIGKILL)
 
 
 def kills_all() -> None:
@@ -109,6 +112,24 @@ def looks() -> str:
     """What the process has: torch, variables, folders."""
     folders = [each for each in ("/proc", "/home", "/root", "/etc/passwd", "/run") if os.path.exists(each)]
     return repr(["torch" in sys.modules, "SECRET" in os.environ, folders, os.getcwd(), os.listdir(".")])
+
+
+NAMES = (
+    "forks",
+    "matches",
+    "fills",
+    "connects",
+    "reads_a_secret",
+    "writes_outside",
+    "prints",
+    "leaves",
+    "kills_parent",
+)
+
+
+def any_attack(text: str, start: int, ended: bool) -> Part | None:
+    """Every turn is a call of an attack, by its length."""
+    return Part(len(text), calls=(ToolCall("attack", {"name": NAMES[len(text) % len(NAMES)]}),)) if ended else None
 
 
 class Attacks:

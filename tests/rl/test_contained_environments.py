@@ -65,7 +65,9 @@ def attacked(
 
 def descendants(pid: int) -> set[int]:
     found: set[int] = set()
-    for line in subprocess.run(["ps", "-eo", "pid,ppid"], capture_output=True, text=True, check=True).stdout.splitlines()[1:]:
+    for line in subprocess.run(
+        ["ps", "-eo", "pid,ppid"], capture_output=True, text=True, check=True
+    ).stdout.splitlines()[1:]:
         child, parent = map(int, line.split())
         if parent == pid:
             found |= {child} | descendants(child)
@@ -121,7 +123,7 @@ EXPECTED = {
     "prints": ("output", "attack wrote more than 4 MiB", False),
     "answers_much": ("", "more characters are left out", True),
     "kills_all": ("", "null", True),
-    "kills_parent": ("exception", "Operation not permitted", True),
+    "kills_parent": ("", "null", True),
     "leaves": ("died", "attack ended: its process ended with status 3", False),
     "crashes": ("died", "was ended by signal 11", False),
     "forges": ("died", "something else than an answer", False),
@@ -137,8 +139,7 @@ SLOW = ("loops", "writes_much", "answers_much", "forks_on", "fills_in_processes"
 )
 def test_an_attack_is_contained_and_counted(name: str, attacks: ContainedInstances) -> None:
     failure, text, is_alive = EXPECTED[name]
-    # Memory takes its time to be written.
-    outcome, (reward, in_reward) = attacked(attacks, name, 30 if name == "fills_in_processes" else SECONDS)
+    outcome, (reward, in_reward) = attacked(attacks, name, SECONDS if failure == "timeout" else 60)
     assert outcome.failure == failure
     assert text in outcome.text
     assert outcome.stuck == (failure in ("timeout", "memory", "processes", "output", "died"))
@@ -168,7 +169,7 @@ def test_values_that_are_no_json_are_refused(attacks: ContainedInstances) -> Non
     for value, text in (
         ({"day": datetime.date(2026, 1, 2)}, r"the row\['x'\]\['day'\] is .*\(date\); expected values of JSON"),
         ({3: "three"}, r"the row\['x'\] has the key 3 \(int\); expected a text"),
-        ([(1, 2)], r"the row\['x'\]\[0\] is .*\(tuple\)"),
+        ([(1, 2)], r"the row\['x'\]\[0\] is .*\(tuple\); expected values of JSON"),
     ):
         with pytest.raises(UserError, match=text + r', for isolation "process"\n    for a\.jsonl:2'):
             attacks.begin({"prompt": "go", "x": value}, "a.jsonl:2")
@@ -219,20 +220,25 @@ def test_nothing_is_left_when_the_run_is_killed(tmp_path: Path) -> None:
     """A run ends by SIGKILL while a tool hangs that has left a process behind."""
     program = tmp_path / "run.py"
     program.write_text(
-        "from tests.rl.test_contained_environments import CallLimits, ToolCall, opened\n"
-        "instance, _ = opened(tool_seconds=60).begin({'prompt': 'go'}, 'row 1')\n"
+        "from loopos.config.environments import EnvironmentSection\n"
+        "from loopos.data.tool_calls import ToolCall\n"
+        "from loopos.rl.contained_environments import ContainedInstances\n"
+        "from loopos.rl.environments import EnvironmentClass\n"
+        "from loopos.rl.tool_runs import CallLimits\n"
+        f"section = EnvironmentSection(name='{ATTACKS}', isolation='process')\n"
+        f"made = ContainedInstances(EnvironmentClass('{ATTACKS}'), section)\n"
+        "instance, _ = made.begin({'prompt': 'go'}, 'row 1')\n"
         "instance.call(ToolCall('attack', {'name': 'leaves_a_process'}), CallLimits(9, 9))\n"
         "print('hangs', flush=True)\n"
         "instance.call(ToolCall('attack', {'name': 'matches'}), CallLimits(60, 9))\n"
     )
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
-    run = subprocess.Popen([sys.executable, str(program)], stdout=subprocess.PIPE, env=environment)
-    assert run.stdout is not None
-    assert run.stdout.readline() == b"hangs\n"
-    below = descendants(run.pid)
-    assert len(below) >= 4, "server, watch, process 1, function and what it left"
-    run.kill()
-    run.wait()
+    with subprocess.Popen([sys.executable, str(program)], stdout=subprocess.PIPE, env=environment) as run:
+        assert run.stdout is not None
+        assert run.stdout.readline() == b"hangs\n"
+        below = descendants(run.pid)
+        assert len(below) >= 5, "server, watch, process 1, function and what it left"
+        run.kill()
     for _ in range(100):
         if not any(Path(f"/proc/{pid}").exists() for pid in below):
             break

@@ -149,7 +149,7 @@ def described(found: dict[str, Any]) -> str:
     ]
     embedded = found["embedded_model"]
     lines.append(f"embedded  {embedded['file'] if 'file' in embedded else embedded['error']}")
-    contained = found["not_contained"] or "programs of models run contained (the reward code_tests)"
+    contained = found["not_contained"] or "programs of models run contained (code_tests; environments in processes)"
     lines.append(f"sandbox   {contained}")
     for extra, packages in found["extras"].items():
         absent = [name for name, version in packages.items() if version is None]

@@ -31,8 +31,8 @@ class EnvironmentSection(Section):
     tool_seconds: Annotated[float, Field(gt=0)] = Field(default=10.0, description="seconds of one call of a tool")
     isolation: Literal["thread", "process"] = Field(
         default="thread",
-        description="where the environment's objects live: thread is this process, for tools that you trust as your own "
-        "code; process is a process for each episode, without network and your files",
+        description="where tools run: thread is this process, for tools that you trust; process is a process for each "
+        "episode, contained, without network and your files",
     )
     tool_memory: Annotated[int, Field(ge=64)] = Field(
         default=512, description='MiB of memory of an episode\'s processes, with isolation "process"'

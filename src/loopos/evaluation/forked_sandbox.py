@@ -1,7 +1,7 @@
 """Contained processes that answer messages: a Python function with state, without network and files, with limits.
 
-The namespaces and limits are those of `sandbox`. `ForkedSandbox` starts one server (`sandbox_server`), which imports the
-function's module once; each process is a fork of it.
+The namespaces and limits are those of `sandbox`. `ForkedSandbox` starts one server (`sandbox_server`), which imports
+the function's module once; each process is a fork of it.
 """
 
 from __future__ import annotations
@@ -47,8 +47,8 @@ class ContainedProcess:
         self._stopped: Stopped | None = None
 
     def ask(self, message: object, seconds: float) -> Any:
-        """The function's answer to a message; both are JSON. Raises `Stopped` if the process ends instead, at the latest
-        after `seconds`, and from then on; `UserError` where processes cannot be contained.
+        """The function's answer to a message; both are JSON. Raises `Stopped` if the process ends instead, at the
+        latest after `seconds`, and from then on; `UserError` where processes cannot be contained.
         """
         if self._stopped is None:
             self._number += 1
@@ -111,8 +111,8 @@ class ForkedSandbox:
         """Starts the server, and one process that it ends again.
 
         Args:
-            factory: "module:name" of a function that takes `argument` and returns a function without arguments, called in
-                each process, which returns the function from a message to an answer.
+            factory: "module:name" of a function that takes `argument` and returns a function without arguments, called
+                in each process, which returns the function from a message to an answer.
             limits: of each process with all that it starts; `seconds` are those of each message instead.
             readable: folders that a process may read, beside Python and the system's libraries.
             advice: what to do where processes cannot be contained.
@@ -121,8 +121,8 @@ class ForkedSandbox:
         """
         self._advice, folder = advice, tempfile.mkdtemp(prefix="loopos-sandbox-")
         spec = spec_of(folder, {}, (), limits, "full", readable=readable)
-        # Seconds belong to messages, and the process has files of its own open.
-        spec["limits"] = {name: value for name, value in spec["limits"].items() if name != "CPU"} | {"NOFILE": 256}
+        # Seconds belong to messages.
+        del spec["limits"]["CPU"]
         path = [os.path.abspath(each) for each in sys.path]
         spec |= {"factory": factory, "argument": argument, "path": path, "start_seconds": GRACE}
         self._connection, theirs = socket.socketpair()
@@ -173,9 +173,9 @@ class ForkedSandbox:
             errors.seek(0)
             last = errors.read().decode("utf-8", "replace").rstrip()[-500:]
             raise UserError(f"the process that starts contained ones ended with {self._server.returncode}: {last}")
-        found = json.loads(line)
-        if "error" in found:
-            raise UserError(found["error"])
+        problem = json.loads(line)["problem"]
+        if problem:
+            raise UserError(problem)
         trial = self.start()
         try:
             trial.ask(None, GRACE)

@@ -32,8 +32,8 @@ _LAST_WORDS = 2000
 
 
 def main(number: int, spec: dict[str, Any]) -> None:
-    """Serves the connection with this descriptor until it is closed. spec: of `sandbox`, and `factory`, "module:name" of
-    a function that takes `argument` and returns what makes the function of a process.
+    """Serves the connection with this descriptor until it is closed. spec: of `sandbox`, and `factory`, "module:name"
+    of a function that takes `argument` and returns what makes the function of a process.
     """
     connection = socket.socket(fileno=number)
     os.umask(0o022)
@@ -42,12 +42,12 @@ def main(number: int, spec: dict[str, Any]) -> None:
     try:
         module, _, name = spec["factory"].partition(":")
         make = getattr(import_module(module), name)(spec["argument"])
-        found = {"ready": True}
+        problem = ""
     # The module of a user may raise anything; the process that started this one reports it.
-    except Exception as problem:
-        found = {"error": str(problem) or type(problem).__name__}
-    connection.sendall(json.dumps(found).encode() + b"\n")
-    if "ready" in found:
+    except Exception as raised:  # noqa: BLE001
+        problem = str(raised) or type(raised).__name__
+    connection.sendall(json.dumps({"problem": problem}).encode() + b"\n")
+    if not problem:
         gc.collect()
         # Forks share what is not touched.
         gc.freeze()
@@ -95,9 +95,7 @@ def _own_memory() -> tuple[int, int]:
 class _MessageWatch:
     """Passes messages between a client and a contained process. The clock runs while a message is not answered."""
 
-    def __init__(
-        self, client: socket.socket, spec: dict[str, Any], make: Callable[[], Answer], shared: int
-    ) -> None:
+    def __init__(self, client: socket.socket, spec: dict[str, Any], make: Callable[[], Answer], shared: int) -> None:
         first, self._ends = start(spec, lambda: _answer_all(make))
         self._client, self._watch = client, Watch(spec, first, self._ends, shared)
         os.set_blocking(self._ends["stdin"], False)
@@ -158,8 +156,8 @@ class _MessageWatch:
 
 
 def _answer_all(make: Callable[[], Answer]) -> None:
-    """In the contained process: an answer to each message. Its pipes get other numbers, which programs that it starts do
-    not inherit.
+    """In the contained process: an answer to each message. Its pipes get other numbers, which programs that it starts
+    do not inherit.
     """
     requests, results = os.fdopen(os.dup(0), "rb"), os.fdopen(os.dup(3), "wb", buffering=0)
     nothing = os.open(os.devnull, os.O_RDONLY)

@@ -189,9 +189,7 @@ def _show(path: str, root: str, *, devices: bool = False) -> None:
     _call("mount_setattr (Linux 5.12)", _libc.syscall(_MOUNT_SETATTR, *arguments))
 
 
-def _become(
-    spec: dict[str, Any], ends: list[int], user: int | None, function: Callable[[], object] | None
-) -> NoReturn:
+def _become(spec: dict[str, Any], ends: list[int], user: int | None, function: Callable[[], object] | None) -> NoReturn:
     """Limits and rights, then the function, or the program in place of this process. ends: its descriptors 0 to 3."""
     for number, end in enumerate(ends):
         # Above all that are open, so that no end is overwritten before it is copied.
@@ -213,7 +211,7 @@ def _become(
             os.execve(spec["program"][0], spec["program"], spec["environment"])
         function()
         os._exit(0)
-    except BaseException as problem:
+    except BaseException as problem:  # noqa: BLE001
         # Nothing above may run in this process; the last line says why it ended, as that of a program.
         os.write(2, f"{type(problem).__name__}: {problem}\n".encode("utf-8", "replace"))
     finally:

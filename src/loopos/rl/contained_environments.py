@@ -37,6 +37,8 @@ FILE_SIZE = 64
 """MiB of all files that an object writes."""
 OUTPUT = 4
 """MiB that an object prints, and of one answer."""
+# Folders of installed packages, which need not lie below Python's own.
+_PACKAGES = ("site-packages", "dist-packages")
 _FACTORY = f"{__name__}:made"
 _KINDS = {"time": "timeout"}
 
@@ -50,8 +52,8 @@ class ContainedInstances:
     """Makes objects in contained processes."""
 
     def __init__(self, environment: EnvironmentClass, section: EnvironmentSection) -> None:
-        """Starts the process that the others are forks of. Raises `UserError` where the system cannot contain processes,
-        and for a class that no other process can import.
+        """Starts the process that the others are forks of. Raises `UserError` where the system cannot contain
+        processes, and for a class that no other process can import.
         """
         self._environment, self._section, self.workers = environment, section, usable_cores()
         kind = environment.type
@@ -67,7 +69,11 @@ class ContainedInstances:
             limits=SandboxLimits(
                 memory=section.tool_memory, processes=section.tool_processes, file_size=FILE_SIZE, output=OUTPUT
             ),
-            readable=[Path(loopos.__file__).resolve().parent, *_folders_of(kind.__module__, environment.name)],
+            readable=[
+                Path(loopos.__file__).resolve().parent,
+                *(Path(each) for each in sys.path if Path(each).name in _PACKAGES),
+                *_folders_of(kind.__module__, environment.name),
+            ],
             advice="allow namespaces for this user (in a container: seccomp and the capability SYS_ADMIN), or set "
             'environment.isolation to "thread" if you trust the tools with what you can do yourself',
         )

@@ -111,8 +111,8 @@ class EpisodePlayer:
     """Plays episodes of one environment with one engine."""
 
     def __init__(self, engine: Engine, template: ChatTemplate, section: EnvironmentSection) -> None:
-        """Raises `UserError` for a class that is no environment, a template that writes no tools or changes earlier text,
-        and where `isolation` is not possible.
+        """Raises `UserError` for a class that is no environment, a template that writes no tools or changes earlier
+        text, and where `isolation` is not possible.
         """
         self.engine, self.section = engine, section
         self.environment = EnvironmentClass(section.name)

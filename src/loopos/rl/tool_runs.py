@@ -1,8 +1,8 @@
 """Runs the calls of one turn: each with a limit on its time, and whatever goes wrong as text to the model, counted.
 
-The object of an episode is an `Instance`. Those of this file run calls in threads. After its time an exception is raised
-in a call's thread, which ends Python code; code that does not notice, such as a long call of a C library, is left
-behind, and the episode ends. `contained_environments` has instances in processes of their own.
+The object of an episode is an `Instance`. Those of this file run calls in threads. After its time an exception is
+raised in a call's thread, which ends Python code; code that does not notice, such as a long call of a C library, is
+left behind, and the episode ends. `contained_environments` has instances in processes of their own.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import json
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any, Protocol, TypeVar
 
@@ -65,8 +66,8 @@ class Instance(Protocol):
         ...
 
     def reward(self, messages: Sequence[Message]) -> tuple[float | None, str]:
-        """The score of the episode, None where there is none, and the limit of `LIMITS` that the reward broke, or empty.
-        Raises `UserError`.
+        """The score of the episode, None where there is none, and which of `LIMITS` the reward broke, or empty. Raises
+        `UserError`.
         """
         ...
 
@@ -190,10 +191,8 @@ def _run_in_thread(run: Callable[[], Outcome], name: str, limits: CallLimits) ->
     found: list[Outcome] = []
 
     def target() -> None:
-        try:
+        with suppress(_TimeOut):
             found.append(run())
-        except _TimeOut:
-            pass
 
     thread = threading.Thread(target=target, name=f"tool {name}", daemon=True)
     thread.start()

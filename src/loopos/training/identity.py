@@ -368,7 +368,9 @@ def of_policy(
 
 
 def _played(config: PpoConfig) -> dict[str, Any] | None:
-    return None if config.environment is None else config.environment.model_dump(mode="json")
+    # Where tools run does not change what they answer.
+    outside = {"isolation", "tool_memory", "tool_processes"}
+    return None if config.environment is None else config.environment.model_dump(mode="json", exclude=outside)
 
 
 def of_text(
