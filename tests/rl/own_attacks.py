@@ -100,6 +100,10 @@ def leaves_a_process() -> None:
     subprocess.Popen([sys.executable, "-c", "import time; time.sleep(1000)  # left-behind-by-a-tool"])
 
 
+def needs_a_new_file() -> None:
+    os.mkdir("/tmp/new")
+
+
 def forges() -> None:
     """Answers instead of the environment, wherever it can write."""
     for number in range(3, 256):

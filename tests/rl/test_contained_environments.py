@@ -74,6 +74,16 @@ def descendants(pid: int) -> set[int]:
     return found
 
 
+def have_ended(pids: set[int]) -> bool:
+    """Whether none of the processes runs, waiting a little for the kernel; their entries may wait for init."""
+    for _ in range(100):
+        states = subprocess.run(["ps", "-o", "stat=", "-p", ",".join(map(str, pids))], capture_output=True, text=True)
+        if all(state.startswith("Z") for state in states.stdout.split()):
+            return True
+        time.sleep(0.1)
+    return False
+
+
 def all_gone(marker: str) -> bool:
     """Whether no process has `marker` among its arguments, waiting a little for the kernel."""
     for _ in range(100):
@@ -165,6 +175,14 @@ def test_resets_that_break_a_limit_name_the_row(attacks: ContainedInstances) -> 
             attacks.begin({"prompt": name, "at": "reset"}, "row 1")
 
 
+def test_first_messages_of_rows_share_a_process(attacks: ContainedInstances) -> None:
+    rows = [{"prompt": "a"}, {"prompt": "b"}, *[{"prompt": "needs_a_new_file", "at": "reset"}] * 3]
+    found = attacks.openings(rows, [f"row {number}" for number in range(5)])
+    assert [each[0].content for each in found] == ["a", "b", *["needs_a_new_file"] * 3]
+    with pytest.raises(UserError, match=r"status 3\n    for row 1"):
+        attacks.openings([rows[0], {"prompt": "leaves", "at": "reset"}], ["row 0", "row 1"])
+
+
 def test_values_that_are_no_json_are_refused(attacks: ContainedInstances) -> None:
     for value, text in (
         ({"day": datetime.date(2026, 1, 2)}, r"the row\['x'\]\['day'\] is .*\(date\); expected values of JSON"),
@@ -239,11 +257,7 @@ def test_nothing_is_left_when_the_run_is_killed(tmp_path: Path) -> None:
         below = descendants(run.pid)
         assert len(below) >= 5, "server, watch, process 1, function and what it left"
         run.kill()
-    for _ in range(100):
-        if not any(Path(f"/proc/{pid}").exists() for pid in below):
-            break
-        time.sleep(0.1)
-    assert not [pid for pid in below if Path(f"/proc/{pid}").exists()]
+    assert have_ended(below)
 
 
 def test_closing_ends_all() -> None:
@@ -253,11 +267,7 @@ def test_closing_ends_all() -> None:
     below = descendants(os.getpid()) - before
     assert len(below) >= 10, "the server, and three processes of each object"
     made.close()
-    for _ in range(100):
-        if not any(Path(f"/proc/{pid}").exists() for pid in below):
-            break
-        time.sleep(0.1)
-    assert not [pid for pid in below if Path(f"/proc/{pid}").exists()]
+    assert have_ended(below)
     outcome = instances[0].call(ToolCall("fine", {}), CallLimits(1, 99))
     assert (outcome.failure, outcome.stuck) == ("died", True)
     with pytest.raises(UserError, match="a contained process cannot be started"):

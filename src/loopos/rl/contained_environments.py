@@ -9,6 +9,7 @@ from __future__ import annotations
 import errno
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -79,23 +80,31 @@ class ContainedInstances:
         )
 
     def begin(self, row: Mapping[str, object], source: str) -> tuple[ContainedInstance, list[Message]]:
-        environment, section = self._environment, self._section
-        problem = _not_json(row, "the row")
-        if problem:
-            raise UserError(f'environment {environment.name}: {problem}, for isolation "process"\n    for {source}')
-        process = self._sandbox.start()
-        instance = ContainedInstance(environment, section, process, source)
-        message = {"do": "begin", "row": dict(row), "source": source}
+        instance = ContainedInstance(self._environment, self._section, self._sandbox.start())
         try:
-            found = instance.ask(message, section.tool_seconds)
-            return instance, [Message(*each) for each in found]
+            return instance, instance.begin(row, source)
         except UserError:
             instance.close()
             raise
-        except Stopped as stopped:
-            instance.close()
-            hint = f" ({section.tool_seconds:g} s, environment.tool_seconds)" if stopped.kind == "time" else ""
-            raise UserError(f"environment {environment.name}: reset {stopped}{hint}\n    for {source}") from stopped
+
+    def openings(self, rows: Sequence[Mapping[str, object]], sources: Sequence[str]) -> list[list[Message]]:
+        """As `Instances.openings`, in one process as long as it resets: a process for each row would take minutes."""
+        found: list[list[Message]] = []
+        instance: ContainedInstance | None = None
+        try:
+            for row, source in zip(rows, sources, strict=True):
+                if instance is not None:
+                    # What an earlier row left, such as files, may be in the way.
+                    with suppress(UserError):
+                        found.append(instance.begin(row, source))
+                        continue
+                    instance.close()
+                instance, messages = self.begin(row, source)
+                found.append(messages)
+        finally:
+            if instance is not None:
+                instance.close()
+        return found
 
     def close(self) -> None:
         self._sandbox.close()
@@ -104,12 +113,23 @@ class ContainedInstances:
 class ContainedInstance:
     """An object in a contained process."""
 
-    def __init__(
-        self, environment: EnvironmentClass, section: EnvironmentSection, process: ContainedProcess, source: str
-    ) -> None:
-        self._environment, self._section, self._process, self._source = environment, section, process, source
+    def __init__(self, environment: EnvironmentClass, section: EnvironmentSection, process: ContainedProcess) -> None:
+        self._environment, self._section, self._process = environment, section, process
         self._is_counted = False
         self.done = False
+
+    def begin(self, row: Mapping[str, object], source: str) -> list[Message]:
+        """The messages that the episode of a row begins with; a new object each time. Raises `UserError`."""
+        name, seconds = self._environment.name, self._section.tool_seconds
+        problem = _not_json(row, "the row")
+        if problem:
+            raise UserError(f'environment {name}: {problem}, for isolation "process"\n    for {source}')
+        try:
+            found = self.ask({"do": "begin", "row": dict(row), "source": source}, seconds)
+        except Stopped as stopped:
+            hint = f" ({seconds:g} s, environment.tool_seconds)" if stopped.kind == "time" else ""
+            raise UserError(f"environment {name}: reset {stopped}{hint}\n    for {source}") from stopped
+        return [Message(*each) for each in found]
 
     def ask(self, message: Mapping[str, object], seconds: float) -> Any:
         """An answer of the process. Raises `Stopped`, and `UserError` for what the user's code does wrong."""

@@ -11,7 +11,7 @@ from loopos.data.preference_data import PreferenceData, load_prompts, load_tasks
 from loopos.data.prompts import Prompt
 from loopos.rl.contained_environments import instances_of
 from loopos.rl.environments import EnvironmentClass
-from loopos.rl.tool_runs import in_order
+from loopos.rl.tool_runs import Instances
 from loopos.rl.workers.protocol import Task
 
 
@@ -23,17 +23,17 @@ def load_policy_prompts(config: PpoConfig, environment: EnvironmentClass | None)
     assert config.environment is not None, "an environment has a section"
     found = load_tasks(data, data.source, seed=seed)
     with closing(instances_of(environment, config.environment)) as instances:
-
-        def begun(each: Prompt) -> Prompt:
-            """The row with the messages that the environment begins with, and its tools."""
-            instance, messages = instances.begin(each.row.values, each.row.location)
-            instance.close()
-            return replace(each, prompt=tuple(messages), tools=environment.schemas)
-
-        train, validation = (
-            in_order(begun, rows, workers=instances.workers) for rows in (found.train, found.validation)
-        )
+        train, validation = (_begun(rows, instances, environment) for rows in (found.train, found.validation))
     return replace(found, train=train, validation=validation)
+
+
+def _begun(rows: Sequence[Prompt], instances: Instances, environment: EnvironmentClass) -> list[Prompt]:
+    """The rows with the messages that the environment begins with, and its tools."""
+    openings = instances.openings([each.row.values for each in rows], [each.row.location for each in rows])
+    return [
+        replace(each, prompt=tuple(messages), tools=environment.schemas)
+        for each, messages in zip(rows, openings, strict=True)
+    ]
 
 
 def tasks_of(prompts: Sequence[Prompt], indices: Sequence[int]) -> list[Task]:

@@ -85,6 +85,10 @@ class Instances(Protocol):
         """A new object and the messages that it begins with. source: of the row, for messages. Raises `UserError`."""
         ...
 
+    def openings(self, rows: Sequence[Mapping[str, object]], sources: Sequence[str]) -> list[list[Message]]:
+        """The messages that the episodes of rows begin with. Raises `UserError`."""
+        ...
+
     def close(self) -> None:
         """Ends what makes them."""
         ...
@@ -121,6 +125,9 @@ class ThreadInstances:
     def begin(self, row: Mapping[str, object], source: str) -> tuple[ThreadInstance, list[Message]]:
         state, messages = self._environment.begin(row, source)
         return ThreadInstance(self._environment, state, row, source), messages
+
+    def openings(self, rows: Sequence[Mapping[str, object]], sources: Sequence[str]) -> list[list[Message]]:
+        return [self._environment.begin(*each)[1] for each in zip(rows, sources, strict=True)]
 
     def close(self) -> None:
         pass
