@@ -129,6 +129,7 @@ EXPECTED = {
     "connects": ("exception", "Network is unreachable", True),
     "reads_a_secret": ("exception", "FileNotFoundError", True),
     "writes_outside": ("exception", "Read-only file system", True),
+    "remounts": ("exception", "Operation not permitted", True),
     "writes_much": ("exception", "OSError: [Errno 2", True),
     "prints": ("output", "attack wrote more than 4 MiB", False),
     "answers_much": ("", "more characters are left out", True),

@@ -1,4 +1,4 @@
-"""Forks contained processes that answer messages with a Python function. Standard library only.
+"""Forks contained processes that answer messages with a Python function.
 
 `evaluation.forked_sandbox` starts one such server, which imports what the function needs once; a contained process is a
 fork of it, so that it starts in milliseconds. Apart from the training process for the reasons of `sandbox_supervisor`.
@@ -22,6 +22,7 @@ from collections.abc import Callable
 from importlib import import_module
 from typing import Any, NoReturn
 
+from loopos.config.diagnostics import UserError
 from loopos.evaluation.sandbox_supervisor import TICK, Unavailable, Watch, end_with_parent, start
 
 Answer = Callable[[Any], object]
@@ -43,9 +44,8 @@ def main(number: int, spec: dict[str, Any]) -> None:
         module, _, name = spec["factory"].partition(":")
         make = getattr(import_module(module), name)(spec["argument"])
         problem = ""
-    # The module of a user may raise anything; the process that started this one reports it.
-    except Exception as raised:  # noqa: BLE001
-        problem = str(raised) or type(raised).__name__
+    except UserError as raised:
+        problem = str(raised)
     connection.sendall(json.dumps({"problem": problem}).encode() + b"\n")
     if not problem:
         gc.collect()

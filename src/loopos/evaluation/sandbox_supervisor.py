@@ -30,6 +30,7 @@ _NEW_MOUNTS, _NEW_UTS, _NEW_IPC, _NEW_USER, _NEW_PID, _NEW_NETWORK = (
 )  # fmt: skip
 _READ_ONLY, _NO_SUID, _NO_DEVICES, _REMOUNT, _BIND, _RECURSIVE, _PRIVATE, _DETACH = 1, 2, 4, 32, 4096, 16384, 1 << 18, 2
 _DEATH_SIGNAL, _DUMPABLE, _SUBREAPER, _NO_NEW_PRIVILEGES = 1, 4, 36, 38
+_CAPABILITY_VERSION = 0x20080522
 _MOUNT_SETATTR, _AT_RECURSIVE, _AT_CWD = 442, 0x8000, -100
 # Numbers of pivot_root and keyctl, which glibc does not wrap.
 _CALLS = {"x86_64": (155, 250), "aarch64": (41, 219)}
@@ -197,23 +198,26 @@ def _become(spec: dict[str, Any], ends: list[int], user: int | None, function: C
     for number in range(len(ends)):
         os.dup2(100 + number, number)
     os.closerange(4, 256)
-    limits = spec["limits"]
-    for name, value in limits.items():
-        # Above its soft limit of time a process gets SIGXCPU, which it may ignore; at the hard one it is killed.
-        resource.setrlimit(getattr(resource, f"RLIMIT_{name}"), (value, value + 1 if name == "CPU" else value))
-    if user is not None:
-        os.setgroups([])
-        os.setresgid(user, user, user)
-        os.setresuid(user, user, user)
-    _libc.prctl(_NO_NEW_PRIVILEGES, 1, 0, 0, 0)
     try:
+        for name, value in spec["limits"].items():
+            # Above its soft limit of time a process gets SIGXCPU, which it may ignore; at the hard one it is killed.
+            resource.setrlimit(getattr(resource, f"RLIMIT_{name}"), (value, value + 1 if name == "CPU" else value))
+        if user is not None:
+            os.setgroups([])
+            os.setresgid(user, user, user)
+            os.setresuid(user, user, user)
+        _libc.prctl(_NO_NEW_PRIVILEGES, 1, 0, 0, 0)
+        # A program loses the rights of its user namespace when it is executed, a function only so.
+        none = (ctypes.c_uint32 * 6)()
+        _call("capset", _libc.capset((ctypes.c_uint32 * 2)(_CAPABILITY_VERSION, 0), none))
         if function is None:
             os.execve(spec["program"][0], spec["program"], spec["environment"])
         function()
         os._exit(0)
-    except BaseException as problem:  # noqa: BLE001
-        # Nothing above may run in this process; the last line says why it ended, as that of a program.
+    except BaseException as problem:
+        # As the last line of a program. Nothing above may run in this process, so that it is not printed there.
         os.write(2, f"{type(problem).__name__}: {problem}\n".encode("utf-8", "replace"))
+        raise
     finally:
         os._exit(127)
 
