@@ -106,7 +106,7 @@ SCRIPTS = {
 
 
 @pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=pytest.mark.slow) if name == "treasure_grid" else name for name in SCRIPTS]
+    "name", [name if name == "calculator_search" else pytest.param(name, marks=pytest.mark.slow) for name in SCRIPTS]
 )
 def test_episodes_are_those_of_threads(name: str, tokenizer: PreTrainedTokenizerBase) -> None:
     rows: dict[str, dict[str, object]] = {
