@@ -164,16 +164,21 @@ def resumed(config: PpoConfig) -> None:
 STEPS = {"max_iterations": 3, "inner_epochs": 2, "minibatches": 2, "optimizer": "sgd", "learning_rate": 0.05}
 
 
+contained = pytest.mark.skipif(bool(missing()), reason=f"no containment on this system: {missing()}")
+
+
 @pytest.mark.slow
+@pytest.mark.parametrize("isolation", ["thread", pytest.param("process", marks=contained)])
 @pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning")
-def test_killed_at_random_moments(tmp_path: Path, actor: Path) -> None:
+def test_killed_at_random_moments(tmp_path: Path, actor: Path, isolation: str) -> None:
     """In rollouts, inner epochs and saves; the tools wait a little, so that kills fall into them too."""
     training = {**STEPS, "save_every": 1, "keep_last": 2, "log_rollouts": 4, "dynamic_sampling": 1}
     runs = {which: tmp_path / which / "run" for which in ("whole", "killed")}
     configs = {}
     for which, run in runs.items():
         run.parent.mkdir()
-        configs[which] = played_config(run, actor, training=training, environment={"name": f"{OWN}:SlowGuess"})
+        environment = {"name": f"{OWN}:SlowGuess", "isolation": isolation}
+        configs[which] = played_config(run, actor, training=training, environment=environment)
     began = time.monotonic()
     trained(configs["whole"])
     seconds = time.monotonic() - began
@@ -222,9 +227,6 @@ def test_workers_play_what_the_local_engine_plays(tmp_path: Path, actor: Path, m
     assert len(made) == 1
 
 
-contained = pytest.mark.skipif(bool(missing()), reason=f"no containment on this system: {missing()}")
-
-
 @contained
 @pytest.mark.slow
 def test_contained_episodes_train_what_those_of_threads_train(
@@ -261,8 +263,8 @@ def test_a_policy_trains_on_through_attacks(tmp_path: Path, actor: Path) -> None
         "name": "tests.rl.own_attacks:Attacks", "tool_parser": "tests.rl.own_attacks:any_attack",
         "isolation": "process", "tool_seconds": 1, "tool_memory": 128,
     }  # fmt: skip
-    training = {"max_iterations": 3, "log_rollouts": 12}
-    config = played_config(tmp_path / "run", actor, environment=environment, training=training)
+    training, generation = {"max_iterations": 3, "log_rollouts": 12}, {"max_new_tokens": 24}
+    config = played_config(tmp_path / "run", actor, environment=environment, training=training, generation=generation)
     Path(config.data.source).write_text("".join(json.dumps({"prompt": each}) + "\n" for each in ("a", "b b", "the c")))
     trained(config)
     rollouts = events_of(tmp_path / "run", "rollout")

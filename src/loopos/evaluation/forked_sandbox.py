@@ -138,7 +138,7 @@ class ForkedSandbox:
                 start_new_session=True,
             )
             # Without its connection the server ends, and with it all that it started.
-            self._closing = weakref.finalize(self, _close, self._connection, self._server)
+            self._closing = weakref.finalize(self, _close, self._connection, self._server, folder)
             theirs.close()
             try:
                 self._check(errors)
@@ -185,6 +185,9 @@ class ForkedSandbox:
             trial.close()
 
 
-def _close(connection: socket.socket, server: subprocess.Popen[bytes]) -> None:
+def _close(connection: socket.socket, server: subprocess.Popen[bytes], folder: str) -> None:
     connection.close()
     server.wait()
+    # The server removes it, also where this process is killed, unless it was killed itself.
+    with contextlib.suppress(FileNotFoundError):
+        os.rmdir(folder)
