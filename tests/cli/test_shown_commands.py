@@ -35,6 +35,7 @@ ONLY_PARSED = {
     r" --tasks ": "needs the extra eval",
     r"--teacher http": "needs an endpoint; tests/cli/test_sample_command.py has one",
     r"reasoning-gym:": "needs the extra rewards",
+    r"configs/tools\.json": "needs a template with tools; tests/methods/test_environment_runs.py has one",
     r"rollout\.engine=": "needs the extra cluster",
     r"meta-llama/": "needs a hub",
     r"--format (gguf|modelfile)": "needs a tokenizer that llama.cpp knows; tests/exporting have one",

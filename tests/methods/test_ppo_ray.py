@@ -11,6 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from environment_runs import played_config, save_actor
+from online_runs import online_config
 from preference_runs import events_of, ppo_config
 
 from loopos.methods.ppo import PpoTrainer
@@ -71,7 +73,8 @@ PpoTrainer(config, progress=Spoken(quiet=True)).train()
 
 def run_with_ray(config: Any, *, killed_at: int = 0) -> list[str]:
     """The messages of the run. killed_at: the order whose worker is killed while it has it; 0 kills none."""
-    places = [str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")]
+    here = Path(__file__).parent
+    places = [str(here), str(here.parents[1]), os.environ.get("PYTHONPATH", "")]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(filter(None, places))}
     arguments = [sys.executable, "-c", RUN, json.dumps(config.model_dump(mode="json")), str(killed_at)]
     done = subprocess.run(arguments, env=environment, capture_output=True, text=True, timeout=600)
@@ -107,6 +110,29 @@ def test_two_workers_equal_the_local_engine(killed_at: int, tmp_path: Path, pico
         redone = [event["timing"]["redone"] for event in timing if event["event"] == "rollout"]
         # Which iteration has the fourth order depends on how soon the second worker is there.
         assert sorted(redone) == [0, 0, 4]
+
+
+@pytest.mark.parametrize("kind", ["group", "environment"])
+def test_groups_and_episodes_equal_those_of_the_local_engine(kind: str, tmp_path: Path, pico_folder: Path) -> None:
+    weights = save_actor(tmp_path / "actor", pico_folder)
+    training = {"max_iterations": 3, "learning_rate": 1e-2, "log_rollouts": 12}
+    for engine in ("local", "ray"):
+        (tmp_path / engine).mkdir()
+        make: Any = played_config if kind == "environment" else online_config
+        config = make(tmp_path / engine / "run", weights, "grpo", rollout={"engine": engine}, training=training)
+        if engine == "local":
+            PpoTrainer(config, progress=RunProgress(quiet=True)).train()
+        else:
+            run_with_ray(config)
+    for event in ("rollout", "step"):
+        local, remote = (events_of(tmp_path / engine / "run", event) for engine in ("local", "ray"))
+        assert len(local) == len(remote) > 0
+        for one, other in zip(local, remote, strict=True):
+            assert other == pytest.approx(one, abs=1e-6)
+    one, other = ((tmp_path / engine / "run" / "rollouts.jsonl").read_text() for engine in ("local", "ray"))
+    assert [json.loads(line)["response"] for line in one.splitlines()] == [
+        json.loads(line)["response"] for line in other.splitlines()
+    ]
 
 
 def test_with_an_older_policy_it_still_learns(tmp_path: Path, pico_folder: Path) -> None:

@@ -66,6 +66,7 @@ def _log_sigmoid(x: torch.Tensor) -> torch.Tensor:
 # Each from its paper, of sums (c, r), the reference's sums (rc, rr), token numbers (nc, nr) and beta, in fp64.
 PAPERS: dict[str, Any] = {
     "dpo": lambda c, r, rc, rr, nc, nr, b: -_log_sigmoid(b * ((c - rc) - (r - rr))),
+    "cdpo": lambda c, r, rc, rr, nc, nr, b: -0.8 * _log_sigmoid(b * ((c - rc) - (r - rr))) - 0.2 * _log_sigmoid(-b * ((c - rc) - (r - rr))),
     "robust_dpo": lambda c, r, rc, rr, nc, nr, b: -_log_sigmoid(b * ((c - rc) - (r - rr))),
     "ipo": lambda c, r, rc, rr, nc, nr, b: ((c - rc) / nc - (r - rr) / nr - 1 / (2 * b)) ** 2,
     "sigmoid_norm": lambda c, r, rc, rr, nc, nr, b: -_log_sigmoid(b * ((c - rc) / nc - (r - rr) / nr)),
@@ -118,14 +119,16 @@ def _of_pairs(name: str, model: Any, reference: Any, rows: Sequence[Any], beta: 
     return torch.stack(log_odds).mean() - torch.stack(chosen_sum).sum() / chosen_tokens
 
 
-@pytest.mark.parametrize("name", [*sorted(set(PRESETS) - {"aot"}), "sigmoid_norm"])
+NOT_PRESETS = {"sigmoid_norm": {"loss": "sigmoid_norm"}, "cdpo": {"label_smoothing": 0.2}}
+
+
+@pytest.mark.parametrize("name", [*sorted(set(PRESETS) - {"aot"}), *NOT_PRESETS])
 def test_losses_and_gradients_equal_a_plain_computation(name: str, tmp_path: Path, pico_folder: Path) -> None:
     training = {"max_steps": 2, "learning_rate": 1e-3, "validate_every": "never"}
     if name in PRESETS:
         method = trained(config(tmp_path / "run", pico_folder, name, training=training))
     else:
-        section = {"loss": name}
-        method = trained(config(tmp_path / "run", pico_folder, "dpo", training=training, preference=section))
+        method = trained(config(tmp_path / "run", pico_folder, "dpo", training=training, preference=NOT_PRESETS[name]))
     rows = method.train_rows[:6]
     batch = method.rows(method.train_rows)([0, 1, 2, 3, 4, 5])
     parameters = dict(method.model.named_parameters())
