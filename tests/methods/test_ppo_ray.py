@@ -15,6 +15,7 @@ from environment_runs import played_config, save_actor
 from online_runs import online_config
 from preference_runs import events_of, ppo_config
 
+from loopos.evaluation.sandbox import missing
 from loopos.methods.ppo import PpoTrainer
 from loopos.training.progress import RunProgress
 
@@ -112,14 +113,19 @@ def test_two_workers_equal_the_local_engine(killed_at: int, tmp_path: Path, pico
         assert sorted(redone) == [0, 0, 4]
 
 
-@pytest.mark.parametrize("kind", ["group", "environment"])
+contained = pytest.mark.skipif(bool(missing()), reason=f"no containment on this system: {missing()}")
+
+
+@pytest.mark.parametrize("kind", ["group", "environment", pytest.param("contained environment", marks=contained)])
 def test_groups_and_episodes_equal_those_of_the_local_engine(kind: str, tmp_path: Path, pico_folder: Path) -> None:
     weights = save_actor(tmp_path / "actor", pico_folder)
     training = {"max_iterations": 3, "learning_rate": 1e-2, "log_rollouts": 12}
     for engine in ("local", "ray"):
         (tmp_path / engine).mkdir()
-        make: Any = played_config if kind == "environment" else online_config
-        config = make(tmp_path / engine / "run", weights, "grpo", rollout={"engine": engine}, training=training)
+        make: Any = online_config if kind == "group" else played_config
+        # In threads here, in processes of the workers there.
+        more = {"environment": {"isolation": "process"}} if kind.startswith("contained") and engine == "ray" else {}
+        config = make(tmp_path / engine / "run", weights, "grpo", rollout={"engine": engine}, training=training, **more)
         if engine == "local":
             PpoTrainer(config, progress=RunProgress(quiet=True)).train()
         else:
