@@ -19,6 +19,7 @@ from loopos.data.templates import ChatTemplate
 from loopos.serving import requests as requests_module
 from loopos.serving.errors import ApiError
 from loopos.serving.language import Prompts
+from loopos.serving.messages import conversation
 from loopos.serving.requests import ChatRequest, CompletionRequest, ScoreRequest, read_for
 from tests.serving.conftest import Server
 
@@ -37,7 +38,7 @@ def read(**changes: Any) -> ChatRequest:
 
 def refused(**changes: Any) -> ApiError:
     with pytest.raises(ApiError) as told:
-        read(**changes).conversation()
+        conversation(read(**changes).messages)
     assert told.value.status == 400
     return told.value
 

@@ -34,6 +34,7 @@ from loopos.generation.settings import SamplingParams
 from loopos.serving.decoder import Decoder, ModelThread, PendingRequest
 from loopos.serving.errors import ApiError
 from loopos.serving.limits import ServingLimits, check_rows
+from loopos.serving.messages import conversation
 from loopos.serving.metrics import ServingMetrics
 from loopos.serving.requests import ChatRequest, CompletionRequest, EmbeddingRequest, Generation, ModelRequest, read_for
 from loopos.serving.responses import EventStream, GrowingChoice, ResponseFormatter, event, until_disconnected
@@ -147,7 +148,7 @@ class LanguageService:
                 param="top_logprobs",
                 code="unsupported_parameter",
             )
-        messages, tools = body.conversation(), body.offered()
+        messages, tools = conversation(body.messages), body.offered()
         if tools and isinstance(self._tools, UserError):
             raise ApiError(400, f"tools: {self._tools}", param="tools", code="unsupported_parameter")
 

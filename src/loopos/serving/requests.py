@@ -12,14 +12,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import fields, replace
 from typing import Annotated, Any, Literal, NoReturn, TypeVar, get_args
 
-from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, ValidationError
+from pydantic import BaseModel, Discriminator, Field, Tag, ValidationError
 
 from loopos.config.diagnostics import UserError
-from loopos.data.conversations import Message
 from loopos.data.tool_schemas import Tool
 from loopos.generation.grammars import ANY_OBJECT
 from loopos.generation.settings import SamplingFields, SamplingParams
 from loopos.serving.errors import ApiError, unknown_model
+from loopos.serving.messages import Body, ChatMessage, ToolDefinition, short
 
 # OpenAI's default when a completions request sets no number.
 COMPLETION_TOKENS = 16
@@ -29,21 +29,6 @@ _DEFAULTS = SamplingFields()
 _SAME_FIELDS = tuple(
     each.name for each in fields(SamplingFields) if each.name not in ("max_new_tokens", "stop", "seed")
 )
-
-
-class Body(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
-
-
-class TextPart(Body):
-    """A part of a message's content."""
-
-    type: Literal["text"]
-    text: str
-
-
-def _kind_of_content(value: object) -> str:
-    return "text" if isinstance(value, str) else "parts"
 
 
 def _kind_of_inputs(value: object) -> str:
@@ -65,92 +50,12 @@ Inputs = Annotated[
 """One text or list of tokens, or several of either."""
 
 
-Name = Annotated[str, Field(pattern="^[A-Za-z0-9_.-]{1,64}$")]
-"""The name of a speaker or a tool. The prompt contains it, so it may hold no control token."""
-
-
-class CalledFunction(Body):
-    """A tool's name and its arguments as JSON text."""
-
-    name: Name
-    arguments: str
-
-
-class CalledTool(Body):
-    """A call in a message of the assistant."""
-
-    id: Name
-    type: Literal["function"] = "function"
-    function: CalledFunction
-
-
-class ToolFunction(Body):
-    """A tool's name, what it does, and the schema of its arguments. `strict` has no effect."""
-
-    name: Name
-    description: str | None = None
-    parameters: dict[str, Any] = {}
-    strict: bool | None = None
-
-
-class ToolDefinition(Body):
-    """A tool that the model may call."""
-
-    type: Literal["function"]
-    function: ToolFunction
-
-
-class ChatMessage(Body):
-    """One message. `tool_calls` in one of the assistant, `tool_call_id` in one of a tool."""
-
-    role: Literal["system", "developer", "user", "assistant", "tool"]
-    content: Annotated[
-        Annotated[str, Tag("text")] | Annotated[list[TextPart], Field(fail_fast=True), Tag("parts")],
-        Discriminator(_kind_of_content),
-    ] = ""
-    name: Annotated[str, Field(pattern="^[A-Za-z0-9_-]{1,64}$")] | None = None
-    tool_calls: Annotated[list[CalledTool], Field(fail_fast=True)] = []
-    tool_call_id: Name | None = None
-
-    def message(self, position: int) -> Message:
-        """The message at a position, as the chat template takes it. Raises `ApiError`."""
-        content = self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
-        more: dict[str, object] = {} if self.name is None else {"name": self.name}
-        for key, role in (("tool_calls", "assistant"), ("tool_call_id", "tool")):
-            if getattr(self, key) and self.role != role:
-                raise _in_message(position, key, f"in a message of the {self.role}; expected one of the {role}")
-        if "content" not in self.model_fields_set and not self.tool_calls:
-            raise _in_message(position, "content", "missing; expected a value", "missing_required_parameter")
-        if self.tool_call_id is not None:
-            more["tool_call_id"] = self.tool_call_id
-        if self.tool_calls:
-            more["tool_calls"] = [_called_tool(call, position, index) for index, call in enumerate(self.tool_calls)]
-        return Message(self.role, content, more=more)
-
-
-def _called_tool(call: CalledTool, position: int, index: int) -> dict[str, Any]:
-    """A call with its arguments as an object, as templates take it. Raises `ApiError`."""
-    try:
-        arguments = json.loads(call.function.arguments or "{}")
-    except ValueError:
-        arguments = None
-    if not isinstance(arguments, dict):
-        where = f"tool_calls.{index}.function.arguments"
-        raise _in_message(position, where, f"got {_short(call.function.arguments)}; expected an object as JSON text")
-    return {"id": call.id, "type": "function", "function": {"name": call.function.name, "arguments": arguments}}
-
-
-def _in_message(position: int, key: str, problem: str, code: str = "invalid_value") -> ApiError:
-    param = f"messages.{position}.{key}"
-    return ApiError(400, f"{param}: {problem}", param=param, code=code)
-
-
 class NamedSchema(Body):
     """A schema that the answer follows. `name`, `description` and `strict` have no effect: it always follows it."""
 
     name: str
     # Named as in the API; `schema` is a method of pydantic's models.
-    schema_: Annotated[dict[str, Any], Field(alias="schema")] = {}
+    schema_: dict[str, Any] = Field(default_factory=dict, alias="schema")
     description: str | None = None
     strict: bool | None = None
 
@@ -198,9 +103,11 @@ class Generation(ModelRequest):
     presence_penalty: Annotated[float, Field(ge=-2, le=2)] = _DEFAULTS.presence_penalty
     frequency_penalty: Annotated[float, Field(ge=-2, le=2)] = _DEFAULTS.frequency_penalty
     no_repeat_ngram: int = _DEFAULTS.no_repeat_ngram
-    logit_bias: dict[Annotated[str, Field(pattern="^[0-9]{1,9}$")], Annotated[float, Field(ge=-100, le=100)]] = {}
+    logit_bias: dict[Annotated[str, Field(pattern="^[0-9]{1,9}$")], Annotated[float, Field(ge=-100, le=100)]] = Field(
+        default_factory=dict
+    )
     n: Annotated[int, Field(ge=1, le=128)] = 1
-    stop: str | Annotated[list[str], Field(max_length=16)] = []
+    stop: str | Annotated[list[str], Field(max_length=16)] = Field(default_factory=list)
     seed: int | None = None
     max_tokens: Annotated[int, Field(ge=1)] | None = None
     stream: bool = False
@@ -235,7 +142,7 @@ class ChatRequest(Generation):
     max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
     logprobs: bool = False
     top_logprobs: int = 0
-    tools: Annotated[list[ToolDefinition], Field(fail_fast=True)] = []
+    tools: Annotated[list[ToolDefinition], Field(fail_fast=True)] = Field(default_factory=list)
     # A call cannot be forced: nothing writes one but the model.
     tool_choice: Literal["none", "auto"] = "auto"
     parallel_tool_calls: Literal[True] = True
@@ -244,19 +151,6 @@ class ChatRequest(Generation):
     def settings(self) -> SamplingParams:
         schema = None if self.response_format is None else self.response_format.schema_text()
         return replace(super().settings(), json_schema=schema)
-
-    def conversation(self) -> list[Message]:
-        """The messages as the chat template takes them. Raises `ApiError`, also for a result of a tool without an
-        earlier call that it answers.
-        """
-        calls: set[str] = set()
-        for position, each in enumerate(self.messages):
-            if each.role == "tool" and each.tool_call_id not in calls:
-                actual = "missing" if each.tool_call_id is None else f"got {_short(each.tool_call_id)}"
-                expected = "expected the id of a call in an earlier message of the assistant"
-                raise _in_message(position, "tool_call_id", f"{actual}; {expected}")
-            calls |= {call.id for call in each.tool_calls}
-        return [each.message(position) for position, each in enumerate(self.messages)]
 
     def offered(self) -> tuple[Tool, ...]:
         """The tools that the model may call, as templates take them. Raises `ApiError`."""
@@ -467,13 +361,8 @@ def _refuse(error: ValidationError, body: Mapping[str, Any], kind: type[BaseMode
     elif param.endswith("content"):
         message = "expected a text or a list of text parts; only the assistant's may be null"
     elif first["type"] in ("literal_error", "string_pattern_mismatch"):
-        message = f"got {_short(first['input'])}; {first['msg'][0].lower()}{first['msg'][1:]}"
+        message = f"got {short(first['input'])}; {first['msg'][0].lower()}{first['msg'][1:]}"
     raise ApiError(400, f"{where}{message}", param=param or None, code=code) from error
-
-
-def _short(value: object) -> str:
-    text = json.dumps(value, ensure_ascii=False)
-    return text if len(text) <= 60 else f"{text[:60]}..."
 
 
 def _fields_at(path: Sequence[str | int], kind: type[BaseModel]) -> list[str]:
