@@ -36,7 +36,7 @@ MENTIONS_PATH = (
 )
 NOT_PATHS = {"encoding", "max_expansion", "max_line_bytes",
     "training_split", "validation_split", "subset", "streaming", "shard_gigabytes", "checkpoints", "tensorboard",
-    "keep_last", "result", "mode",
+    "keep_last", "result", "mode", "isolation",
 }  # fmt: skip
 Loads = Callable[..., LoadedConfig]
 PATH_KEYS = {"INPUT", "MODEL", "FILE", "DATA", "A", "B", "PROMPTS", "JUDGE", "MODEL|RECIPE", "MODEL...", "FOLDER"}

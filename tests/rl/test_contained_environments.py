@@ -197,7 +197,9 @@ def test_values_that_are_no_json_are_refused(attacks: ContainedInstances) -> Non
 def test_it_has_neither_torch_nor_secrets_nor_files(attacks: ContainedInstances) -> None:
     outcome, _ = attacked(attacks, "looks")
     torch, secret, folders, here, files = ast.literal_eval(outcome.text)
-    assert (torch, secret, here, files) == (False, False, "/tmp", [])
+    assert (torch, secret, here) == (False, False, "/tmp")
+    # Where this clone is in /tmp, its folder is there to be read.
+    assert set(files) <= {part for part in Path(__file__).resolve().parts if Path(__file__).is_relative_to("/tmp")}
     # Above a Python in a home is its folder.
     assert set(folders) <= {"/root", "/home"}
 

@@ -35,6 +35,7 @@ STARTS = [sum(LENGTHS[:index]) for index in range(len(LENGTHS))]
 class Tokens:
     ids: list[int]
     ended: bool
+    mask: list[bool] | None = None
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,7 @@ from loopos.rl.experience import AdvantageSettings, Experience, experience_of
 @dataclass(frozen=True)
 class Tokens:
     ids: list[int]
+    mask: list[bool] | None = None
 
 
 @dataclass(frozen=True)

@@ -204,24 +204,24 @@ def _folders_of(module: str, name: str) -> list[Path]:
     return folders
 
 
-def _not_json(value: object, place: str) -> str:
+def _not_json(value: object, where: str) -> str:
     """What of a value is no JSON; empty if all is."""
     match value:
         case None | bool() | int() | float() | str():
             return ""
         case list():
-            return next(filter(None, (_not_json(each, f"{place}[{n}]") for n, each in enumerate(value))), "")
+            return next(filter(None, (_not_json(each, f"{where}[{n}]") for n, each in enumerate(value))), "")
         case Mapping():
             for key, each in value.items():
                 problem = (
-                    _not_json(each, f"{place}[{key!r}]")
+                    _not_json(each, f"{where}[{key!r}]")
                     if isinstance(key, str)
-                    else f"{place} has the key {key!r} ({type(key).__name__}); expected a text"
+                    else f"{where} has the key {key!r} ({type(key).__name__}); expected a text"
                 )
                 if problem:
                     return problem
             return ""
-    return f"{place} is {shown(value)} ({type(value).__name__}); expected values of JSON"
+    return f"{where} is {shown(value)} ({type(value).__name__}); expected values of JSON"
 
 
 def made(argument: Mapping[str, str]) -> Callable[[], Callable[[Any], object]]:
