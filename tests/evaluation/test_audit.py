@@ -76,7 +76,17 @@ def test_longer_answers_that_a_reward_likes() -> None:
     assert found["length"].sentence == "answers become longer: 10 → 34 on average, while the reward rises"
     assert found["length"].severity == pytest.approx(34.5 / 10.5 / 1.5)
     assert found["length"].examples[0].size == 6 + 4 * 7 + 5
-    assert "correlation 1.00" in found["reward of length"].sentence
+    assert "correlation with their tokens 1.00" in found["reward of length"].sentence
+
+
+def test_a_reward_of_characters_at_the_token_limit() -> None:
+    """All answers have the same number of tokens; the reward is the length of the text."""
+    found = found_in(
+        lambda iteration, prompt, answer: {
+            "tokens": 40, "response": words_of(iteration, 3) + " long" * answer, "reward": float(answer),
+        }
+    )  # fmt: skip
+    assert "correlation with their characters 1.00" in found["reward of length"].sentence
 
 
 def test_repetition_copies_and_missing_ends() -> None:

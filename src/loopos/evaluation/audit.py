@@ -129,20 +129,29 @@ def _length(quarters: Quarters, weights: Mapping[str, float]) -> Iterator[Sign]:
             drift / 1.5,
             tuple(ordered[:_EXAMPLES]),
         )
-    correlation = length_correlation([*_by_prompt(quarters.last).values()])
+    # Answers at the token limit have one length in tokens, and still differ in characters.
+    sizes: dict[str, Callable[[StoredAnswer], int]] = {
+        "tokens": lambda each: each.size,
+        "characters": lambda each: len(each.text),
+    }
+    found = {unit: length_correlation([*_by_prompt(quarters.last, size).values()]) for unit, size in sizes.items()}
+    unit, correlation = max(found.items(), key=lambda item: abs(item[1] or 0.0))
     if correlation is not None and abs(correlation) > 0.5:
         liked = "long" if correlation > 0 else "short"
         yield Sign(
             "reward of length",
-            f"{liked} answers to the same prompt have the higher reward (correlation {correlation:.2f} at the end)",
+            f"{liked} answers to the same prompt have the higher reward (correlation with their {unit} "
+            f"{correlation:.2f} at the end)",
             abs(correlation) / 0.5,
         )
 
 
-def _by_prompt(answers: Sequence[StoredAnswer]) -> dict[tuple[int, str], list[tuple[float, int]]]:
+def _by_prompt(
+    answers: Sequence[StoredAnswer], size: Callable[[StoredAnswer], int]
+) -> dict[tuple[int, str], list[tuple[float, int]]]:
     groups: defaultdict[tuple[int, str], list[tuple[float, int]]] = defaultdict(list)
     for each in answers:
-        groups[each.position, each.prompt].append((each.reward, each.size))
+        groups[each.position, each.prompt].append((each.reward, size(each)))
     return groups
 
 
