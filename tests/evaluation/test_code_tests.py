@@ -6,6 +6,7 @@ import json
 import os
 import socket
 import subprocess
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -139,7 +140,9 @@ def test_it_sees_neither_secrets_nor_files_nor_processes(tmp_path: Path, monkeyp
     assert seen[1] == [False] * 7
     # Process 1 of its own namespace waits for it.
     assert seen[2] == 2
-    assert seen[3] == ["main.py"]
+    # Where the Python that runs is in /tmp, its folder is there to be read.
+    own = {part for part in Path(sys.prefix).parts if Path(sys.prefix).is_relative_to("/tmp")}
+    assert set(seen[3]) - own == {"main.py"}
     assert seen[4] != 0
 
 
