@@ -75,7 +75,7 @@ PpoTrainer(config, progress=Spoken(quiet=True)).train()
 def run_with_ray(config: Any, *, killed_at: int = 0) -> list[str]:
     """The messages of the run. killed_at: the order whose worker is killed while it has it; 0 kills none."""
     here = Path(__file__).parent
-    places = [str(here), str(here.parents[1]), os.environ.get("PYTHONPATH", "")]
+    places = [str(here), str(here.parent), str(here.parents[1]), os.environ.get("PYTHONPATH", "")]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(filter(None, places))}
     arguments = [sys.executable, "-c", RUN, json.dumps(config.model_dump(mode="json")), str(killed_at)]
     done = subprocess.run(arguments, env=environment, capture_output=True, text=True, timeout=600)
