@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import ast
-import gc
 import sys
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 
 import pytest
+from source_trees import tree_of, uncollected  # noqa: F401  # the fixture is used by its name
 
 import loopos
 
+pytestmark = pytest.mark.usefixtures("uncollected")
 SOURCE = Path(loopos.__file__).parent
 # functional, config and storage are the ground floor: every room may stand on them.
 GROUND = {"functional", "config", "storage"}
@@ -57,19 +58,6 @@ FRONT = {"__init__.py", "__main__.py", "api.py", "changes.py", "run.py"}
 @cache
 def modules() -> list[Path]:
     return sorted(SOURCE.rglob("*.py"))
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _uncollected() -> Iterator[None]:
-    """Trees have no cycles to look for, and so many objects that the collector takes most of the time."""
-    gc.disable()
-    yield
-    gc.enable()
-
-
-@cache
-def tree_of(file: Path) -> ast.Module:
-    return ast.parse(file.read_text(encoding="utf-8"))
 
 
 def room_of(file: Path) -> str:

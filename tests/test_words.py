@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import ast
-import gc
 import re
 from collections.abc import Iterator
-from functools import cache
 from pathlib import Path
 from typing import Any
 
 import pytest
 import typer
+from source_trees import tree_of, uncollected  # noqa: F401  # the fixture is used by its name
 
 import loopos
 from loopos.cli.commands import app
 
+pytestmark = pytest.mark.usefixtures("uncollected")
 SOURCE = Path(loopos.__file__).parent
 ROOT = Path(__file__).parents[1]
 DOCUMENTS = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")])
@@ -90,19 +90,6 @@ ORDINARY = {r"--licence": "the option's older spelling", r"page faults": "the ke
 
 def parts_of(identifier: str) -> list[str]:
     return [part.lower() for part in re.findall(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+", identifier)]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _uncollected() -> Iterator[None]:
-    """Trees have no cycles to look for, and so many objects that the collector takes most of the time."""
-    gc.disable()
-    yield
-    gc.enable()
-
-
-@cache
-def tree_of(file: Path) -> ast.Module:
-    return ast.parse(file.read_text(encoding="utf-8"))
 
 
 def identifiers_of(tree: ast.AST) -> Iterator[tuple[int, str]]:

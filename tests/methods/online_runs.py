@@ -1,15 +1,18 @@
-"""Shared by the tests of group algorithms: configs of runs on the pico model."""
+"""Shared by the tests of online methods: configs of runs on the pico model, and what such runs leave."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from killed_runs import digest
 from preference_runs import ASKED, write_rows
 
 from loopos.config.ppo import PpoConfig
 from loopos.methods.ppo import PpoTrainer
+from loopos.storage.events import fingerprint
 from loopos.training.progress import RunProgress
 
 
@@ -48,3 +51,17 @@ def trained(config: PpoConfig) -> PpoTrainer:
     method = PpoTrainer(config, progress=RunProgress(quiet=True))
     method.train()
     return method
+
+
+def bits_of(run: Path) -> dict[str, str]:
+    last = max((run / "checkpoints").glob("step-*"))
+    files = [run / "model" / "model.safetensors", *sorted(last.glob("*.safetensors")), run / "rollouts.jsonl"]
+    return {file.name: digest(file) for file in files} | {"metrics": fingerprint(run / "events.jsonl")}
+
+
+def resumed(config: PpoConfig) -> None:
+    PpoTrainer(config, progress=RunProgress(quiet=True)).train(resume=True)
+
+
+def rows_of(file: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in file.read_text().splitlines()]

@@ -14,7 +14,7 @@ import torch
 from environment_runs import OWN, TASKS, played_config, save_actor
 from fake_workers import FakeWorkers
 from killed_runs import check_kills_leave_no_trace, digest
-from online_runs import trained
+from online_runs import bits_of, resumed, rows_of, trained
 from preference_runs import events_of
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
@@ -23,22 +23,16 @@ from worlds import run_world
 
 from loopos.cli.commands import app
 from loopos.config.diagnostics import DataError, UserError
-from loopos.config.ppo import PpoConfig
 from loopos.evaluation.sandbox import missing
 from loopos.methods.ppo import PpoTrainer
 from loopos.rl.workers import opening
 from loopos.rl.workers.worker import RolloutWorker
-from loopos.storage.events import fingerprint
 from loopos.training.progress import RunProgress
 
 
 @pytest.fixture(scope="module")
 def actor(tmp_path_factory: pytest.TempPathFactory, pico_folder: Path) -> Path:
     return save_actor(tmp_path_factory.mktemp("actor"), pico_folder)
-
-
-def rows_of(file: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in file.read_text().splitlines()]
 
 
 def test_only_what_the_model_wrote_trains(tmp_path: Path, actor: Path) -> None:
@@ -103,16 +97,6 @@ def test_a_critic_and_functions_beside_the_environment(tmp_path: Path, actor: Pa
         assert event["reward"] == pytest.approx(weighted, abs=1e-6)
         assert event["logprob_mismatch"] < 1e-5
         assert "kl" in event
-
-
-def bits_of(run: Path) -> dict[str, str]:
-    last = max((run / "checkpoints").glob("step-*"))
-    files = [run / "model" / "model.safetensors", *sorted(last.glob("*.safetensors")), run / "rollouts.jsonl"]
-    return {file.name: digest(file) for file in files} | {"metrics": fingerprint(run / "events.jsonl")}
-
-
-def resumed(config: PpoConfig) -> None:
-    PpoTrainer(config, progress=RunProgress(quiet=True)).train(resume=True)
 
 
 STEPS = {"max_iterations": 3, "inner_epochs": 2, "minibatches": 2, "optimizer": "sgd", "learning_rate": 0.05}

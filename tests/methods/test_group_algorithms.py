@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from killed_runs import check_kills_leave_no_trace, digest
-from online_runs import online_config, trained
+from killed_runs import check_kills_leave_no_trace
+from online_runs import bits_of, online_config, resumed, rows_of, trained
 from preference_runs import ASKED, events_of
 from safetensors.torch import load_file
 from typer.testing import CliRunner
@@ -18,21 +18,13 @@ from worlds import run_world
 
 from loopos.cli.commands import app
 from loopos.config.methods import ONLINE_METHODS
-from loopos.config.ppo import PpoConfig
 from loopos.config.rl import CurriculumSection
 from loopos.functional.packing import PackedLayout
-from loopos.methods.ppo import PpoTrainer
 from loopos.rl.policy_check import passing_metrics
 from loopos.rl.prompt_sampling import Curriculum
 from loopos.rl.roles import ActorCritic
-from loopos.storage.events import fingerprint
-from loopos.training.progress import RunProgress
 
 FAMILY = [name for name in ONLINE_METHODS if name != "ppo"]
-
-
-def rows_of(file: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in file.read_text().splitlines()]
 
 
 def test_a_run_of_dapo_redraws_shares_prompts_and_logs(
@@ -202,16 +194,6 @@ def test_two_processes_are_one(name: str, tmp_path: Path, pico_folder: Path) -> 
             assert other == pytest.approx(own, abs=1e-5)
     one, two = (rows_of(tmp_path / world / "rollouts.jsonl") for world in ("one", "two"))
     assert [row["response"] for row in one] == [row["response"] for row in two]
-
-
-def bits_of(run: Path) -> dict[str, str]:
-    last = max((run / "checkpoints").glob("step-*"))
-    files = [run / "model" / "model.safetensors", *sorted(last.glob("*.safetensors")), run / "rollouts.jsonl"]
-    return {file.name: digest(file) for file in files} | {"metrics": fingerprint(run / "events.jsonl")}
-
-
-def resumed(config: PpoConfig) -> None:
-    PpoTrainer(config, progress=RunProgress(quiet=True)).train(resume=True)
 
 
 @pytest.mark.slow
