@@ -106,6 +106,26 @@ def test_a_shared_prompt_gives_the_losses_of_separate_ones(
     assert largest < 1e-5
 
 
+@pytest.mark.parametrize("dynamic_sampling", [0, 3])
+def test_a_forward_pass_that_nothing_reads_is_left_out(
+    dynamic_sampling: int, tmp_path: Path, pico_folder: Path
+) -> None:
+    """A guard of the entropy reads it: the same losses and weights to the bit, and the entropy before each update."""
+    found = {}
+    for guards in ({}, {"entropy_share": 0.01}):
+        run = tmp_path / str(len(guards)) / "run"
+        run.parent.mkdir()
+        training = {"gradient_accumulation": 2, "dynamic_sampling": dynamic_sampling}
+        trained(online_config(run, pico_folder, "grpo", training=training, guards=guards))
+        rollouts, steps = events_of(run, "rollout"), events_of(run, "step")
+        assert all((name in event) == bool(guards) for event in rollouts for name in ("entropy", "logprob_mismatch"))
+        if guards and not dynamic_sampling:
+            assert rollouts[0]["entropy"] == pytest.approx(steps[0]["entropy"], rel=1e-5)
+        found[bool(guards)] = steps, load_file(run / "model" / "model.safetensors")
+    assert found[True][0] == found[False][0]
+    assert all(weight.equal(found[True][1][name]) for name, weight in found[False][1].items())
+
+
 def test_validation_has_pass_at_k(tmp_path: Path, pico_folder: Path) -> None:
     data = {"validation_data": str(tmp_path / "run.jsonl")}
     config = online_config(

@@ -107,6 +107,22 @@ class PpoConfig(MethodConfig):
             return "forward"
         return "engine" if self.rollout.max_staleness > 0 else self.training.old_logprobs
 
+    @property
+    def reads_forward(self) -> bool:
+        """Whether a forward pass over the responses is read before the first update: for values, the KL, old
+        log-probabilities of a second update, the engine's mismatch, or the guard of the entropy.
+        """
+        training, rollout = self.training, self.rollout
+        updates = training.inner_epochs * training.minibatches
+        return (
+            self.value_model is not None
+            or self.needs_reference
+            or (updates > 1 and self.old_logprobs == "forward")
+            or rollout.importance_cap is not None
+            or rollout.is_remote
+            or self.guards.entropy_share is not None
+        )
+
     def check(self) -> Iterator[Problem]:
         data = self.data
         yield from checks.check_source({"prompts": data.prompts, "training_data": data.training_data})

@@ -238,6 +238,7 @@ class PpoTrainer(Trainer[PpoConfig]):
             origins=self.encoder.origins,
             reused=reused,
             share_prompts=self.share_prompts,
+            reads_forward=self.config.reads_forward,
             gather=world.gather_data_parallel,
         )
         self._updates_began: float | None = None

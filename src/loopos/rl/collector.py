@@ -45,17 +45,17 @@ _TOKENS = 2048
 @dataclass(frozen=True)
 class Rollout:
     """One response. `score`: Σ of the weighted rewards, 0 without any, NaN where none judged; `parts`: its terms. `[L]`
-    on CPU: `logprobs` (current policy), `engine_logprobs` (from generation), `entropies` (nats), and
-    `reference_logprobs` and `values` where the run has a reference and a critic. `staleness`: number of iterations by
-    which the generating policy is older. L counts the tokens that the model wrote.
+    on CPU: `engine_logprobs` (from generation); of a forward pass `logprobs` (current policy) and `entropies` (nats),
+    None where there was none; and `reference_logprobs` and `values` where the run has a reference and a critic.
+    `staleness`: number of iterations by which the generating policy is older. L counts the tokens that the model wrote.
     """
 
     response: Response
     score: float
     parts: dict[str, float]
-    logprobs: Tensor
     engine_logprobs: Tensor
-    entropies: Tensor
+    logprobs: Tensor | None = None
+    entropies: Tensor | None = None
     reference_logprobs: Tensor | None = None
     values: Tensor | None = None
     staleness: int = 0
@@ -64,7 +64,7 @@ class Rollout:
         """KL from the generating policy to the reference, in nats, summed over tokens; None without a reference."""
         if self.reference_logprobs is None:
             return None
-        wrote = self.engine_logprobs if self.staleness else self.logprobs
+        wrote = self.engine_logprobs if self.staleness or self.logprobs is None else self.logprobs
         return float(kl_terms(wrote, self.reference_logprobs, estimator).sum())
 
 
@@ -99,17 +99,18 @@ class Collector:
         origins: Mapping[tuple[int, ...], Origin] = MappingProxyType({}),
         reused: ReusedForward | None = None,
         share_prompts: bool = False,
+        reads_forward: bool = True,
         gather: Callable[[object], list[object]] = lambda value: [value],
     ) -> None:
         """roles: None where only `answers` and `scored_answers` are called. rewards: None where only a judge scores.
         origins: prompt ids → the prompt's text and source; without it the text is decoded from the ids. reused: stores
         the forward pass over an iteration's responses for its first optimizer step. share_prompts: as in
-        `ResponseRows`. gather(value): the values of all
-        ranks; the engine generates only this rank's part.
+        `ResponseRows`. reads_forward: whether an iteration's responses need a forward pass that is not reused.
+        gather(value): the values of all ranks; the engine generates only this rank's part.
         """
         self.engine, self.roles, self.rewards, self.device = engine, roles, rewards, device
         self._origins, self._reused, self._gather = origins, reused, gather
-        self._shared_prompts = share_prompts
+        self._shared_prompts, self._reads_forward = share_prompts, reads_forward
         self._seconds: dict[str, float] = {}
 
     def __call__(
@@ -184,7 +185,7 @@ class Collector:
         with self._timed("reward_seconds"):
             scored = self._with_scores(responses, reward_iteration)
         with self._timed("forward_seconds"):
-            passes = self._passes(responses, iteration)
+            passes = self._passes(responses, iteration, is_training=reward_iteration is not None)
         return [
             Rollout(
                 each.response,
@@ -208,7 +209,9 @@ class Collector:
         ]
 
     @torch.no_grad()
-    def _passes(self, responses: Sequence[Response], iteration: int | None) -> dict[str, list[Tensor]]:
+    def _passes(
+        self, responses: Sequence[Response], iteration: int | None, *, is_training: bool
+    ) -> dict[str, list[Tensor]]:
         """Name → `[L]` of each response, by forward passes like those of training."""
         assert self.roles is not None, "rollouts have roles"
         prompts, ids = [r.prompt_ids for r in responses], [r.ids for r in responses]
@@ -220,6 +223,8 @@ class Collector:
         first = None
         if self._reused is not None and iteration is not None:
             first = self._reused.batch(rows, iteration)
+        if first is None and is_training and not self._reads_forward:
+            return found
         for batch in in_order(rows.by_group(), tokens=_TOKENS) if first is None else [first]:
             arguments = (batch.ids, batch.layout, batch.positions, batch.targets)
             with torch.set_grad_enabled(batch is first):
@@ -304,16 +309,27 @@ def rollout_metrics(
     """Metrics of an iteration, as docs/metrics.md defines them; kl in nats per response, entropy in nats per token.
     is_rewarded: whether the scores are rewards. Raises `NonFiniteOutputs`.
     """
-    mismatch = torch.cat([each.logprobs - each.engine_logprobs for each in rollouts])
     metrics = {
         **answer_metrics(rollouts, is_rewarded=is_rewarded),
         **_kl_mean(rollouts, estimator),
-        "entropy": float(torch.cat([rollout.entropies for rollout in rollouts]).mean()),
-        "logprob_mismatch": float(mismatch.abs().mean()),
-        **_importance(rollouts, mismatch, importance_cap),
+        **_forward_metrics(rollouts, importance_cap),
     }
     _require_finite(metrics, len(rollouts), is_rewarded=is_rewarded)
     return metrics
+
+
+def _forward_metrics(rollouts: Sequence[Rollout], importance_cap: float | None) -> dict[str, float]:
+    """What a forward pass over the responses measures; empty where there was none."""
+    entropies = [each.entropies for each in rollouts if each.entropies is not None]
+    pairs = [(each.logprobs, each.engine_logprobs) for each in rollouts if each.logprobs is not None]
+    if not pairs:
+        return {}
+    mismatch = torch.cat([logprobs - by_engine for logprobs, by_engine in pairs])
+    return {
+        "entropy": float(torch.cat(entropies).mean()),
+        "logprob_mismatch": float(mismatch.abs().mean()),
+        **_importance(rollouts, mismatch, importance_cap),
+    }
 
 
 def answer_metrics(answers: Sequence[Rollout | ScoredResponse], *, is_rewarded: bool = True) -> dict[str, float]:

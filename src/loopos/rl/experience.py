@@ -346,8 +346,9 @@ class Response(Protocol):
 
 class Scored(Protocol):
     """A response with its score and one value per token that the policy wrote `[L]`: log-probabilities of the policy
-    before its update (`logprobs`), of the generating policy (`engine_logprobs`, `staleness` iterations older) and of
-    the reference, and values; the last two are None for a run without.
+    before its update (`logprobs`; None where no forward pass measured them), of the generating policy
+    (`engine_logprobs`, `staleness` iterations older) and of the reference, and values; the last two are None for a run
+    without.
     """
 
     @property
@@ -355,7 +356,7 @@ class Scored(Protocol):
     @property
     def score(self) -> float: ...
     @property
-    def logprobs(self) -> Tensor: ...
+    def logprobs(self) -> Tensor | None: ...
     @property
     def engine_logprobs(self) -> Tensor: ...
     @property
@@ -377,13 +378,14 @@ def experience_of(
     """Advantages and returns of responses: token rewards r_t = −β·kl_t, plus the score at the last token; the
     algorithm's advantages; whitening over all tokens; importance weights. A score of NaN, of a response that no reward
     judged, gives advantages of 0, and as returns the values. old_logprobs: denominator of the ratio, the
-    policy before its update or the generating policy.
+    policy before its update, measured by a forward pass or where there is none by generation, or the generating policy.
     """
     responses, by_engine = [each.response.ids for each in scored], old_logprobs == "engine"
     # Tokens that the policy did not write are no actions: they are context, between the token before and the next.
-    mask = _mask_of([len(each.logprobs) for each in scored])
+    mask = _mask_of([len(each.engine_logprobs) for each in scored])
     behavior = _padded([each.engine_logprobs for each in scored])
-    old = behavior if by_engine else _padded([each.logprobs for each in scored])
+    measured = None if by_engine else _padded_or_none([each.logprobs for each in scored])
+    old = behavior if measured is None else measured
     reference = _padded_or_none([each.reference_logprobs for each in scored])
     state_values = _padded_or_none([each.values for each in scored])
     scores = torch.tensor([each.score for each in scored])
