@@ -28,6 +28,32 @@ def test_answers() -> None:
     assert scores("numeric", "4.05", "5", row={"answer": 4}, tolerance=0.1) == [1.0, 0.0]
 
 
+@pytest.mark.parametrize("name", ["exact", "numeric", "auto"])
+def test_the_answer_of_steps_is_read_in_every_named_format(name: str) -> None:
+    chains = (
+        "<think>\n9 + 3 = 12, carry 1: 2\n</think>\n12",
+        "9 + 3 = 12\nso\n</think>\n\n12",
+        "9 + 3 = 12\n#### 12",
+        "First 9.\nThen 3.\n12",
+        "12",
+    )
+    assert scores(name, *chains, row={"answer": "12"}) == [1.0] * 5
+    assert scores(name, *chains, row={"answer": "13"}) == [0.0] * 5
+    wrong = ("<think>\n9 + 3\n12", "<think>\n12\n</think>\n", "<think>\n12\n</think>\n11", "9 + 3 = 12\n#### 11", "")
+    assert scores(name, *wrong, row={"answer": "12"}) == [0.0] * 5
+    assert scores(name, "#### Step 1\nNine and three.\n12", "<think>a</think>\nb\n#### 12", row={"answer": 12}) == [
+        1,
+        1,
+    ]
+
+
+def test_the_answer_in_a_chosen_step_format() -> None:
+    chain = "a #### 7\nA: 12"
+    assert scores("exact", chain, row={"answer": "12"}, step_format="hashes") == [0.0]
+    own = {"opening": "", "closing": "", "delimiter": "\n", "answer_marker": "A: "}
+    assert scores("exact", chain, row={"answer": "12"}, step_format=own) == [1.0]
+
+
 def test_regular_expressions() -> None:
     assert scores("regex", "a1", "A", "b", pattern="(?i)a") == [1.0, 1.0, 0.0]
     assert scores("regex", "a1", "a", pattern="a", whole=True) == [0.0, 1.0]

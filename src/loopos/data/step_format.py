@@ -213,6 +213,22 @@ NAMED_FORMATS: Mapping[str, StepFormat] = {
 """The formats that a config names with one word."""
 
 
+def readings_of_answer(text: str) -> tuple[str, ...]:
+    """What a text in any of the named formats may give as its answer: what stands behind `</think>`; behind `####`, or
+    its last line; without either the whole text, or its last line. A text that only opens `<think>` gives none.
+    """
+    think, hashes = NAMED_FORMATS["think"], NAMED_FORMATS["hashes"]
+    if think.closing.strip() in text or text.lstrip().startswith(think.opening.strip()):
+        found = think.parse(text).answer
+        marked = hashes.answer_marker.strip() in found
+        return (hashes.parse(found).answer if marked else found,)
+    last = text.strip().rpartition("\n")[2]
+    if hashes.answer_marker.strip() in text:
+        # A heading of Markdown begins so too.
+        return hashes.parse(text).answer, last
+    return (text, last) if "\n" in text.strip() else (text,)
+
+
 def chosen_format(section: str | StepFormatSection) -> StepFormat:
     """The format of a config: one of the names, or its four strings."""
     if isinstance(section, str):

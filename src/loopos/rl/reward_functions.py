@@ -22,13 +22,16 @@ from loopos.config.diagnostics import MissingRequirement, UserError
 from loopos.config.extras import install_command
 from loopos.config.sections import StepFormatName
 from loopos.data.record import shown
-from loopos.data.step_format import NAMED_FORMATS, StepFormat
+from loopos.data.step_format import NAMED_FORMATS, StepFormat, readings_of_answer
 from loopos.evaluation.checkers import checker
 
 Rows: TypeAlias = Sequence[Mapping[str, object]]
 _Positive: TypeAlias = Annotated[int, Field(ge=1)]
 _NotNegative: TypeAlias = Annotated[int, Field(ge=0)]
 _Unit: TypeAlias = Literal["words", "characters"]
+_FormatPart: TypeAlias = Literal["opening", "closing", "delimiter", "answer_marker"]
+AnswerFormat: TypeAlias = Literal["auto"] | StepFormatName | dict[_FormatPart, str]
+"""How a response gives its answer: in a step format, or "auto", in whichever named one it has."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,47 +60,75 @@ def column_of(name: str, row: Mapping[str, object], *columns: str) -> object:
     return row[found]
 
 
-def _answers_checked(name: str, responses: Sequence[str], rows: Rows, *, tolerance: float = 1e-6) -> list[float]:
-    """The verdict of a checker on each response, against the column `answer` of its row."""
-    check = checker(name, tolerance=tolerance)
-    return [
-        check(response, str(column_of(name, row, "answer")), row)
-        for response, row in zip(responses, rows, strict=True)
-    ]  # fmt: skip
+def _answers_checked(
+    name: str, responses: Sequence[str], rows: Rows, step_format: AnswerFormat, *, tolerance: float = 1e-6
+) -> list[float]:
+    """The verdict of a checker on the answer that each response gives, against the column `answer` of its row; the best
+    of its readings. No answer scores 0.
+    """
+    check, form = checker(name, tolerance=tolerance), None if step_format == "auto" else _form(step_format)
+    found = []
+    for response, row in zip(responses, rows, strict=True):
+        expected = str(column_of(name, row, "answer"))
+        readings = readings_of_answer(response) if form is None else (form.parse(response).answer,)
+        found.append(max((check(answer, expected, row) for answer in readings if answer.strip()), default=0.0))
+    return found
+
+
+def _form(step_format: StepFormatName | dict[_FormatPart, str]) -> StepFormat:
+    return NAMED_FORMATS[step_format] if isinstance(step_format, str) else StepFormat(**step_format)
 
 
 def automatic_answer(
-    prompts: Sequence[str], responses: Sequence[str], rows: Rows, *, tolerance: float = 1e-6
+    prompts: Sequence[str],
+    responses: Sequence[str],
+    rows: Rows,
+    *,
+    tolerance: float = 1e-6,
+    step_format: AnswerFormat = "auto",
 ) -> list[float]:
     """1 where the response is the row's answer, compared as a number, as a letter or as text by what the answer is."""
-    return _answers_checked("auto", responses, rows, tolerance=tolerance)
+    return _answers_checked("auto", responses, rows, step_format, tolerance=tolerance)
 
 
-def exact_answer(prompts: Sequence[str], responses: Sequence[str], rows: Rows) -> list[float]:
+def exact_answer(
+    prompts: Sequence[str], responses: Sequence[str], rows: Rows, *, step_format: AnswerFormat = "auto"
+) -> list[float]:
     """1 where the response is the row's answer as text, without regard to case, spaces and quotes."""
-    return _answers_checked("exact", responses, rows)
+    return _answers_checked("exact", responses, rows, step_format)
 
 
 def numeric_answer(
-    prompts: Sequence[str], responses: Sequence[str], rows: Rows, *, tolerance: float = 1e-6
+    prompts: Sequence[str],
+    responses: Sequence[str],
+    rows: Rows,
+    *,
+    tolerance: float = 1e-6,
+    step_format: AnswerFormat = "auto",
 ) -> list[float]:
     """1 where the response states the number of the row's answer, within a relative error of `tolerance`."""
-    return _answers_checked("numeric", responses, rows, tolerance=tolerance)
+    return _answers_checked("numeric", responses, rows, step_format, tolerance=tolerance)
 
 
-def choice_answer(prompts: Sequence[str], responses: Sequence[str], rows: Rows) -> list[float]:
+def choice_answer(
+    prompts: Sequence[str], responses: Sequence[str], rows: Rows, *, step_format: AnswerFormat = "auto"
+) -> list[float]:
     """1 where the response chooses the letter of the row's answer."""
-    return _answers_checked("choice", responses, rows)
+    return _answers_checked("choice", responses, rows, step_format)
 
 
-def math_answer(prompts: Sequence[str], responses: Sequence[str], rows: Rows) -> list[float]:
+def math_answer(
+    prompts: Sequence[str], responses: Sequence[str], rows: Rows, *, step_format: AnswerFormat = "auto"
+) -> list[float]:
     """1 where the response equals the row's answer as mathematics (package math-verify, extra rewards)."""
-    return _answers_checked("math_verify", responses, rows)
+    return _answers_checked("math_verify", responses, rows, step_format)
 
 
-def reasoning_gym_answer(prompts: Sequence[str], responses: Sequence[str], rows: Rows) -> list[float]:
+def reasoning_gym_answer(
+    prompts: Sequence[str], responses: Sequence[str], rows: Rows, *, step_format: AnswerFormat = "auto"
+) -> list[float]:
     """The score of reasoning-gym's own scorer of the row's task, from 0 to 1 (package reasoning-gym, extra rewards)."""
-    return _answers_checked("reasoning_gym", responses, rows)
+    return _answers_checked("reasoning_gym", responses, rows, step_format)
 
 
 def regular_expression(
@@ -189,7 +220,7 @@ def steps_format(
     prompts: Sequence[str],
     responses: Sequence[str],
     *,
-    step_format: StepFormatName | dict[Literal["opening", "closing", "delimiter", "answer_marker"], str] = "think",
+    step_format: StepFormatName | dict[_FormatPart, str] = "think",
     min_steps: _NotNegative = 1,
     max_steps: _Positive | None = None,
 ) -> list[float]:
@@ -198,7 +229,7 @@ def steps_format(
     step_format: think, hashes, lines or the four strings, as in `data.step_format` of chain_of_thought. min_steps,
     max_steps: the number of steps.
     """
-    form = NAMED_FORMATS[step_format] if isinstance(step_format, str) else StepFormat(**step_format)
+    form = _form(step_format)
     found = []
     for response in responses:
         read = form.parse(response)
