@@ -1,10 +1,11 @@
 """GRPO side by side with TRL's GRPOTrainer: same model, prompts, reward, responses a prompt, sizes, learning rate.
 
-    python bench/online.py [--rounds 2] [--iterations 6] [--cases loopos,trl-best,...]
+    python bench/online.py [--rounds 2] [--iterations 6] [--cases loopos,trl-best,...] [--prompts FILE --column COLUMN]
 
-An iteration generates --batch responses, --group to each prompt, scores them and makes one optimizer step, without a KL. Samples differ, so that rewards are to be
-compared as curves. Prompts are the packaged messages to a shop; the reward is how near a response comes to 12 words, at most 1. Rates are responses and tokens of
-responses a second. Needs the extra bench.
+An iteration generates --batch responses, --group to each prompt, scores them and makes one optimizer step, without a KL.
+Samples differ, so that rewards are to be compared as curves. Prompts are the packaged messages to a shop (about 40
+tokens with the template) or a column of a JSONL file; the reward is how near a response comes to 12 words, at most 1.
+Rates are responses and tokens of responses a second. Needs the extra bench.
 """
 
 from __future__ import annotations
@@ -42,9 +43,9 @@ def near_twelve_words(prompts: Sequence[str], responses: Sequence[str]) -> list[
 
 def prompts_of(options: argparse.Namespace) -> list[str]:
     """Different prompts, as many as the iterations need at most."""
-    rows = bench.rows_of(str(resources.files("loopos.demo").joinpath("replies_train.jsonl")))
+    rows = bench.rows_of(options.prompts or str(resources.files("loopos.demo").joinpath("replies_train.jsonl")))
     number = options.iterations * options.batch // options.group
-    return list(dict.fromkeys(row["prompt"] for row in rows))[:number]
+    return list(dict.fromkeys(row[options.column] for row in rows))[:number]
 
 
 def run_loopos(case: str, options: argparse.Namespace) -> dict[str, Any]:
@@ -156,6 +157,8 @@ def main() -> None:
         "learning_rate": 1e-5,
         "lora_learning_rate": 2e-4,
         "warmup": 0.0,
+        "prompts": "",
+        "column": "prompt",
     }
     options = bench.parser(__doc__, {**defaults, "cases": "loopos,trl-best"}).parse_args()
     if options.child:
