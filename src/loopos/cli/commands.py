@@ -94,6 +94,7 @@ LOOPOS = Group(
             "Serve a model over an OpenAI-compatible HTTP API: chat, completions, embeddings, classification, scores.",
             "serve",
         ),
+        "ui": Command("Open the local app: runs live, with curves, samples, settings and notes.", "ui"),
         "prune": Command("Prune a model: set weights to zero, or remove heads, channels or layers.", "prune"),
         "quantize": Command("Quantize a model to 8-bit or 4-bit weights: smaller on disk and in memory.", "quantize"),
         "export": Command("Export a model for other programs: one folder with a model card.", "export"),

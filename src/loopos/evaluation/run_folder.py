@@ -35,11 +35,13 @@ _DEEPEST = 4
 
 class RunFolder:
     """One run, as its files describe it. Each file is read when it is first needed; `read_run` reads and checks them at
-    once.
+    once. `events`: for who has read them already.
     """
 
-    def __init__(self, folder: str | os.PathLike[str]) -> None:
+    def __init__(self, folder: str | os.PathLike[str], *, events: list[RunFolderEvent] | None = None) -> None:
         self.folder = Path(folder)
+        if events is not None:
+            self.events = events
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({str(self.folder)!r})"

@@ -15,14 +15,15 @@ import signal
 import socket
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from types import FrameType
-from typing import Any
+from typing import Any, Protocol
 
 import h11
 import uvicorn
+from starlette.types import Receive, Scope, Send
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from loopos.config.diagnostics import UserError
@@ -175,8 +176,21 @@ def serve(
     middleware = Middleware(application(service, limits, metrics), metrics, api_key=api_key)
     limit = ConnectionLimit(min(limits.max_connections, most_descriptors()))
     metrics.gauges["loopos_connections"] = ("Open connections.", lambda: len(limit.open))
+    run_server(middleware, bound, limits, limit, end=service.end, began=began)
+
+
+def run_server(
+    app: Drained,
+    bound: socket.socket,
+    limits: ServingLimits,
+    limit: ConnectionLimit,
+    *,
+    end: Callable[[], Awaitable[None]],
+    began: Callable[[Callable[[], None]], None],
+) -> None:
+    """Runs any application as `serve` does. end: ends the requests that still run after the grace period."""
     config = uvicorn.Config(
-        middleware,
+        app,
         # Called with keywords, like the class that uvicorn expects.
         http=partial(Connection, limit=limit, header_seconds=limits.header_seconds),  # type: ignore[arg-type]
         ws="none",
@@ -189,7 +203,16 @@ def serve(
         timeout_graceful_shutdown=1,
         backlog=_CONNECTIONS_WAITING,
     )
-    _Server(config, middleware, service, limits, began, limit, bound).run(sockets=[bound])
+    _Server(config, app, end, limits, began, limit, bound).run(sockets=[bound])
+
+
+class Drained(Protocol):
+    """An application that counts its requests in progress, and refuses new ones when it is stopping."""
+
+    num_running: int
+    is_stopping: bool
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None: ...
 
 
 class _Server(uvicorn.Server):
@@ -198,15 +221,15 @@ class _Server(uvicorn.Server):
     def __init__(
         self,
         config: uvicorn.Config,
-        middleware: Middleware,
-        service: Service,
+        app: Drained,
+        end: Callable[[], Awaitable[None]],
         limits: ServingLimits,
         began: Callable[[Callable[[], None]], None],
         limit: ConnectionLimit,
         bound: socket.socket,
     ) -> None:
         super().__init__(config)
-        self._middleware, self._service, self._limits, self._began = middleware, service, limits, began
+        self._app, self._end, self._limits, self._began = app, end, limits, began
         self._limit, self._bound = limit, bound
         self._accepting: asyncio.Task[None] | None = None
         self._draining: asyncio.Task[None] | None = None
@@ -261,10 +284,10 @@ class _Server(uvicorn.Server):
         return made
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        if self._middleware.is_stopping or self._loop is None:
+        if self._app.is_stopping or self._loop is None:
             self.should_exit = self.force_exit = True
             return
-        self._middleware.is_stopping = True
+        self._app.is_stopping = True
         self._loop.call_soon_threadsafe(self._drain)
 
     @contextmanager
@@ -289,11 +312,11 @@ class _Server(uvicorn.Server):
 
     async def _finish(self) -> None:
         await self._until_none_runs(self._limits.grace_seconds)
-        await self._service.end()
+        await self._end()
         await self._until_none_runs(_LAST_ANSWERS)
         self.should_exit = True
 
     async def _until_none_runs(self, seconds: float) -> None:
         last = asyncio.get_running_loop().time() + seconds
-        while self._middleware.num_running and asyncio.get_running_loop().time() < last:
+        while self._app.num_running and asyncio.get_running_loop().time() < last:
             await asyncio.sleep(0.05)

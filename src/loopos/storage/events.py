@@ -14,7 +14,7 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from types import TracebackType
@@ -32,6 +32,7 @@ EVENT_NAMES: Mapping[str, str] = {"alarm": "alert"}
 METRIC_NAMES: Mapping[str, str] = {"end_share": "eos_rate", "centring": "center_rewards"}
 """Names in the logs of older versions → names of today."""
 _KEYS = frozenset({"event", "step", "metrics", "timing"})
+_MAY_CHANGE = (*(f'"{name}"'.encode() for name in (*EVENT_NAMES, *METRIC_NAMES)), b'"settings"', b'"changed"')
 _CHUNK_BYTES = 65536
 RESTORE = "restore the log that belongs to this checkpoint, or start in another output_dir"
 
@@ -70,7 +71,7 @@ class EventLog:
 
     def write(self, kind: str, *, step: int | None, metrics: Mapping[str, JSON], timing: Mapping[str, float]) -> None:
         """Append one event; nan and inf become the strings "nan", "inf" and "-inf". Raises `DiskFull`."""
-        event = {"event": kind, "step": step, "metrics": _finite(metrics), "timing": _finite(timing)}
+        event = {"event": kind, "step": step, "metrics": finite(metrics), "timing": finite(timing)}
         line = json_text(event, allow_nan=False, separators=(",", ":")).encode() + b"\n"
         start = os.fstat(self._descriptor).st_size
         with self._explain_disk_full(len(line)):
@@ -223,13 +224,41 @@ def read(path: Path, *, num_bytes: int | None = None) -> Iterator[dict[str, Any]
             position += len(line)
             if not line.endswith(b"\n") or (num_bytes is not None and position > num_bytes):
                 return
-            try:
-                event = json.loads(line)
-            except (ValueError, RecursionError) as error:
-                raise _broken(path, number, f"({error})") from error
-            if not isinstance(event, dict) or not event.keys() >= _KEYS or not isinstance(event["metrics"], dict):
-                raise _broken(path, number, f"(keys: expected {', '.join(sorted(_KEYS))})")
-            yield current(event)
+            yield _parsed(line, path, number)
+
+
+def parse_lines(lines: Sequence[bytes], path: Path, first: int) -> list[dict[str, Any]]:
+    """The events of whole lines, as `current` names them; `first`: the number of the first line, from 1.
+
+    For who follows a log and keeps its position. The lines are parsed as one JSON array, which takes half the time of
+    one by one. Raises `EventLogError` for a broken line.
+    """
+    try:
+        events = json.loads(b"[" + b",".join(lines) + b"]")
+    except (ValueError, RecursionError):
+        events = []
+    if len(events) != len(lines) or not all(map(_is_event, events)):
+        return [_parsed(line, path, number) for number, line in enumerate(lines, start=first)]
+    return [current(event) for event in events] if any(map(_has_older_names, lines)) else events
+
+
+def _parsed(line: bytes, path: Path, number: int) -> dict[str, Any]:
+    try:
+        event = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise _broken(path, number, f"({error})") from error
+    if not _is_event(event):
+        raise _broken(path, number, f"(keys: expected {', '.join(sorted(_KEYS))})")
+    return current(event)
+
+
+def _is_event(event: object) -> bool:
+    return isinstance(event, dict) and event.keys() >= _KEYS and isinstance(event["metrics"], dict)
+
+
+def _has_older_names(line: bytes) -> bool:
+    """Whether `current` may change the event: a name of an older version, or settings."""
+    return any(name in line for name in _MAY_CHANGE)
 
 
 def current(event: dict[str, Any]) -> dict[str, Any]:
@@ -270,11 +299,12 @@ def fingerprint(path: Path) -> str:
     return digest.hexdigest()
 
 
-def _finite(value: JSON) -> JSON:
+def finite(value: JSON) -> JSON:
+    """The value with nan and inf as the texts "nan", "inf" and "-inf", which JSON can hold."""
     if isinstance(value, float) and not math.isfinite(value):
         return str(float(value))
     if isinstance(value, Mapping):
-        return {key: _finite(item) for key, item in value.items()}
+        return {key: finite(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [_finite(item) for item in value]
+        return [finite(item) for item in value]
     return value
