@@ -33,12 +33,14 @@ ARROWS: dict[str, set[str]] = {
     "exporting": GROUND | {"evaluation", "models", "data"},
     "compression": GROUND | {"evaluation", "generation", "models", "data"},
     "serving": GROUND | {"evaluation", "generation", "data"},
+    # The server and its limits are those of `loopos serve`; runs are read from their folders.
+    "web": GROUND | {"serving", "evaluation"},
     "methods": GROUND | {"rl", "training", "generation", "evaluation", "models", "data"},
     # A plan opens the data and counts the shapes that a run would have, and starts nothing.
     "planning": GROUND | {"methods", "rl", "training", "models", "data"},
     "cli": GROUND
     | {"planning", "methods", "rl", "training", "evaluation", "generation", "models", "data", "demo"}
-    | {"merging", "ensembling", "exporting", "compression", "serving"},
+    | {"merging", "ensembling", "exporting", "compression", "serving", "web"},
     # The packaged demo is data alone.
     "demo": set(),
 }

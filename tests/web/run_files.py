@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import random
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -101,8 +102,11 @@ def policy_run(folder: Path) -> RunWriter:
     run.session(iterations=50)
     for n, reward in ((1, 0.0), (4, 1.0), (16, 1.6)):
         run.write("best_of_n", 0, {"n": n, "kl": math.log(n) - (n - 1) / n, "reward": reward})
+    noise = random.Random(0)
     for iteration in range(40):
-        run.rollout(2 * iteration, iteration)
+        reward = 2 * (1 - math.exp(-iteration / 15)) + noise.gauss(0, 0.05)
+        kl = 0.2 * iteration + noise.uniform(0, 0.1)
+        run.rollout(2 * iteration, iteration, reward=reward, kl=kl, entropy=2 - 0.02 * iteration + noise.gauss(0, 0.02))
         for step in (2 * iteration + 1, 2 * iteration + 2):
             run.write(
                 "step", step, {"policy_loss": -0.01 * step, "clip_share": 0.1, "entropy": 2.0, "tokens": 50 * step}

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from run_files import BEGAN, RunWriter, finished_run, policy_run
 
+from loopos.evaluation.run_folder import read_run
 from loopos.web.curves import View, axis_of, csv_lines, curve, decimate, frontier, markers, trailing_mean
 from loopos.web.event_index import EventIndex, Table
 
@@ -101,7 +102,11 @@ def test_skipped_steps_are_marked(root: Path) -> None:
 def test_reward_over_kl(root: Path) -> None:
     found = frontier(index_of(policy_run(root / "ppo").folder))
     assert found["source"] == "rollout"
-    assert found["points"][:2] == [{"step": 0, "kl": 0, "reward": 0}, {"step": 2, "kl": 0.2, "reward": 0.1}]
+    run = read_run(root / "ppo")
+    rollouts = [each for each in run.events if each["event"] == "rollout"]
+    assert found["points"] == [
+        {"step": each["step"], "kl": each["metrics"]["kl"], "reward": each["metrics"]["reward"]} for each in rollouts
+    ]
     assert [each["n"] for each in found["best_of_n"]] == [1, 4, 16]
     assert found["best_of_n"][1]["kl"] == pytest.approx(math.log(4) - 0.75)
     assert frontier(index_of(finished_run(root / "a").folder)) == {"source": "", "points": [], "best_of_n": []}

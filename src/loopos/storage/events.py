@@ -32,6 +32,7 @@ EVENT_NAMES: Mapping[str, str] = {"alarm": "alert"}
 METRIC_NAMES: Mapping[str, str] = {"end_share": "eos_rate", "centring": "center_rewards"}
 """Names in the logs of older versions → names of today."""
 _KEYS = frozenset({"event", "step", "metrics", "timing"})
+# Without these texts `current` changes nothing.
 _MAY_CHANGE = (*(f'"{name}"'.encode() for name in (*EVENT_NAMES, *METRIC_NAMES)), b'"settings"', b'"changed"')
 _CHUNK_BYTES = 65536
 RESTORE = "restore the log that belongs to this checkpoint, or start in another output_dir"
@@ -233,13 +234,14 @@ def parse_lines(lines: Sequence[bytes], path: Path, first: int) -> list[dict[str
     For who follows a log and keeps its position. The lines are parsed as one JSON array, which takes half the time of
     one by one. Raises `EventLogError` for a broken line.
     """
+    text = b"[" + b",".join(lines) + b"]"
     try:
-        events = json.loads(b"[" + b",".join(lines) + b"]")
+        events = json.loads(text)
     except (ValueError, RecursionError):
         events = []
     if len(events) != len(lines) or not all(map(_is_event, events)):
         return [_parsed(line, path, number) for number, line in enumerate(lines, start=first)]
-    return [current(event) for event in events] if any(map(_has_older_names, lines)) else events
+    return [current(event) for event in events] if any(name in text for name in _MAY_CHANGE) else events
 
 
 def _parsed(line: bytes, path: Path, number: int) -> dict[str, Any]:
@@ -254,11 +256,6 @@ def _parsed(line: bytes, path: Path, number: int) -> dict[str, Any]:
 
 def _is_event(event: object) -> bool:
     return isinstance(event, dict) and event.keys() >= _KEYS and isinstance(event["metrics"], dict)
-
-
-def _has_older_names(line: bytes) -> bool:
-    """Whether `current` may change the event: a name of an older version, or settings."""
-    return any(name in line for name in _MAY_CHANGE)
 
 
 def current(event: dict[str, Any]) -> dict[str, Any]:

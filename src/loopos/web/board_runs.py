@@ -46,7 +46,9 @@ MOST_NOTE, MOST_TAGS, MOST_TAG = 20_000, 32, 64
 
 @dataclass
 class BoardRun:
-    """One run. `snapshot` is replaced whenever it changes; `problem`: why its log cannot be read, "" if it can."""
+    """One run. `snapshot` is replaced whenever it changes; `saved`: bytes of the log in the cache; `problem`: why its
+    log cannot be read, "" if it can.
+    """
 
     id: str
     name: str
@@ -54,6 +56,7 @@ class BoardRun:
     index: EventIndex
     color: int = 0
     size: int = 0
+    saved: int = 0
     problem: str = ""
     snapshot: dict[str, Any] = field(default_factory=dict)
     preview: EventIndex | None = None
@@ -140,11 +143,10 @@ class Board:
         is_behind = False
         # Short logs first, so that most runs are there at once.
         for run in sorted(self.runs.values(), key=lambda each: each.size - each.index.offset):
-            was = run.index.offset
             changed = run.look(self.root)
             if changed or looks_at_locks or not run.snapshot:
                 self._put_snapshot(run)
-            if changed and run.index.offset == run.size and run.size - was > _TURN_BYTES // 2:
+            if changed and run.index.offset == run.size and run.size - run.saved > _TURN_BYTES:
                 self._save(run)
             is_behind = is_behind or (changed and run.index.offset < run.size)
         return is_behind
@@ -154,6 +156,7 @@ class Board:
         if self._context.cache is not None:
             try:
                 run.index.save(self._context.cache)
+                run.saved = run.index.offset
             except OSError as problem:
                 # A full or read-only disk must not stop the board; the log is only parsed again.
                 logging.getLogger("uvicorn.error").warning("%s: curves are not cached", problem)
@@ -170,10 +173,12 @@ class Board:
         for key, folder in found.items():
             if key not in self.runs:
                 index = EventIndex(folder / EVENTS)
-                if self._context.cache is not None:
+                if self._context.cache is not None and inside(self.root, index.path):
                     index.load(self._context.cache)
                 name = folder.relative_to(self.root).as_posix()
-                self.runs[key] = BoardRun(key, self.root.name if name == "." else name, folder, index)
+                self.runs[key] = BoardRun(
+                    key, self.root.name if name == "." else name, folder, index, saved=index.offset
+                )
         self._give_colors()
 
     def _give_colors(self) -> None:

@@ -14,7 +14,7 @@ import json
 import os
 import threading
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -61,10 +61,9 @@ class Table:
         columns[TIME] = _numbers([each["timing"].get("time") for each in events])
         for part in ("metrics", "timing"):
             rows = [each[part] for each in events]
-            for name in dict.fromkeys(name for row in rows for name in row):
+            for name, values in _columns(rows):
                 if name in FLAGS or (part == "timing" and name == "time"):
                     continue
-                values = _numbers([row.get(name) for row in rows])
                 if name in self.columns or _holds_numbers(values, rows, name):
                     columns[name] = values
         after = self.num_rows + len(events)
@@ -89,6 +88,24 @@ class Table:
         self.columns = {
             name: values for name, values in shorter.items() if name in (STEP, TIME) or not np.isnan(values).all()
         }
+
+
+def _columns(rows: Sequence[Mapping[str, Any]]) -> Iterator[tuple[str, Numbers]]:
+    """Each name in the rows with its numbers `[rows]`. Rows with the same names, as nearly all are, are converted
+    together, which takes half the time.
+    """
+    layouts = dict.fromkeys(map(tuple, rows))
+    if len(layouts) == 1:
+        try:
+            matrix = np.array([[*row.values()] for row in rows], dtype=np.float64)
+        except (TypeError, ValueError):
+            # A text, a list or an object among the values.
+            matrix = np.empty(0)
+        if matrix.ndim == 2:
+            yield from zip(next(iter(layouts)), matrix.T, strict=True)
+            return
+    for name in dict.fromkeys(name for layout in layouts for name in layout):
+        yield name, _numbers([row.get(name) for row in rows])
 
 
 def _numbers(values: Sequence[Any]) -> Numbers:

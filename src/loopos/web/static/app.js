@@ -6,8 +6,10 @@ async function start() {
   // The token of the link is in the cookie now; it need not stay in the address, the history and screenshots.
   if (location.search) history.replaceState(null, "", location.pathname + location.hash);
   const session = await read("/api/session");
-  setText(at("folder"), session.folder);
-  document.title = `LoopOS ${session.folder.split("/").pop()}`;
+  const folder = session.folder.split("/").pop() || session.folder;
+  setText(at("folder"), folder);
+  at("folder").title = session.folder;
+  document.title = `LoopOS ${folder}`;
   const links = new Map(session.pages.map(({ name, title }) => [name, h("a", { href: `#${name}` }, title)]));
   at("pages").append(...links.values());
   const started = new Set();

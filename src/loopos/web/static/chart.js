@@ -25,6 +25,7 @@ export class ChartView {
     element.tabIndex = 0;
     element.setAttribute("role", "application");
     element.setAttribute("aria-roledescription", "chart");
+    element.setAttribute("aria-label", "Not loaded yet");
     element.addEventListener("keydown", (event) => this.keys(event));
     new ResizeObserver(() => this.resize()).observe(element);
   }

@@ -21,7 +21,7 @@ export class SettingsView {
     const title = runs.length > 1 ? `${keys.length} settings differ` : `${keys.length} settings`;
     const head = h("tr", {}, h("th", { scope: "col" }, "setting"), ...runs.map((run) => h("th", { scope: "col" }, run.name)));
     const rows = keys.map((key) => h("tr", {}, h("th", { scope: "row" }, key), ...found.settings[key].map((value) => h("td", { class: "value" }, shown(value)))));
-    this.view.replaceChildren(h("h2", {}, title), h("div", { class: "panel" }, h("table", {}, h("thead", {}, head), h("tbody", {}, ...rows))));
+    this.view.replaceChildren(h("h2", {}, title), h("div", { class: "panel wide-table", tabindex: 0, role: "region", "aria-label": title }, h("table", {}, h("thead", {}, head), h("tbody", {}, ...rows))));
     this.ids = runs.map((run) => run.id).join();
     return undefined;
   }
