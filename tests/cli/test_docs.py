@@ -31,7 +31,12 @@ COMMANDS = dict(commands(typer.main.get_command(app)))
 
 
 def options(command: Any) -> list[str]:
-    return [name for parameter in command.params for name in parameter.opts if name.startswith("-")]
+    return [
+        name
+        for parameter in command.params
+        for name in [*parameter.opts, *parameter.secondary_opts]
+        if name.startswith("-")
+    ]
 
 
 def section(command: tuple[str, ...]) -> str:
@@ -66,6 +71,7 @@ def test_the_commands_are_these() -> None:
             "generate",
             "chat",
             "serve",
+            "ui",
             "merge",
             "prune",
         ),

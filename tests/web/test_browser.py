@@ -269,8 +269,8 @@ UNNAMED = """() => [...document.querySelectorAll("button, a, input, select, text
 @pytest.mark.parametrize(
     ("name", "scheme", "size"),
     [
-        ("board", "light", (1280, 900)),
-        ("board_dark", "dark", (1280, 900)),
+        ("board", "light", (1000, 700)),
+        ("board_dark", "dark", (1000, 700)),
         ("board_phone", "light", (360, 740)),
         ("", "dark", (3840, 2160)),
     ],

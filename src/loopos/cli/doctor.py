@@ -34,6 +34,7 @@ EXTRAS = {
     "grammar": ("llguidance",),
     "track": ("tensorboard",),
     "serve": ("starlette", "uvicorn"),
+    "ui": ("starlette", "uvicorn"),
     "eval": ("lm_eval",),
     "cluster": ("ray",),
     "excel": ("openpyxl",),

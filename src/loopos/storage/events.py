@@ -231,8 +231,8 @@ def read(path: Path, *, num_bytes: int | None = None) -> Iterator[dict[str, Any]
 def parse_lines(lines: Sequence[bytes], path: Path, first: int) -> list[dict[str, Any]]:
     """The events of whole lines, as `current` names them; `first`: the number of the first line, from 1.
 
-    For who follows a log and keeps its position. The lines are parsed as one JSON array, which takes half the time of
-    one by one. Raises `EventLogError` for a broken line.
+    For who follows a log and keeps its position. The lines are parsed as one JSON array, which takes 0.6 of the
+    time of one by one. Raises `EventLogError` for a broken line.
     """
     text = b"[" + b",".join(lines) + b"]"
     try:

@@ -1,7 +1,8 @@
 """The answers that a run stored, by prompt and step, for reading side by side.
 
 Enters: `samples.jsonl` (answers to the validation prompts) or `rollouts.jsonl` (answers of training). Leaves: rows of
-one prompt each with its answers by step. A file is read once and again when it has changed.
+one prompt each with its answers by step. A file is read once and again when it has changed. Apart from `board`, which
+knows requests: what answers have and how they are filtered does not.
 """
 
 from __future__ import annotations

@@ -14,7 +14,7 @@ import json
 import os
 import threading
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -61,9 +61,10 @@ class Table:
         columns[TIME] = _numbers([each["timing"].get("time") for each in events])
         for part in ("metrics", "timing"):
             rows = [each[part] for each in events]
-            for name, values in _columns(rows):
+            for name in dict.fromkeys(name for row in rows for name in row):
                 if name in FLAGS or (part == "timing" and name == "time"):
                     continue
+                values = _numbers([row.get(name) for row in rows])
                 if name in self.columns or _holds_numbers(values, rows, name):
                     columns[name] = values
         after = self.num_rows + len(events)
@@ -88,24 +89,6 @@ class Table:
         self.columns = {
             name: values for name, values in shorter.items() if name in (STEP, TIME) or not np.isnan(values).all()
         }
-
-
-def _columns(rows: Sequence[Mapping[str, Any]]) -> Iterator[tuple[str, Numbers]]:
-    """Each name in the rows with its numbers `[rows]`. Rows with the same names, as nearly all are, are converted
-    together, which takes half the time.
-    """
-    layouts = dict.fromkeys(map(tuple, rows))
-    if len(layouts) == 1:
-        try:
-            matrix = np.array([[*row.values()] for row in rows], dtype=np.float64)
-        except (TypeError, ValueError):
-            # A text, a list or an object among the values.
-            matrix = np.empty(0)
-        if matrix.ndim == 2:
-            yield from zip(next(iter(layouts)), matrix.T, strict=True)
-            return
-    for name in dict.fromkeys(name for layout in layouts for name in layout):
-        yield name, _numbers([row.get(name) for row in rows])
 
 
 def _numbers(values: Sequence[Any]) -> Numbers:
@@ -186,13 +169,13 @@ class EventIndex:
         return size >= self.offset and os.pread(descriptor, len(self._tail), start) == self._tail
 
     def _keep_unchanged_blocks(self, descriptor: int) -> None:
-        kept = 0
+        num_unchanged = 0
         for index, block in enumerate(self._blocks):
             start = self._blocks[index - 1].end if index else 0
             if zlib.crc32(os.pread(descriptor, block.end - start, start)) != block.crc:
                 break
-            kept += 1
-        self._blocks = self._blocks[:kept]
+            num_unchanged += 1
+        self._blocks = self._blocks[:num_unchanged]
         last = self._blocks[-1] if self._blocks else _Block(0, 0, 0, {}, 0)
         for kind, table in self.tables.items():
             table.truncate(last.num_rows.get(kind, 0))
