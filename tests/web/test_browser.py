@@ -5,6 +5,7 @@ Without Chromium or playwright the tests are skipped. `LOOPOS_CHROMIUM` names an
 
 from __future__ import annotations
 
+import json
 import os
 import re
 from collections.abc import Iterator
@@ -106,7 +107,9 @@ def test_the_main_path_by_mouse(project: Path, browser: Any) -> None:
         with page.expect_download() as saved:
             figure.get_by_role("button", name="Save as SVG: loss").click()
         picture = Path(saved.value.path()).read_text()
-        assert picture.startswith("<svg") and picture.count("<polyline") == 6 and "sft/large" in picture
+        assert picture.startswith("<svg")
+        assert picture.count("<polyline") == 6
+        assert "sft/large" in picture
         figure.get_by_role("button", name="Show the numbers: loss").click()
         assert figure.locator("tbody tr").count() > 100
         assert page.locator(".frontier circle").count() == 40
@@ -210,9 +213,8 @@ def test_hostile_texts_run_no_script(root: Path, browser: Any) -> None:
         run.write("alert", 2, {"name": "x", "message": texts[260 + number], "value": 1, "limit": 0})
         run.close()
         write_answers(run.folder, iter(texts[number : number + 6]))
-        (root / f"{name}.board.json").write_text(
-            '{"note": %s, "tags": %s}' % (dumps(texts[number]), dumps([texts[300 - number - 1][:64]]))
-        )
+        note = {"note": texts[number], "tags": [texts[300 - number - 1][:64]]}
+        (root / f"{name}.board.json").write_text(json.dumps(note))
     with running(root) as link, page_at(browser, link) as page:
         page.locator("#runs tbody tr").nth(len(names) - 1).wait_for()
         boxes = page.locator("#runs tbody input")
@@ -232,12 +234,6 @@ def test_hostile_texts_run_no_script(root: Path, browser: Any) -> None:
             )
             == 0
         )
-
-
-def dumps(content: object) -> str:
-    import json
-
-    return json.dumps(content)
 
 
 CONTRAST = """() => {
