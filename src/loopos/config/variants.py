@@ -466,3 +466,53 @@ def register_environment(name: str) -> Callable[[Function], Function]:
     public methods with type hints and a docstring are tools; `reward(messages, row)`, which it may lack, is the score.
     """
     return _registering(ENVIRONMENTS, name)
+
+
+STUDY_STRATEGIES: Registry[FunctionRow] = Registry(
+    "study strategy",
+    _by_reference(
+        "loopos.studies.strategies",
+        {"random": "at_random", "disagreement": "disagreement", "uncertainty": "uncertainty", "diversity": "diversity"},
+    ),
+    decorator="register_study_strategy",
+    adopt=FunctionRow,
+)
+
+
+def register_study_strategy(name: str) -> Callable[[Function], Function]:
+    """Registers the decorated function as the study strategy `name`: `function(items, begun)` returns one number for
+    each of `items`, those that nobody has judged; the item with the greatest comes next. `begun`: items that have
+    votes or are being judged. Both are sequences of `studies.items.Item`.
+    """
+    return _registering(STUDY_STRATEGIES, name)
+
+
+STUDY_FORMATS: Registry[FunctionRow] = Registry(
+    "study format",
+    _by_reference(
+        "loopos.studies.exports",
+        {
+            "preferences": "preferences",
+            "preferences_with_ties": "preferences_with_ties",
+            "kto": "thumbs",
+            "groups": "groups",
+            "demonstrations": "demonstrations",
+            "best": "best",
+            "llama_factory": "llama_factory",
+            "axolotl": "axolotl",
+            "argilla": "argilla",
+            "label_studio": "label_studio",
+            "chatbot_arena": "chatbot_arena",
+        },
+    ),
+    decorator="register_study_format",
+    adopt=FunctionRow,
+)
+
+
+def register_study_format(name: str) -> Callable[[Function], Function]:
+    """Registers the decorated function as the study format `name`: `function(judged)` takes a list of
+    `studies.verdicts.Judged`, items with their votes, and returns rows, each a dict; a text instead is the reason why
+    an item gives none, which is counted.
+    """
+    return _registering(STUDY_FORMATS, name)
