@@ -117,8 +117,10 @@ class Index:
         """The database on disk where it belongs to the log, else a new one."""
         if not self._path.exists():
             return self._made_new()
-        database = _opened(self._path)
+        database = sqlite3.connect(self._path, check_same_thread=False)
         try:
+            # The log is flushed; an index that a power cut damages is made again.
+            database.execute("PRAGMA synchronous = OFF")
             version = database.execute("PRAGMA user_version").fetchone()[0]
             is_whole = version == _VERSION and database.execute("PRAGMA quick_check(1)").fetchone()[0] == "ok"
             size, digest = database.execute("SELECT size, digest FROM state").fetchone() if is_whole else (0, "")
@@ -135,7 +137,8 @@ class Index:
             self._database.close()
         for suffix in ("", "-journal"):
             self._path.with_name(self._path.name + suffix).unlink(missing_ok=True)
-        database = _opened(self._path)
+        database = sqlite3.connect(self._path, check_same_thread=False)
+        database.execute("PRAGMA synchronous = OFF")
         database.executescript(f"BEGIN; {_TABLES} COMMIT;")
         return database
 
@@ -219,13 +222,6 @@ class Index:
             ballot = Ballot.model_validate_json(json.dumps(json.loads(body)["ballot"]))
             values = (_text(ballot), ballot.flag, vote)
             self._database.execute("UPDATE votes SET ballot = ?, flag = ? WHERE key = ?", values)
-
-
-def _opened(path: Path) -> sqlite3.Connection:
-    database = sqlite3.connect(path, check_same_thread=False)
-    # The log is flushed; an index that a power cut damages is made again.
-    database.execute("PRAGMA synchronous = OFF")
-    return database
 
 
 def _chained(digest: str, line: bytes) -> str:

@@ -7,7 +7,7 @@ cannot come to stand for another text.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import ItemsView, Iterator, Mapping, Sequence, ValuesView
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, TypeAlias
@@ -158,6 +158,16 @@ class Items(Mapping[str, Item]):
     def __len__(self) -> int:
         self._catch_up()
         return len(self._items)
+
+    def items(self) -> ItemsView[str, Item]:
+        """Ids and items, read once: what others add meanwhile is not in it."""
+        self._catch_up()
+        return dict(self._items).items()
+
+    def values(self) -> ValuesView[Item]:
+        """The items, read once."""
+        self._catch_up()
+        return dict(self._items).values()
 
 
 def _identified(item: Item, path: Path, number: int) -> Item:

@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 _PRIOR = 0.5
-_BISECTIONS = 60
+_BISECTIONS = 40
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,9 +45,8 @@ def confidence_sequence(total: float, trials: int, alpha: float) -> tuple[float,
     """{μ: M_n(μ) < 1/α} for S = `total` of n = `trials`; (0, 1) without trials."""
     if trials == 0:
         return 0.0, 1.0
-    rate = total / trials
+    rate, bound = total / trials, _bound(total, trials, alpha)
     # log M_n is convex in μ with its least at S / n.
-    bound = math.log(1.0 / alpha) - _log_beta(_PRIOR + total, _PRIOR + trials - total) + _log_beta(_PRIOR, _PRIOR)
     return _edge(total, trials, bound, 0.0, rate), _edge(total, trials, bound, 1.0, rate)
 
 
@@ -66,8 +65,12 @@ def sequential_test(outcomes: Sequence[float], *, alpha: float = 0.05, indiffere
         if not 0 <= outcome <= 1:
             raise ValueError(f"got the outcome {outcome}; expected 0 to 1")
         total += outcome
-        bounds = confidence_sequence(total, trials, alpha)
-        low, high = max(low, bounds[0]), min(high, bounds[1])
+        bound, rate = _bound(total, trials, alpha), total / trials
+        # An end moves only if this n excludes it.
+        if low < rate and _exceeds(low, total, trials, bound):
+            low = _edge(total, trials, bound, low, rate)
+        if high > rate and _exceeds(high, total, trials, bound):
+            high = _edge(total, trials, bound, high, rate)
         if decided is None and (winner := _winner(low, high, indifference)) is not None:
             decided = winner, trials
     trials = len(outcomes)
@@ -109,6 +112,12 @@ def _exceeds(mean: float, total: float, trials: int, bound: float) -> bool:
     if any(count > 0 and chance <= 0 for count, chance in parts):
         return True
     return -sum(count * math.log(chance) for count, chance in parts if count > 0) >= bound
+
+
+def _bound(total: float, trials: int, alpha: float) -> float:
+    """What −S log μ − (n − S) log(1 − μ) reaches where M_n(μ) = 1/α."""
+    mixture = _log_beta(_PRIOR + total, _PRIOR + trials - total) - _log_beta(_PRIOR, _PRIOR)
+    return math.log(1.0 / alpha) - mixture
 
 
 def _log_beta(one: float, other: float) -> float:
