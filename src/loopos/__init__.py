@@ -32,6 +32,8 @@ if TYPE_CHECKING:
         register_loss,
         register_merge_method,
         register_reward,
+        register_study_format,
+        register_study_strategy,
         register_tool_parser,
         register_tracker,
     )
@@ -75,6 +77,8 @@ _MODULES = {
     "register_loss": "loopos.config.variants",
     "register_merge_method": "loopos.config.variants",
     "register_reward": "loopos.config.variants",
+    "register_study_format": "loopos.config.variants",
+    "register_study_strategy": "loopos.config.variants",
     "register_tool_parser": "loopos.config.variants",
     "register_tracker": "loopos.config.variants",
     # Runs and models
@@ -171,6 +175,8 @@ __all__ = [
     "register_merge_method",
     "register_method",
     "register_reward",
+    "register_study_format",
+    "register_study_strategy",
     "register_tool_parser",
     "register_tracker",
     "train",

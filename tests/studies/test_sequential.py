@@ -48,9 +48,9 @@ def test_wins_in_a_row_decide_by_hand() -> None:
 @pytest.mark.parametrize("ties", [0.0, 0.4])
 def test_looking_after_every_vote_errs_less_often_than_alpha(ties: float) -> None:
     """A fixed 95% interval that is looked at as often errs in a third of the studies."""
-    draw, errors, naive, studies = random.Random(5), 0, 0, 200
+    draw, errors, naive, studies = random.Random(5), 0, 0, 120
     for _ in range(studies):
-        outcomes = [0.5 if draw.random() < ties else float(draw.random() < 0.5) for _ in range(150)]
+        outcomes = [0.5 if draw.random() < ties else float(draw.random() < 0.5) for _ in range(120)]
         errors += sequential_test(outcomes).state == "decided"
         total, crossed = 0.0, False
         for number, outcome in enumerate(outcomes, start=1):

@@ -23,6 +23,8 @@ from loopos.config.variants import (
     LOSSES,
     MERGE_METHODS,
     REWARDS,
+    STUDY_FORMATS,
+    STUDY_STRATEGIES,
     TOOL_PARSERS,
     TRACKERS,
 )
@@ -134,6 +136,8 @@ KINDS: Mapping[str, tuple[str, Listing]] = {
     "trackers": ("what training.trackers names", _listing(TRACKERS)),
     "tool-parsers": ("what --tool-parser names", _listing(TOOL_PARSERS)),
     "environments": ("what --environment names", _listing(ENVIRONMENTS)),
+    "study-strategies": ("what strategy of a study names", _listing(STUDY_STRATEGIES)),
+    "study-formats": ("what --format of loopos study export names", _listing(STUDY_FORMATS)),
 }
 """Kind → what it is, and a function that lists its variants as (name, summary, source)."""
 
@@ -142,8 +146,10 @@ def schema(method: MethodName = "fine_tuning") -> int:
     """Prints the JSON Schema of a method's config. Raises `UserError` for an unknown method."""
     from loopos.config.load import schema as schema_of
     from loopos.config.merge import MergeConfig
+    from loopos.config.study import StudyConfig
 
-    rows = {name: config_class for (_, name), config_class in config_classes().items()} | {"merge": MergeConfig}
+    rows = {name: config_class for (_, name), config_class in config_classes().items()}
+    rows |= {"merge": MergeConfig, "study": StudyConfig}
     if method not in rows:
         known = choices(list(rows), own="")
         raise UserError(f'--method: got "{method}"; expected {known}')

@@ -263,10 +263,10 @@ class Study:
         return assigned
 
     def _current(self, annotator: str, now: float) -> Assignment | None:
-        """The annotator's newest assignment that is not answered, within its lease, of an item that is not flagged."""
+        """The annotator's assignment that is not answered, within its lease; one that an undo brought back first."""
         query = (
             "SELECT key, item, expires FROM assignments WHERE annotator = ? AND answer IS NULL AND expires > ? "
-            "ORDER BY number DESC"
+            "ORDER BY expires DESC"
         )
         flagged = self._queue.flagged()
         for key, item, expires in self._index.rows(query, annotator, now):
