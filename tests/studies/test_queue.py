@@ -85,25 +85,25 @@ def test_a_vote_on_a_flagged_item_is_not_counted(tmp_path: Path) -> None:
 
 
 def test_sides_are_random_by_the_seed_and_repeats_swap_them(tmp_path: Path) -> None:
-    with study_in(tmp_path / "s", 300, repeat_fraction=0.2) as study:
+    with study_in(tmp_path / "s", 150, repeat_fraction=0.2) as study:
         assigned = label_all(study, "ana", prefers("A"))
     first = {each.item: each for each in assigned if not each.is_repeat}
     repeats = [each for each in assigned if each.is_repeat]
-    assert len(first) == 300
-    assert 110 < sum(each.left for each in first.values()) < 190
-    # 300 of 80% are 375 in all.
-    assert 50 < len(repeats) < 100
+    assert len(first) == 150
+    assert 50 < sum(each.left for each in first.values()) < 100
+    # 150 of 80% are 187 in all.
+    assert 20 < len(repeats) < 55
     assert len({each.item for each in repeats}) == len(repeats)
     assert all(each.left == 1 - first[each.item].left for each in repeats)
     order = [each.key for each in assigned]
     assert min(order.index(each.key) - order.index(first[each.item].key) for each in repeats) > 5
-    with study_in(tmp_path / "again", 300, repeat_fraction=0.2) as study:
+    with study_in(tmp_path / "again", 150, repeat_fraction=0.2) as study:
         same = label_all(study, "ana", prefers("A"))
     assert [(each.item, each.left, each.is_repeat) for each in same] == [
         (each.item, each.left, each.is_repeat) for each in assigned
     ]
-    with study_in(tmp_path / "other", 300, repeat_fraction=0.2, seed=1) as study:
-        assert [each.item for each in label_all(study, "ana", prefers("A"), 20)] != [each.item for each in same[:20]]
+    with study_in(tmp_path / "other", 20, repeat_fraction=0.2, seed=1) as study:
+        assert [each.item for each in label_all(study, "ana", prefers("A"))][:20] != [each.item for each in same[:20]]
 
 
 def test_a_target_ends_the_study(tmp_path: Path) -> None:
@@ -164,8 +164,9 @@ def test_a_user_s_own_strategy_is_named_and_checked(tmp_path: Path) -> None:
         study.add([scored(number, (float(number),)) for number in range(5)])
         margins = [study.items[each.item].margins[0] for each in label_all(study, "ana", prefers("A"))]
         assert margins == [4, 3, 2, 1, 0]
-    with study_in(tmp_path / "t", 3, strategy=f"{__name__}:too_short", **keys) as study, pytest.raises(
-        UserError, match=r"too_short: returned \[0.0\]; expected a list of 3 finite numbers"
+    with (
+        study_in(tmp_path / "t", 3, strategy=f"{__name__}:too_short", **keys) as study,
+        pytest.raises(UserError, match=r"too_short: returned \[0.0\]; expected a list of 3 finite numbers"),
     ):
         study.next_item("ana")
 
@@ -175,7 +176,7 @@ def test_estimates_from_the_random_sample_are_unbiased_under_a_strategy(tmp_path
     that were drawn at random from what it left, are biased; the random sample is not."""
     draw = random.Random(0)
     estimates: dict[str, list[float]] = {"sample": [], "all": [], "drawn": []}
-    for seed in range(12):
+    for seed in range(8):
         keys = {"strategy": f"{__name__}:most_margin", "random_fraction": 0.4, "seed": seed}
         with study_in(tmp_path / str(seed), **keys) as study:
             margins = [1.0] * 30 + [-1.0] * 70
@@ -193,9 +194,9 @@ def test_estimates_from_the_random_sample_are_unbiased_under_a_strategy(tmp_path
             for name, items in (("sample", sample), ("all", [*wins]), ("drawn", drawn)):
                 estimates[name].append(statistics.fmean(wins[item] for item in items))
     means = {name: statistics.fmean(values) for name, values in estimates.items()}
-    error = statistics.stdev(estimates["sample"]) / 12**0.5
+    error = statistics.stdev(estimates["sample"]) / 8**0.5
     assert abs(means["sample"] - 0.3) < 3 * error
-    assert error < 0.04
+    assert error < 0.05
     assert means["all"] > 0.45
     assert means["drawn"] < 0.22
 
@@ -208,7 +209,7 @@ def test_estimates_from_the_random_sample_are_unbiased_under_a_strategy(tmp_path
         ({"choice": "middle"}, 'ballot: choice: got "middle"; expected "left"'),
         ({"choice": "tie", "strength": 2}, "strength: got 2; expected nothing, unless one of two responses is better"),
         ({"choice": "left", "strength": 5}, "ballot: strength: got 5; expected 1, 2, 3, 4"),
-        ({"choice": "tie", "edited": "x"}, "edited: got \"a text\"; expected nothing"),
+        ({"choice": "tie", "edited": "x"}, 'edited: got "a text"; expected nothing'),
         ({"choice": "left", "rating": 3}, "rating: got 3.0; expected nothing: the mode is compare"),
         ({"choice": "left", "criteria": {"style": "left"}}, 'criteria: got "style"; expected "honesty"'),
         ({"choice": "left", "criteria": {"honesty": 3}}, 'criteria.honesty: got 3.0; expected "left"'),
@@ -233,7 +234,7 @@ def test_ratings_are_on_the_scale_and_thumbs_up_or_down(tmp_path: Path) -> None:
         assert study.progress().waiting == 1
         assigned = study.next_item("ana")
         assert assigned is not None
-        with pytest.raises(UserError, match="rating: got 11.0; expected a number from 0 to 10"):
+        with pytest.raises(UserError, match=r"rating: got 11\.0; expected a number from 0 to 10"):
             study.vote(assigned.key, {"rating": 11}, annotator="ana", key="k")
         study.vote(assigned.key, {"rating": 7, "criteria": {"style": 3}}, annotator="ana", key="k")
         assert study.next_item("ana") is None

@@ -37,7 +37,11 @@ def random_games(seed: int) -> list[Game]:
     games = []
     for _ in range(300):
         one, other = draw.sample(sorted(strength), 2)
-        weights = [math.exp(strength[one]), math.exp(strength[other]), 0.6 * math.exp((strength[one] + strength[other]) / 2)]
+        weights = [
+            math.exp(strength[one]),
+            math.exp(strength[other]),
+            0.6 * math.exp((strength[one] + strength[other]) / 2),
+        ]
         games.append((one, other, draw.choices([1.0, 0.0, 0.5], weights)[0]))
     return games
 
@@ -83,11 +87,22 @@ def test_intervals_hold_the_truth_about_as_often_as_they_say() -> None:
         ([("A", "B", 1.0)] * 5, "B never won or tied against A"),
         ([("A", "B", 0.5), ("C", "D", 0.5)], "A, B never won or tied against C, D"),
         ([("A", "A", 1.0), ("A", "B", 0.5)], "a source with itself"),
+        ([("A", "B", 1.0)] * 5 + [("A", "B", 0.5)], "no source won against one that it lost to"),
+        ([("A", "B", 0.5)] * 5, "no source won against one that it lost to"),
+        ([("A", "B", 1.0), ("B", "C", 1.0), ("A", "B", 0.5), ("B", "C", 0.5)], "no source won against"),
     ],
 )
 def test_without_a_finite_estimate_the_reason_is_named(games: list[Game], message: str) -> None:
     with pytest.raises(UserError, match=message):
         bradley_terry(games)
+
+
+def test_a_circle_of_wins_or_of_wins_and_a_tie_has_an_estimate() -> None:
+    assert bradley_terry([("A", "B", 1.0), ("B", "A", 1.0), ("A", "B", 0.5)]).tie_parameter == pytest.approx(1)
+    # A over B over C, and C is as good as A: the tie and the wins hold each other.
+    found = bradley_terry([("A", "B", 1.0), ("B", "C", 1.0), ("C", "A", 0.5)])
+    assert all(abs(each.rating) < 3000 for each in found.strengths)
+    assert [each.source for each in found.strengths] == ["A", "B", "C"]
 
 
 def test_elo_by_hand() -> None:

@@ -16,6 +16,7 @@ from loopos.config.algorithms import ALGORITHMS
 from loopos.config.diagnostics import DiagnosticsError, UserError
 from loopos.config.methods import METHODS, config_classes
 from loopos.config.registry import Registry, choices, did_you_mean
+from loopos.config.study import STUDY_FORMATS, STUDY_STRATEGIES
 from loopos.config.variants import (
     ENVIRONMENTS,
     EXPORTERS,
@@ -23,8 +24,6 @@ from loopos.config.variants import (
     LOSSES,
     MERGE_METHODS,
     REWARDS,
-    STUDY_FORMATS,
-    STUDY_STRATEGIES,
     TOOL_PARSERS,
     TRACKERS,
 )

@@ -146,7 +146,9 @@ def show(folder: StudyFolder, between: Between = (), json: Json = False) -> int:
     if test is not None:
         rate = "no item has all its votes" if test.rate is None else f"{test.rate:.3f} of {test.trials:,} items"
         decision = f"decided after {test.decided_after}: {test.winner}" if test.decided_after else "continue"
-        say(f"{between[0]} (a) against {between[1]} (b): {rate}, between {test.low:.3f} and {test.high:.3f}; {decision}")
+        say(
+            f"{between[0]} (a) against {between[1]} (b): {rate}, between {test.low:.3f} and {test.high:.3f}; {decision}"
+        )
     return 0
 
 
@@ -283,7 +285,9 @@ def _print_quality(found: Quality) -> None:
         say(table(rows, head=("", "count", "rate", "95% from", "to")))
     agreement = [("Krippendorff's alpha", found.alpha, *(found.alpha_interval or (None, None)))]
     agreement += [("Fleiss' kappa", found.fleiss, None, None)]
-    agreement += [(f"Cohen's kappa of {one} and {other}", value, None, None) for (one, other), value in found.cohen.items()]
+    agreement += [
+        (f"Cohen's kappa of {one} and {other}", value, None, None) for (one, other), value in found.cohen.items()
+    ]
     if any(row[1] is not None for row in agreement):
         say(f"agreement of annotators ({found.level})")
         say(table([row for row in agreement if row[1] is not None], head=("", "value", "95% from", "to")))

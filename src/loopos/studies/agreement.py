@@ -1,7 +1,8 @@
 """Agreement of annotators beyond chance: Cohen's κ, Fleiss' κ, Krippendorff's α.
 
-Pure functions. A measure that is not defined for its input is None, never nan: with no pair of judgments, or with one
-category only, there is nothing to agree on beyond chance.
+Pure functions. Apart from `quality`, which draws them from a study: they know only numbers. A measure that is not
+defined for its input is None, never nan: with no pair of judgments, or with one category only, there is nothing to
+agree on beyond chance.
 Letters: N units (items), C categories, n judgments of a unit.
 """
 

@@ -16,7 +16,7 @@ from typing import Any, TypeAlias
 from loopos.config.diagnostics import UserError
 from loopos.config.own_function import OwnFunction
 from loopos.config.registry import choices
-from loopos.config.variants import STUDY_FORMATS
+from loopos.config.study import STUDY_FORMATS
 from loopos.data.conversations import ASSISTANT
 from loopos.data.record import shown
 from loopos.data.split import split_off
@@ -188,7 +188,7 @@ def label_studio(judged: Sequence[Judged]) -> Rows:
         if not annotations:
             yield TIED
             continue
-        names = ("answer1", "answer2") if each.mode == "compare" else ("response",)
+        names = ("answer1", "answer2") if each.mode == "compare" else _question(each)[1]
         contents = {name: _plain(one.content) for name, one in zip(names, each.item.responses, strict=True)}
         yield {"data": {"id": each.item.id, "prompt": _plain(each.item.prompt), **contents}, "annotations": annotations}
 
@@ -305,7 +305,7 @@ def _question(judged: Judged) -> tuple[str, tuple[str, ...]]:
     """Name of the question, and of the fields of the responses."""
     if judged.mode == "compare":
         return "preference", ("response1", "response2")
-    return ("label" if judged.mode == "thumbs" else "rating"), ("response",)
+    return ("label", ("completion",)) if judged.mode == "thumbs" else ("rating", ("response",))
 
 
 def _argilla_value(vote: Vote) -> object:
@@ -321,7 +321,7 @@ def _annotation(judged: Judged, vote: Vote) -> Row | None:
             return None
         result = {"type": "pairwise", "value": {"selected": ("left", "right")[vote.chosen]}, "to_name": "answers"}
     elif judged.mode == "thumbs":
-        result = {"type": "choices", "value": {"choices": [vote.ballot.choice]}, "to_name": "response"}
+        result = {"type": "choices", "value": {"choices": [vote.ballot.choice]}, "to_name": "completion"}
     else:
         result = {"type": "rating", "value": {"rating": vote.ballot.rating}, "to_name": "response"}
     time = {} if vote.ballot.seconds is None else {"lead_time": vote.ballot.seconds}

@@ -47,11 +47,12 @@ def bradley_terry(games: Sequence[Game]) -> BradleyTerry:
         P(i beats j) = e^θi / Z,   P(tie) = ν e^((θi + θj) / 2) / Z,   Z = e^θi + e^θj + ν e^((θi + θj) / 2)
 
     by Newton's method in θ and log ν, in which the likelihood is concave; Σ θ = 0. Intervals are ± 1.96 standard
-    errors from the inverse information. Raises `UserError` where there is no finite maximum: no games, or sources that
-    can be split into two groups of which one never lost to the other (Ford 1957).
+    errors from the inverse information. Raises `UserError` where there is no finite maximum: no games, sources that can
+    be split into two groups of which one never lost to the other (Ford 1957), or wins that never contradict each other
+    beside ties.
     """
     sources = sorted({name for one, other, _ in games for name in (one, other)})
-    _require_connected(sources, games)
+    _require_finite(sources, games)
     import numpy
 
     has_ties = any(outcome == 0.5 for *_, outcome in games)
@@ -133,8 +134,13 @@ def _strength(name: str, theta: float, error: float, games: Sequence[Game]) -> S
     return Strength(name, rating, rating - reach, rating + reach, len(own), own.count(1.0), own.count(0.5))
 
 
-def _require_connected(sources: Sequence[str], games: Sequence[Game]) -> None:
-    """Raises `UserError` unless every source can be reached from every other over games that were not lost."""
+def _require_finite(sources: Sequence[str], games: Sequence[Game]) -> None:
+    """Raises `UserError` unless the likelihood has a finite maximum: no direction of θ and log ν raises the chance of
+    every outcome, or leaves it.
+
+    Such a direction has log ν unchanged, where a group of sources never won or tied against the others; or log ν rises
+    by 2, where sources can be moved so that each win is over one at least 2 lower, and ties are within 2.
+    """
     if len(sources) < 2:
         raise UserError(f"got comparisons of {len(sources)} sources; expected two or more")
     if any(one == other for one, other, _ in games):
@@ -157,3 +163,30 @@ def _require_connected(sources: Sequence[str], games: Sequence[Game]) -> None:
                 f"{', '.join(sorted(reached))} never won or tied against {never}: their distance has no finite "
                 "estimate; expected comparisons in which each group wins at least once"
             )
+    if any(outcome == 0.5 for *_, outcome in games) and _is_one_way(sources, games):
+        raise UserError(
+            "no source won against one that it lost to, directly or through others, so that the strengths have no "
+            "finite estimate; expected more comparisons"
+        )
+
+
+def _is_one_way(sources: Sequence[str], games: Sequence[Game]) -> bool:
+    """Whether δ exists with δ_i − δ_j ≥ 2 for each win of i over j, and |δ_i − δ_j| ≤ 2 for each tie: no negative cycle
+    of these differences (Bellman 1958).
+    """
+    limits = set()
+    for one, other, outcome in games:
+        if outcome == 0.5:
+            limits |= {(one, other, 2), (other, one, 2)}
+        else:
+            # δ of the loser is at most δ of the winner − 2.
+            limits.add((one, other, -2) if outcome > 0.5 else (other, one, -2))
+    least = dict.fromkeys(sources, 0)
+    for _ in range(len(sources) + 1):
+        changed = False
+        for above, below, limit in limits:
+            if least[above] + limit < least[below]:
+                least[below], changed = least[above] + limit, True
+        if not changed:
+            return True
+    return False

@@ -19,7 +19,7 @@ from typing import Any, TypeAlias
 
 from loopos.config.diagnostics import UserError
 from loopos.config.own_function import OwnFunction
-from loopos.config.variants import STUDY_STRATEGIES
+from loopos.config.study import STUDY_STRATEGIES
 from loopos.data.record import shown
 from loopos.studies.items import Item, text_of
 
@@ -121,6 +121,3 @@ def _probabilities(item: Item, strategy: str, *, least: int) -> list[float]:
             f"{least} or more for both responses\n    score the items with `loopos score`, or use another strategy"
         )
     return [0.5 * (1.0 + math.tanh(margin / 2)) for margin in item.margins]
-
-
-diversity = Diversity
