@@ -144,11 +144,10 @@ def show(folder: StudyFolder, between: Between = (), json: Json = False) -> int:
     elif ranked is not None:
         say(f"no strengths of the sources: {ranked.problem}")
     if test is not None:
-        rate = "no item has all its votes" if test.rate is None else f"{test.rate:.3f} of {test.trials:,} items"
+        shown = "no item has all its votes" if test.rate is None else f"{test.rate:.3f} of {test.trials:,} items"
         decision = f"decided after {test.decided_after}: {test.winner}" if test.decided_after else "continue"
-        say(
-            f"{between[0]} (a) against {between[1]} (b): {rate}, between {test.low:.3f} and {test.high:.3f}; {decision}"
-        )
+        names = f"{between[0]} (a) against {between[1]} (b)"
+        say(f"{names}: {shown}, between {test.low:.3f} and {test.high:.3f}; {decision}")
     return 0
 
 

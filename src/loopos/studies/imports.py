@@ -78,7 +78,7 @@ def items_of(
     """
     found, notes = list[_Prompt](), list[str]()
     for number, source in enumerate(sources):
-        own_names = names if len(sources) == 1 else names[number : number + 1] * 2
+        own_names = list(names) if len(sources) == 1 else [*names[number : number + 1]] * 2
         read, summary = _read(source, columns or {}, own_names, number, rules)
         found += read
         notes.append(f"{source}: {summary}")
