@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from loopos.config.diagnostics import DataError, UserError
-from loopos.config.study import STUDY_FORMATS
+from loopos.config.study_variants import STUDY_FORMATS
 from loopos.data import rows
 from loopos.data.annotation_exports import flat_rows
 from loopos.data.kinds import Kind, kind_of, read_kind

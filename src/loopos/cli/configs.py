@@ -16,7 +16,7 @@ from loopos.config.algorithms import ALGORITHMS
 from loopos.config.diagnostics import DiagnosticsError, UserError
 from loopos.config.methods import METHODS, config_classes
 from loopos.config.registry import Registry, choices, did_you_mean
-from loopos.config.study import STUDY_FORMATS, STUDY_STRATEGIES
+from loopos.config.study_variants import STUDY_FORMATS, STUDY_STRATEGIES
 from loopos.config.variants import (
     ENVIRONMENTS,
     EXPORTERS,

@@ -16,7 +16,7 @@ from typing import Any, TypeAlias
 from loopos.config.diagnostics import UserError
 from loopos.config.own_function import OwnFunction
 from loopos.config.registry import choices
-from loopos.config.study import STUDY_FORMATS
+from loopos.config.study_variants import STUDY_FORMATS
 from loopos.data.conversations import ASSISTANT
 from loopos.data.record import shown
 from loopos.data.split import split_off

@@ -19,7 +19,7 @@ from typing import Any, TypeAlias
 
 from loopos.config.diagnostics import UserError
 from loopos.config.own_function import OwnFunction
-from loopos.config.study import STUDY_STRATEGIES
+from loopos.config.study_variants import STUDY_STRATEGIES
 from loopos.data.record import shown
 from loopos.studies.items import Item, text_of
 
