@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import random
 import signal
 import threading
 import time
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 
@@ -15,7 +17,9 @@ import pytest
 from forked import Child
 
 from loopos.config.diagnostics import DataError, UserError
+from loopos.storage.durable import StorageError
 from loopos.storage.shared_log import SharedLog
+from loopos.studies.items import Item
 from loopos.studies.study import Study
 from tests.studies.study_makers import Clock, label_all, pair, prefers, study_in
 
@@ -204,6 +208,55 @@ def test_kill_9_at_any_moment_loses_no_acknowledged_vote_and_doubles_none(tmp_pa
     (folder / "index.sqlite").unlink()
     with Study.open(folder) as study:
         assert study.index_dump() == live
+
+
+def test_processes_share_the_queue(tmp_path: Path) -> None:
+    folder = tmp_path / "s"
+    study_in(folder, 60, repeat_fraction=0.2).close()
+    with ExitStack() as stack:
+        children = [stack.enter_context(Child(partial(client, folder, f"annotator{who}", 0))) for who in range(4)]
+        for child in children:
+            assert child.wait() == 0, child.errors
+    with Study.open(folder) as study:
+        # An item that one has is given to nobody else.
+        assert sorted(vote.item for vote in study.votes()) == sorted(study.items)
+
+
+def test_a_vote_that_cannot_be_flushed_is_not_recorded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with study_in(tmp_path / "s", 1) as study:
+        assigned = study.next_item("ana")
+        assert assigned is not None
+        size = (tmp_path / "s" / "votes.jsonl").stat().st_size
+
+        def refuse(descriptor: int) -> None:
+            raise OSError(errno.EIO, "Input/output error")
+
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "fsync", refuse)
+            with pytest.raises(StorageError, match="nothing was recorded: check the disk, then try again"):
+                study.vote(assigned.key, {"choice": "left"}, annotator="ana", key="k")
+        assert (tmp_path / "s" / "votes.jsonl").stat().st_size == size
+        assert study.votes() == []
+        assert study.vote(assigned.key, {"choice": "left"}, annotator="ana", key="k").is_new
+
+
+def test_votes_of_another_mode_are_refused(tmp_path: Path) -> None:
+    folder = tmp_path / "s"
+    with study_in(folder, 2) as study:
+        label_all(study, "ana", prefers("A"))
+    settings = (folder / "study.json").read_text()
+    (folder / "study.json").write_text(settings.replace('"compare"', '"thumbs"'))
+    with pytest.raises(UserError, match=r'study.json: mode: got "thumbs"; expected "compare", which the vote "ana-0"'):
+        Study.open(folder)
+
+
+def test_prompts_wait_until_an_item_answers_them(tmp_path: Path) -> None:
+    with study_in(tmp_path / "s") as study:
+        study.add([Item(prompt=f"question {number}") for number in range(3)])
+        assert study.next_item("ana") is None
+        study.add([pair(1)])
+        assert [item.prompt for item in study.waiting()] == ["question 0", "question 2"]
+        assert (study.progress().items, study.progress().waiting, study.progress().target) == (4, 2, 1)
 
 
 def test_items_are_added_once_and_a_changed_line_is_refused(tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ from pydantic import Field
 from loopos.config.diagnostics import DataError, Diagnostic, UserError
 from loopos.config.keys import Section, Text
 from loopos.config.registry import choices
-from loopos.config.study import StudyConfig
+from loopos.config.study import Mode, StudyConfig
 from loopos.studies.lines import section_of
 
 Side: TypeAlias = Literal[0, 1]
@@ -142,6 +142,13 @@ def event_of(line: bytes, path: Path, number: int) -> AnyEvent:
         hint = "the log was changed after it was written: restore it from a copy, or remove the line"
         raise DataError([Diagnostic(str(path), number, None, "kind", actual, choices(list(KINDS), own=""), hint)])
     return section_of(KINDS[kind], line, path, number)
+
+
+def mode_of(ballot: Ballot) -> Mode:
+    """The mode of the study that a ballot is of."""
+    if ballot.rating is not None:
+        return "rating"
+    return "thumbs" if ballot.choice in CHOICES["thumbs"] else "compare"
 
 
 def check_ballot(ballot: Ballot, config: StudyConfig) -> None:

@@ -27,7 +27,7 @@ from loopos.storage.json_files import save_json
 from loopos.storage.output_folder import NOTHING_WRITTEN, require_new_folder
 from loopos.storage.shared_log import SharedLog
 from loopos.studies import strategies
-from loopos.studies.events import AnyEvent, Assignment, Ballot, Edit, Flag, Skip, Undo, Vote, check_ballot
+from loopos.studies.events import AnyEvent, Assignment, Ballot, Edit, Flag, Skip, Undo, Vote, check_ballot, mode_of
 from loopos.studies.index import INDEX, Index
 from loopos.studies.items import Added, Item, Items
 from loopos.studies.lines import checked, line_of
@@ -71,6 +71,7 @@ class Study:
         self._log = SharedLog(folder / VOTES)
         self._index = Index(folder / INDEX, self._log, config.lease)
         self._queue = Queue(config, self.items, self._index, strategies.opened(config.strategy))
+        self._require_mode()
 
     @classmethod
     def create(cls, folder: Path, config: StudyConfig, clock: Callable[[], float] = time.time) -> Study:
@@ -210,6 +211,12 @@ class Study:
             self._index.catch_up()
             return self._queue.random_sample()
 
+    def waiting(self) -> list[Item]:
+        """Items without the responses to judge, whose prompt no other item answers: what is to be sampled."""
+        items = list(self.items.values())
+        answered = {item.prompt_key for item in items if is_answerable(item, self.config)}
+        return [item for item in items if not is_answerable(item, self.config) and item.prompt_key not in answered]
+
     def progress(self) -> Progress:
         """Counts of items and votes."""
         with self._log.locked():
@@ -217,7 +224,7 @@ class Study:
             one = self._index.one
             return Progress(
                 items=len(self.items),
-                waiting=sum(not is_answerable(item, self.config) for item in self.items.values()),
+                waiting=len(self.waiting()),
                 votes=self._queue.num_votes(),
                 target=self._queue.target(),
                 repeats=one("SELECT COUNT(*) FROM votes WHERE is_active AND is_repeat"),
@@ -296,6 +303,18 @@ class Study:
             raise UserError(f'target: got "{target}" ({kind} by {owner}); expected {expected}')
         if not is_active:
             raise UserError(f'target: got "{target}", which is taken back already; expected one that is in force')
+
+    def _require_mode(self) -> None:
+        """Raises `UserError` if the votes are of another mode than the settings."""
+        with self._log.locked():
+            votes = self._index.rows("SELECT key, ballot FROM votes WHERE is_active ORDER BY number LIMIT 1")
+        for key, text in votes:
+            mode = mode_of(Ballot.model_validate_json(text))
+            if mode != self.config.mode:
+                raise UserError(
+                    f'{self.folder / CONFIG}: mode: got "{self.config.mode}"; expected "{mode}", which the vote '
+                    f'"{key}" is of; set it back, or make another study'
+                )
 
     def _require_allowed(self, annotator: str) -> None:
         if not annotator.strip():
