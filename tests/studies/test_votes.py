@@ -240,6 +240,25 @@ def test_a_vote_that_cannot_be_flushed_is_not_recorded(tmp_path: Path, monkeypat
         assert study.vote(assigned.key, {"choice": "left"}, annotator="ana", key="k").is_new
 
 
+def test_a_log_that_is_replaced_while_it_is_open_is_read_anew(tmp_path: Path) -> None:
+    folder = tmp_path / "s"
+    with study_in(folder, 4) as study:
+        label_all(study, "ana", prefers("A"), 2)
+        log = folder / "votes.jsonl"
+        early = log.read_bytes()
+        assigned = study.next_item("ana")
+        assert assigned is not None
+        study.vote(assigned.key, {"choice": "tie"}, annotator="ana", key="third")
+        # A copy of another history, which is longer.
+        copy = folder / "copy"
+        copy.write_bytes(
+            early.replace(b'"ana', b'"someone else') + early.splitlines()[-1].replace(b"ana-1", b"x") + b"\n"
+        )
+        copy.replace(log)
+        assert [vote.annotator for vote in study.votes()][:2] == ["someone else"] * 2
+        assert study.index_dump()["state"][0][0] == log.stat().st_size
+
+
 def test_votes_of_another_mode_are_refused(tmp_path: Path) -> None:
     folder = tmp_path / "s"
     with study_in(folder, 2) as study:

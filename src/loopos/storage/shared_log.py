@@ -22,13 +22,14 @@ NOT_RECORDED = "nothing was recorded: {remedy}, then try again"
 
 
 class SharedLog:
-    """A log at `path`, which is created if it is missing. `torn_bytes` counts what was removed from incomplete lines.
+    """A log at `path`, which is created if it is missing. `torn_bytes` counts what was removed from incomplete lines,
+    `num_opened` how often the file was opened: once more if another file took its name.
 
     Raises `StorageError` where the file system refuses, and `UserError` where it has no locks.
     """
 
     def __init__(self, path: Path) -> None:
-        self.path, self.torn_bytes = path, 0
+        self.path, self.torn_bytes, self.num_opened = path, 0, 0
         self._descriptor, self._pid, self._depth = -1, 0, 0
         self._thread = threading.RLock()
         self._open()
@@ -90,7 +91,7 @@ class SharedLog:
         with explain_disk_full(self.path, 0, "the log", NOT_RECORDED):
             is_new = not self.path.exists()
             self._descriptor = os.open(self.path, os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o666)
-            self._pid = os.getpid()
+            self._pid, self.num_opened = os.getpid(), self.num_opened + 1
             if is_new:
                 fsync_path(self.path.parent)
 

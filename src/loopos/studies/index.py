@@ -53,7 +53,7 @@ class Index:
         """
         self._path, self._log, self._lease = path, log, lease
         with log.locked():
-            self._database, self._pid = self._connected(), os.getpid()
+            self._database, self._pid, self._num_opened = self._connected(), os.getpid(), log.num_opened
             self.catch_up()
 
     def catch_up(self) -> None:
@@ -62,8 +62,10 @@ class Index:
             # A connection must not be used in a forked child.
             self._database, self._pid = self._connected(), os.getpid()
         size, lines, digest = self._state()
-        if self._log.size() < size:
-            # The log was replaced by a shorter one, such as a copy.
+        is_other = self._num_opened != self._log.num_opened and self._digest_of(size) != digest
+        self._num_opened = self._log.num_opened
+        if self._log.size() < size or is_other:
+            # The log was replaced, such as by a copy.
             self._database = self._made_new()
             size, lines, digest = self._state()
         if self._log.size() == size:

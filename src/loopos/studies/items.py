@@ -68,11 +68,11 @@ class Item(Section):
 
     @property
     def margins(self) -> tuple[float, ...]:
-        """Reward of the first response minus that of the second, by each model that scored both."""
-        if len(self.responses) < 2:
+        """Reward of the first response minus that of the second, by each model; empty unless all scored both."""
+        if len(self.responses) < 2 or len(self.responses[0].scores) != len(self.responses[1].scores):
             return ()
         one, other = self.responses
-        return tuple(a - b for a, b in zip(one.scores, other.scores, strict=len(one.scores) == len(other.scores)))
+        return tuple(a - b for a, b in zip(one.scores, other.scores, strict=True))
 
 
 def text_of(content: Content) -> str:
