@@ -176,7 +176,7 @@ def test_estimates_from_the_random_sample_are_unbiased_under_a_strategy(tmp_path
     that were drawn at random from what it left, are biased; the random sample is not."""
     draw = random.Random(0)
     estimates: dict[str, list[float]] = {"sample": [], "all": [], "drawn": []}
-    for seed in range(8):
+    for seed in range(6):
         keys = {"strategy": f"{__name__}:most_margin", "random_fraction": 0.4, "seed": seed}
         with study_in(tmp_path / str(seed), **keys) as study:
             margins = [1.0] * 30 + [-1.0] * 70
@@ -194,9 +194,9 @@ def test_estimates_from_the_random_sample_are_unbiased_under_a_strategy(tmp_path
             for name, items in (("sample", sample), ("all", [*wins]), ("drawn", drawn)):
                 estimates[name].append(statistics.fmean(wins[item] for item in items))
     means = {name: statistics.fmean(values) for name, values in estimates.items()}
-    error = statistics.stdev(estimates["sample"]) / 8**0.5
+    error = statistics.stdev(estimates["sample"]) / 6**0.5
     assert abs(means["sample"] - 0.3) < 3 * error
-    assert error < 0.05
+    assert error < 0.06
     assert means["all"] > 0.45
     assert means["drawn"] < 0.22
 
