@@ -6,8 +6,10 @@ import logging
 import os
 import socket
 import time
+from pathlib import Path
 from typing import Any
 
+import loopos
 from loopos.config.diagnostics import MissingRequirement, UserError
 from loopos.config.rl import RolloutEngineSection
 from loopos.generation.completions import Completion
@@ -78,7 +80,11 @@ class RayTransport:
             with _Started():
                 ray.init(**local, **quiet, _node_ip_address="127.0.0.1")
         self._actor = ray.remote(
-            num_cpus=section.cpus_per_worker, num_gpus=section.gpus, max_restarts=0, max_task_retries=0
+            num_cpus=section.cpus_per_worker,
+            num_gpus=recipe.gpus,
+            max_restarts=0,
+            max_task_retries=0,
+            runtime_env=_environment(section.python),
         )(RayWorker)
         self._recipe = recipe
         self._started = 0
@@ -135,6 +141,11 @@ class RayTransport:
         for worker in list(self._workers):
             self.end(worker)
         self._ray.shutdown()
+
+
+def _environment(python: str | None) -> dict[str, Any]:
+    """Ray's runtime environment of a worker with an interpreter of its own, which gets LoopOS's source from here."""
+    return {} if python is None else {"py_executable": python, "py_modules": [str(Path(loopos.__file__).parent)]}
 
 
 def _why(problem: Exception) -> str:
