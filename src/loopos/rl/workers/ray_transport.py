@@ -66,7 +66,11 @@ class RayTransport:
         import ray
 
         self._ray: Any = ray
-        quiet = {"log_to_driver": False, "logging_level": logging.ERROR}
+        quiet: dict[str, Any] = {
+            "log_to_driver": False,
+            "logging_level": logging.ERROR,
+            "runtime_env": _environment(section.python),
+        }
         if section.address is not None:
             try:
                 ray.init(address=section.address, **quiet)
@@ -84,7 +88,6 @@ class RayTransport:
             num_gpus=recipe.gpus,
             max_restarts=0,
             max_task_retries=0,
-            runtime_env=_environment(section.python),
         )(RayWorker)
         self._recipe = recipe
         self._started = 0

@@ -40,6 +40,8 @@ _CPU_SETTINGS = {
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",
     # GiB for keys and values; vLLM takes a share of the host's memory otherwise, in every worker.
     "VLLM_CPU_KVCACHE_SPACE": "2",
+    # Compiling the few functions of sampling takes half a minute of every worker's start, and a C++ compiler.
+    "TORCHDYNAMO_DISABLE": "1",
 }
 
 
@@ -49,10 +51,19 @@ class TakesWeights:
     model_runner: Any
 
     def take_weights(self, weights: Mapping[str, Tensor]) -> None:
-        """Loads tensors under the names of the model's files. Layers that vLLM packs after loading, as on processors,
-        are packed again.
-        """
+        """Loads tensors under the names of the model's files, and packs again what vLLM packs for processors."""
         self.model_runner.reload_weights(weights_iterator=iter(weights.items()))
+        # vLLM 0.32 does so only for layers with tensors of their own: an output embedding that is tied to the input's
+        # would keep its packed copy of the old weights.
+        for layer in self.model_runner.get_model().modules():
+            if hasattr(layer, "cpu_linear") and _is_output_embedding(layer):
+                layer.quant_method.process_weights_after_loading(layer)
+
+
+def _is_output_embedding(layer: Any) -> bool:
+    from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
+
+    return isinstance(layer, ParallelLMHead)
 
 
 class VllmWriter:
@@ -92,9 +103,10 @@ class VllmWriter:
         sampling = [_sampling(settings, request.n, self._end_tokens) for settings in request.settings]
         answers = self._model.generate(prompts, sampling, use_tqdm=False)
         return [
-            _completion((index, sample), output, request.settings[index], self._tokenizer)
-            for index, answer in enumerate(answers)
-            for sample, output in enumerate(answer.outputs)
+            # vLLM refuses several greedy samples, which are all the same one.
+            _completion((index, sample), answer.outputs[sample % len(answer.outputs)], settings, self._tokenizer)
+            for index, (answer, settings) in enumerate(zip(answers, request.settings, strict=True))
+            for sample in range(request.n)
         ]
 
 
@@ -125,7 +137,7 @@ def _sampling(settings: SamplingParams, n: int, end_tokens: tuple[int, ...]) -> 
 
     ends = {*settings.stop_token_ids, *(end_tokens if settings.stop_at_end else ())}
     return SamplingParams(
-        n=n,
+        n=1 if settings.greedy else n,
         temperature=settings.temperature,
         top_k=settings.top_k,
         top_p=settings.top_p,
@@ -135,7 +147,8 @@ def _sampling(settings: SamplingParams, n: int, end_tokens: tuple[int, ...]) -> 
         detokenize=bool(settings.stop),
         skip_special_tokens=False,
         spaces_between_special_tokens=False,
-        include_stop_str_in_output=True,
+        # Else it would look in the text of stop tokens too.
+        include_stop_str_in_output=False,
         stop_token_ids=sorted(ends) or None,
         ignore_eos=True,
         seed=settings.seed,
