@@ -58,9 +58,11 @@ PpoTrainer(config, progress=Spoken(quiet=True)).train()
 """
 
 
-def run_with_ray(config: Any, *, killed_at: int = 0) -> list[str]:
-    """The messages of the run. killed_at: the order whose worker is killed while it has it; 0 kills none."""
-    return ran(RUN, [json.dumps(config.model_dump(mode="json")), str(killed_at)], environment_of())
+def run_with_ray(config: Any, *, killed_at: int = 0, fails: bool = False) -> list[str]:
+    """The messages of the run, or with `fails` of its error. killed_at: the order whose worker is killed while it has
+    it; 0 kills none.
+    """
+    return ran(RUN, [json.dumps(config.model_dump(mode="json")), str(killed_at)], environment_of(), fails=fails)
 
 
 def environment_of() -> dict[str, str]:
@@ -70,9 +72,9 @@ def environment_of() -> dict[str, str]:
     return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(filter(None, places))}
 
 
-def ran(script: str, arguments: Sequence[str], environment: Mapping[str, str]) -> list[str]:
-    """The lines that a script prints in a process of its own, which must succeed."""
+def ran(script: str, arguments: Sequence[str], environment: Mapping[str, str], *, fails: bool = False) -> list[str]:
+    """The lines that a script prints in a process of its own, which must succeed, or those of its error."""
     command = [sys.executable, "-c", script, *arguments]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=900)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return done.stdout.splitlines()
+    assert (done.returncode != 0) == fails, done.stderr[-3000:]
+    return (done.stderr if fails else done.stdout).splitlines()

@@ -86,3 +86,11 @@ def test_grpo_with_weights_sent_after_each_update(
     lost = [line for line in messages if " is lost (" in line]
     assert len(lost) == (killed_at > 0)
     assert (redone > 0) == (killed_at > 0)
+
+
+def test_a_model_that_vllm_does_not_run_is_named(tmp_path: Path, pico_folder: Path) -> None:
+    """Its heads have 8 numbers."""
+    messages = "\n".join(run_with_ray(vllm_config(tmp_path / "run", pico_folder), fails=True))
+    assert "MissingRequirement: rollout worker" in messages
+    assert "vLLM does not open this model on a worker" in messages
+    assert 'or rollout.engine "ray"' in messages

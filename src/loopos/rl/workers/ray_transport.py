@@ -148,7 +148,11 @@ class RayTransport:
 
 def _environment(python: str | None) -> dict[str, Any]:
     """Ray's runtime environment of a worker with an interpreter of its own, which gets LoopOS's source from here."""
-    return {} if python is None else {"py_executable": python, "py_modules": [str(Path(loopos.__file__).parent)]}
+    if python is None:
+        return {}
+    # Workers start in another folder. A path of an environment stays as it is: what it links to is another one.
+    path = os.path.abspath(python) if os.path.exists(python) else python
+    return {"py_executable": path, "py_modules": [str(Path(loopos.__file__).parent)]}
 
 
 def _why(problem: Exception) -> str:

@@ -92,7 +92,9 @@ class VllmWriter:
                 worker_extension_cls=f"{TakesWeights.__module__}.{TakesWeights.__name__}",
                 **on_cpu,
             )
-        self._tokenizer: PreTrainedTokenizerBase = self._model.get_tokenizer()
+            self._tokenizer: PreTrainedTokenizerBase = self._model.get_tokenizer()
+            # Kernels refuse what they do not compute, such as small heads, only when they run.
+            self.write(Request([[0]], [SamplingParams(max_new_tokens=1)]))
 
     def take(self, weights: Mapping[str, Tensor]) -> None:
         self._model.collective_rpc("take_weights", args=(weights,))
