@@ -55,7 +55,7 @@ def _sources(model: PreTrainedModel) -> dict[str, tuple[Tensor, nn.Module | None
 @torch.no_grad()
 def _merged(layer: nn.Module) -> Tensor:
     """The weight of one layer with the trained adapter."""
-    alone: Any = copy.deepcopy(layer).float()
-    alone.merge(adapter_names=[ADAPTER])
-    weight: Tensor = alone.get_base_layer().weight
+    copied: Any = copy.deepcopy(layer).float()
+    copied.merge(adapter_names=[ADAPTER])
+    weight: Tensor = copied.get_base_layer().weight
     return weight.detach()

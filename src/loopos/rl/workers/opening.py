@@ -27,8 +27,9 @@ from loopos.rl.workers.dispatch import Dispatcher
 from loopos.rl.workers.interpreter import check_interpreter
 from loopos.rl.workers.protocol import LocalRollouts, Request
 from loopos.rl.workers.ray_transport import RayTransport
+from loopos.rl.workers.recipes import EngineRecipe, VllmRecipe, WorkerRecipe
 from loopos.rl.workers.remote import RemoteRollouts
-from loopos.rl.workers.worker import EngineRecipe, VllmRecipe, WorkerRecipe, packed, policy_weights
+from loopos.rl.workers.worker import packed, policy_weights
 from loopos.storage.tensor_files import safetensors_chunks, stream_chunks
 
 

@@ -14,7 +14,8 @@ from loopos.config.diagnostics import MissingRequirement, UserError
 from loopos.config.rl import RolloutEngineSection
 from loopos.generation.completions import Completion
 from loopos.rl.workers.protocol import Answered, Event, Lost, Order, WorkerReady
-from loopos.rl.workers.worker import RolloutWorker, WorkerRecipe
+from loopos.rl.workers.recipes import WorkerRecipe
+from loopos.rl.workers.worker import RolloutWorker
 
 
 class RayWorker:

@@ -21,7 +21,7 @@ from loopos.config.diagnostics import MissingRequirement
 from loopos.generation.completions import Completion, FinishReason, GrowingText, decoded
 from loopos.generation.settings import SamplingParams
 from loopos.rl.workers.protocol import Request
-from loopos.rl.workers.worker import VllmRecipe
+from loopos.rl.workers.recipes import VllmRecipe
 
 _NUMBER_FORMATS = {"bf16": "bfloat16", "fp32": "float32"}
 # Of the memory of a GPU that is the worker's alone; vLLM's own default.
@@ -160,16 +160,16 @@ def _sampling(settings: SamplingParams, n: int, end_tokens: tuple[int, ...]) -> 
 
 
 def _completion(
-    place: tuple[int, int], output: Any, settings: SamplingParams, tokenizer: PreTrainedTokenizerBase
+    indices: tuple[int, int], output: Any, settings: SamplingParams, tokenizer: PreTrainedTokenizerBase
 ) -> Completion:
-    """One `CompletionOutput`. place: prompt and sample. `stop_reason` is the stop string or token."""
+    """One `CompletionOutput`. indices: of prompt and sample. `stop_reason` is the stop string or token."""
     tokens = list(output.token_ids)
     logprobs = [candidates[token].logprob for candidates, token in zip(output.logprobs, tokens, strict=True)]
     reason: FinishReason = "length"
     if output.finish_reason == "stop":
         reason = "stop string" if isinstance(output.stop_reason, str) else "stop"
     text = _text(tokens[: -1 if reason == "stop" else None], settings, tokenizer)
-    return Completion(*place, tokens, text, logprobs, None, (), reason)
+    return Completion(*indices, tokens, text, logprobs, None, (), reason)
 
 
 def _text(tokens: list[int], settings: SamplingParams, tokenizer: PreTrainedTokenizerBase) -> str:
