@@ -27,6 +27,8 @@ CASES: dict[str, dict[str, Any]] = {
     "loopos": {},
     "loopos-fp32": {"precision": "fp32"},
     "loopos-lora": {"trainable": "lora"},
+    # The reference computed before the first step, as in the cases below, where LoRA's passes are in the steps otherwise.
+    "loopos-lora-cached": {"trainable": "lora", "reference": "cached"},
     "trl-defaults": {},
     "trl-bf16": {"bf16": True, "gradient_checkpointing": False, "allocator": True},
     # What a knowledgeable user would set: half-precision weights, no recomputation, the allocator that keeps freed memory.
@@ -37,6 +39,9 @@ CASES: dict[str, dict[str, Any]] = {
     # A processor without bf16 products is quicker in fp32.
     "trl-fp32-precomputed": {"gradient_checkpointing": False, "allocator": True, "precompute_ref_log_probs": True},
     "trl-lora-fp32-precomputed": {"lora": True, "gradient_checkpointing": False, "allocator": True, "precompute_ref_log_probs": True},
+    # A step in four parts: less memory for activations.
+    "loopos-accumulating": {"gradient_accumulation": 4},
+    "trl-fp32-precomputed-accumulating": {"gradient_checkpointing": False, "allocator": True, "precompute_ref_log_probs": True, "per_device_train_batch_size": 2, "gradient_accumulation_steps": 4},
     "trl-lora-precomputed": {"lora": True, "weights": "bfloat16", "gradient_checkpointing": False, "allocator": True, "precompute_ref_log_probs": True},
 }  # fmt: skip
 
@@ -50,16 +55,18 @@ def method_of(case: str, options: argparse.Namespace, file: str, folder: str) ->
 
     training = {"learning_rate": options.learning_rate, "batch_size": options.batch, "num_epochs": 1, "shuffle": False, "schedule": options.schedule,
                 "warmup": options.warmup or 0, "validate_every": "never", "save_every": "never", "keep_best": False, "log_every": 1}  # fmt: skip
-    if CASES[case].get("trainable") == "lora":
+    own = dict(CASES[case])
+    reference = {"reference": own.pop("reference")} if "reference" in own else {}
+    if own.get("trainable") == "lora":
         training |= {"lora": {"rank": 16, "alpha": 32}, "learning_rate": options.lora_learning_rate}
     is_dpo = options.method == "dpo"
     config = (PreferenceConfig if is_dpo else RewardModelConfig).model_validate(
         {
             "computation": {"mode": "posttraining", "method": options.method},
-            "training": {**training, **CASES[case]},
+            "training": {**training, **own},
             "data": {"pretrained_weights": options.model, "preference_data": file, "validation_share": 0.0, "output_dir": folder},
             # TRL has no soft labels: every chosen response counts as certainly preferred.
-            "preference" if is_dpo else "reward": {"soft_labels": False},
+            "preference" if is_dpo else "reward": {"soft_labels": False, **reference},
         }
     )  # fmt: skip
     return (PreferenceTrainer if is_dpo else RewardModelTrainer)(config, progress=RunProgress(quiet=True))
@@ -138,9 +145,8 @@ def run_trl(case: str, options: argparse.Namespace) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         arguments = (DPOConfig if is_dpo else RewardConfig)(
             folder,
-            per_device_train_batch_size=options.batch,
             num_train_epochs=1,
-            **{"bf16": False, **bench.trainer_settings(CASES[case], options)},
+            **{"bf16": False, "per_device_train_batch_size": options.batch, **bench.trainer_settings(CASES[case], options)},
         )
         adapter, data = (
             bench.adapter_of(CASES[case], "CAUSAL_LM" if is_dpo else "SEQ_CLS"),
@@ -157,9 +163,12 @@ def run_trl(case: str, options: argparse.Namespace) -> dict[str, Any]:
         trainer.train()
         whole = time.perf_counter() - began
         losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+        parts = arguments.gradient_accumulation_steps
+        counted = ([sum(group) for group in zip(*[iter(each)] * parts, strict=True)] for each in (comparisons, tokens))
+        by_comparisons, by_tokens = (bench.rate_of(each, clock.seconds) for each in counted)
         answer: dict[str, Any] = {
-            "comparisons_per_second": bench.rate_of(comparisons, clock.seconds),
-            "tokens_per_second": bench.rate_of(tokens, clock.seconds),
+            "comparisons_per_second": by_comparisons,
+            "tokens_per_second": by_tokens,
             "seconds_in_all": whole,
             **bench.ends_of(losses),
             "losses": losses,

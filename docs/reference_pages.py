@@ -18,7 +18,8 @@ PYTHON: Mapping[str, str] = {
     "training": "train Run FitResult read_config Trainer FineTuner SftTrainer ChainOfThought PreferenceTrainer "
     "KtoTrainer RewardModelTrainer PpoTrainer ReinforcementTrainer DistillationTrainer Pretrainer",
     "plugins": "register_method register_loss register_algorithm register_reward register_format register_merge_method "
-    "register_exporter register_tracker register_tool_parser register_environment",
+    "register_exporter register_tracker register_tool_parser register_environment register_study_strategy "
+    "register_study_format",
     "models": "load Predictor RewardPredictor Reasoner ensemble ensembling.ensemble.EnsembleResult",
     "generation": "generate SamplingParams Engine",
     "compression_and_merging": "merge prune quantize merging.merge.MergeResult compression.pipeline.Changed "
@@ -52,6 +53,7 @@ def config_pages() -> Iterator[tuple[str, str, str]]:
     from loopos.config.compression import PruningRecipe, QuantizationRecipe
     from loopos.config.merge import MergeConfig
     from loopos.config.methods import METHODS
+    from loopos.config.study import StudyConfig
 
     for name in METHODS:
         chosen = json.dumps({"mode": METHODS[name].mode, "method": name})
@@ -60,6 +62,8 @@ def config_pages() -> Iterator[tuple[str, str, str]]:
     for name, model in {"merge": MergeConfig, "prune": PruningRecipe, "quantize": QuantizationRecipe}.items():
         head = f"# Recipe keys of `{name}`\n\nFor `loopos {name}` and `loopos.{name}`."
         yield f"reference/config/{name}.md", f"{name} (recipe)", f"{head}\n\n{_keys(model.model_json_schema())}"
+    head = "# Keys of a study\n\nFor `study.json` and `loopos study new`."
+    yield "reference/config/study.md", "study", f"{head}\n\n{_keys(StudyConfig.model_json_schema())}"
 
 
 def _keys(schema: Mapping[str, Any]) -> str:

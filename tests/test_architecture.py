@@ -28,6 +28,8 @@ ARROWS: dict[str, set[str]] = {
     "training": GROUND | {"data"},
     "evaluation": GROUND | {"generation", "models", "data"},
     "rl": GROUND | {"training", "evaluation", "generation", "models", "data"},
+    # People's judgments, without a model: what makes them from answers and what learns from them is elsewhere.
+    "studies": GROUND | {"evaluation", "data"},
     "merging": GROUND | {"evaluation", "models"},
     "ensembling": GROUND | {"evaluation", "models", "data"},
     "exporting": GROUND | {"evaluation", "models", "data"},
@@ -40,7 +42,7 @@ ARROWS: dict[str, set[str]] = {
     "planning": GROUND | {"methods", "rl", "training", "models", "data"},
     "cli": GROUND
     | {"planning", "methods", "rl", "training", "evaluation", "generation", "models", "data", "demo"}
-    | {"merging", "ensembling", "exporting", "compression", "serving", "web"},
+    | {"merging", "ensembling", "exporting", "compression", "serving", "studies", "web"},
     # The packaged demo is data alone.
     "demo": set(),
 }

@@ -59,6 +59,8 @@ FUNCTIONS = {
             "merge_method",
             "method",
             "reward",
+            "study_format",
+            "study_strategy",
             "tool_parser",
             "tracker",
         )

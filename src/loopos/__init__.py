@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from loopos.config.reward_model import RewardModelConfig
     from loopos.config.rlhf import RlhfConfig
     from loopos.config.sft import SftConfig
+    from loopos.config.study_variants import register_study_format, register_study_strategy
     from loopos.config.variants import (
         register_environment,
         register_exporter,
@@ -75,6 +76,8 @@ _MODULES = {
     "register_loss": "loopos.config.variants",
     "register_merge_method": "loopos.config.variants",
     "register_reward": "loopos.config.variants",
+    "register_study_format": "loopos.config.study_variants",
+    "register_study_strategy": "loopos.config.study_variants",
     "register_tool_parser": "loopos.config.variants",
     "register_tracker": "loopos.config.variants",
     # Runs and models
@@ -171,6 +174,8 @@ __all__ = [
     "register_merge_method",
     "register_method",
     "register_reward",
+    "register_study_format",
+    "register_study_strategy",
     "register_tool_parser",
     "register_tracker",
     "train",

@@ -13,7 +13,7 @@ import pytest
 import typer
 
 from loopos.cli import process
-from loopos.cli.commands import DATA, LOOPOS, RUNS, Command, app
+from loopos.cli.commands import DATA, LOOPOS, RUNS, STUDY, Command, app
 from tests.cli.conftest import Invoke
 
 DOCS = (Path(__file__).parents[2] / "docs" / "cli.md").read_text(encoding="utf-8")
@@ -66,6 +66,11 @@ def test_the_commands_are_these() -> None:
             "runs show",
             "runs diff",
             "runs report",
+            "study new",
+            "study add",
+            "study show",
+            "study vote",
+            "study export",
             "doctor",
             "demo",
             "generate",
@@ -130,9 +135,9 @@ def loaded_by(*calls: tuple[str, ...]) -> set[str]:
 
 
 def test_version_and_help_import_no_command() -> None:
-    loaded = loaded_by(("--version",), ("--help",), ("data", "--help"), ("runs", "--help"))
+    loaded = loaded_by(("--version",), ("--help",), ("data", "--help"), ("runs", "--help"), ("study", "--help"))
     assert not loaded & HEAVY
-    listed = {f"loopos.cli.{each.module}" for group in (LOOPOS.listed, DATA, RUNS) for each in group.values()
+    listed = {f"loopos.cli.{each.module}" for group in (LOOPOS.listed, DATA, RUNS, STUDY) for each in group.values()
               if isinstance(each, Command)}  # fmt: skip
     assert len(listed) >= 19
     assert not loaded & listed

@@ -248,6 +248,9 @@ def world(models: dict[str, Path], project: Path, tmp_path: Path, monkeypatch: p
         write_jsonl(tmp_path / name, COMPARISONS)
     for name in ("prompts.jsonl", "data/prompts.jsonl"):
         write_jsonl(tmp_path / name, prompts)
+    for name in ("old", "new"):
+        answers = [{"prompt": row["prompt"], "completion": f"{name} answer {n}"} for n, row in enumerate(prompts)]
+        write_jsonl(tmp_path / f"{name}.jsonl", answers)
     write_jsonl(tmp_path / "problems.jsonl", PROBLEMS)
     write_jsonl(tmp_path / "steps.jsonl", STEPS)
     shutil.copy(project / "stand_ins" / "reward.json", tmp_path)
@@ -333,6 +336,8 @@ def test_the_commands_of_a_page_run(page: Path, world: Path, models: dict[str, P
     for line in RUN[page]:
         arguments = [word.replace("smollm2-135m", str(models["pico"])) for word in arguments_of(line)]
         text = line.partition(" | ")[0].removeprefix("echo ").strip('"') if " | " in line else "hello\n"
+        if arguments[:2] == ["study", "vote"]:
+            text = "1\n2\n1\n2\n1\n"
         without_its_run(arguments)
         result = invoke(*shortened(arguments), text=text)
         output = f"{page.name}: {line}\n{result.stdout[-500:]}\n{result.stderr[-1500:]}"

@@ -294,8 +294,7 @@ WRONG: list[tuple[str, list[str], str, str]] = [
     ("ppo", ["rollout.workers=0"], "rollout.workers", "a whole number >= 1"),
     ("ppo", ["rollout.max_staleness=1"], "rollout.max_staleness", 'rollout.engine "ray" or "vllm"'),
     ("ppo", ["rollout.importance_cap=0.5"], "rollout.importance_cap", "a number >= 1"),
-    ("ppo", ["rollout.engine=vllm", "training.trainable=lora"], "rollout.engine", 'training.trainable "all"'),
-    ("ppo", ["rollout.engine=vllm", "rollout.gpus_per_worker=0"], "rollout.gpus_per_worker", "above 0"),
+    ("ppo", ["rollout.engine=vllm", "rollout.gpus_per_worker=-1"], "rollout.gpus_per_worker", "a number >= 0"),
     (
         "ppo",
         ["rollout.engine=vllm", "generation.temperature=0.7", "generation.top_k=5"],

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from fake_workers import FakeWorkers
 from killed_runs import digest
 from pico_runs import slow_but
@@ -191,7 +190,7 @@ def test_an_adapter_over_other_weights_is_refused(
         trained(config)
 
 
-def test_without_ray_or_vllm_it_names_what_is_missing(
+def test_without_ray_it_names_what_is_missing(
     tmp_path: Path, pico_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = ppo_config(tmp_path / "run", pico_folder, functions=[EARLY], rollout={"engine": "ray"})
@@ -199,11 +198,3 @@ def test_without_ray_or_vllm_it_names_what_is_missing(
     with pytest.raises(MissingRequirement, match=r"needs Ray, which is not installed[\s\S]*\[cluster\]"):
         trained(config)
     assert not (tmp_path / "run").exists()
-    config = ppo_config(tmp_path / "run", pico_folder, functions=[EARLY], rollout={"engine": "vllm"})
-    monkeypatch.setattr(opening, "find_spec", lambda name: None if name == "vllm" else name)
-    with pytest.raises(MissingRequirement, match="which is not installed"):
-        trained(config)
-    monkeypatch.setattr(opening, "find_spec", lambda name: name)
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    with pytest.raises(MissingRequirement, match="no CUDA device"):
-        trained(config)

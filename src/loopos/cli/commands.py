@@ -62,6 +62,14 @@ RL: Mapping[str, Command | Group] = {
     "audit": Command("Look for signs of reward hacking in the stored answers of a run.", "rl", "audit"),
 }
 
+STUDY: Mapping[str, Command | Group] = {
+    "new": Command("Make a study: people compare, rate or thumb responses.", "study", "new"),
+    "add": Command("Add items to a study from files of comparisons, groups, answers or prompts.", "study", "add"),
+    "show": Command("Show progress, agreement, biases and the strengths of the sources.", "study", "show"),
+    "vote": Command("Judge items in the terminal.", "study", "vote"),
+    "export": Command("Write the votes as training data, or for other tools.", "study", "export"),
+}
+
 LOOPOS = Group(
     "Post-training of language models from one config and one command.",
     {
@@ -106,6 +114,7 @@ LOOPOS = Group(
         ),
         "data": Group("Inspect data before training.", DATA),
         "runs": Group("Inspect finished and running runs.", RUNS),
+        "study": Group("Collect human feedback on responses.", STUDY),
         "rl": Group("Inspect reinforcement learning before and after training.", RL),
     },
 )

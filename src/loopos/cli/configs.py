@@ -16,6 +16,7 @@ from loopos.config.algorithms import ALGORITHMS
 from loopos.config.diagnostics import DiagnosticsError, UserError
 from loopos.config.methods import METHODS, config_classes
 from loopos.config.registry import Registry, choices, did_you_mean
+from loopos.config.study_variants import STUDY_FORMATS, STUDY_STRATEGIES
 from loopos.config.variants import (
     ENVIRONMENTS,
     EXPORTERS,
@@ -134,6 +135,8 @@ KINDS: Mapping[str, tuple[str, Listing]] = {
     "trackers": ("what training.trackers names", _listing(TRACKERS)),
     "tool-parsers": ("what --tool-parser names", _listing(TOOL_PARSERS)),
     "environments": ("what --environment names", _listing(ENVIRONMENTS)),
+    "study-strategies": ("what strategy of a study names", _listing(STUDY_STRATEGIES)),
+    "study-formats": ("what --format of loopos study export names", _listing(STUDY_FORMATS)),
 }
 """Kind → what it is, and a function that lists its variants as (name, summary, source)."""
 
@@ -142,8 +145,10 @@ def schema(method: MethodName = "fine_tuning") -> int:
     """Prints the JSON Schema of a method's config. Raises `UserError` for an unknown method."""
     from loopos.config.load import schema as schema_of
     from loopos.config.merge import MergeConfig
+    from loopos.config.study import StudyConfig
 
-    rows = {name: config_class for (_, name), config_class in config_classes().items()} | {"merge": MergeConfig}
+    rows = {name: config_class for (_, name), config_class in config_classes().items()}
+    rows |= {"merge": MergeConfig, "study": StudyConfig}
     if method not in rows:
         known = choices(list(rows), own="")
         raise UserError(f'--method: got "{method}"; expected {known}')

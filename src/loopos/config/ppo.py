@@ -146,7 +146,7 @@ class PpoConfig(MethodConfig):
         yield from _check_reward(self)
         yield from _check_penalty(training)
         yield from _check_lengths(self)
-        yield from check_rollout(self.rollout, training, self.generation)
+        yield from check_rollout(self.rollout, self.generation)
         if self.environment is not None:
             yield from check_environment(self.environment, self.rollout, self.generation)
         if self.rollout.is_remote and self.distributed.tensor_parallel > 1:

@@ -357,16 +357,24 @@ class RolloutEngineSection(Section):
     engine: Literal["local", "ray", "vllm"] = Field(
         default="local",
         description="what generates responses: the training processes, or Ray workers with the same engine or with "
-        "vLLM (CUDA); the last two need the extra cluster",
+        "vLLM; the last two need the extra cluster",
     )
     workers: Count = Field(default=2, description="number of rollout workers")
     address: Text | None = Field(
         default=None, description='address of a Ray cluster ("host:port"); null starts Ray on this machine'
     )
-    cpus_per_worker: Count = Field(default=1, description="cores that Ray sets aside for a worker")
+    python: Location | None = Field(
+        default=None,
+        description="Python interpreter of the workers, in an environment of its own with the same Ray, such as one "
+        "with vLLM; null is that of the run",
+    )
+    cpus_per_worker: Count = Field(
+        default=1, description="cores that Ray sets aside for a worker, and threads that it computes with"
+    )
     gpus_per_worker: Annotated[float, Field(ge=0)] | None = Field(
         default=None,
-        description="GPUs that Ray sets aside for a worker, or a part of one; 0, and 1 for vLLM, if absent",
+        description="GPUs that Ray sets aside for a worker, or a part of one; if absent 0, but 1 for vLLM on a cluster "
+        "or where this host has CUDA. With 0 vLLM needs its CPU build",
     )
     max_staleness: Annotated[int, Field(ge=0)] = Field(
         default=0,
@@ -392,29 +400,14 @@ class RolloutEngineSection(Section):
         """Whether separate processes generate responses."""
         return self.engine != "local"
 
-    @property
-    def gpus(self) -> float:
-        """GPUs of a worker."""
-        if self.gpus_per_worker is not None:
-            return self.gpus_per_worker
-        return 1.0 if self.engine == "vllm" else 0.0
 
-
-def check_rollout(
-    rollout: RolloutEngineSection, training: PpoTrainingSection, generation: RolloutSection
-) -> Iterator[Problem]:
+def check_rollout(rollout: RolloutEngineSection, generation: RolloutSection) -> Iterator[Problem]:
     """Check the limits of the engine."""
     if rollout.max_staleness > 0 and not rollout.is_remote:
         actual = f'{rollout.max_staleness} with rollout.engine "local"'
         yield Problem(("rollout.max_staleness", "rollout.engine"), actual, '0, or rollout.engine "ray" or "vllm"')
-    if rollout.engine != "vllm":
-        return
-    if training.trainable == "lora":
-        actual = '"vllm" with training.trainable "lora"'
-        yield Problem(("rollout.engine", "training.trainable"), actual, '"ray", or training.trainable "all"')
-    if rollout.gpus == 0:
-        yield Problem(("rollout.gpus_per_worker", "rollout.engine"), '0 with rollout.engine "vllm"', "above 0")
-    if generation.temperature != 1 and (generation.top_k is not None or generation.top_p < 1):
+    filters = generation.top_k is not None or generation.top_p < 1
+    if rollout.engine == "vllm" and generation.temperature != 1 and filters:
         fields = ("generation.temperature", "rollout.engine")
         actual = f'{generation.temperature} with top_k or top_p and rollout.engine "vllm"'
         hint = "vLLM then does not return log-probabilities of the full distribution at that temperature"
@@ -424,7 +417,7 @@ def check_rollout(
 def rollout_effects(rollout: RolloutEngineSection) -> dict[str, tuple[bool, str]]:
     """Keys that may have no effect → whether they have one, and the reason if not."""
     remote = (rollout.is_remote, "rollout.engine is local")
-    keys = ("workers", "address", "cpus_per_worker", "gpus_per_worker", "timeout", "restarts")
+    keys = ("workers", "address", "python", "cpus_per_worker", "gpus_per_worker", "timeout", "restarts")
     capped = (
         rollout.importance_cap is None,
         "with rollout.importance_cap the old log-probabilities come from a forward pass",

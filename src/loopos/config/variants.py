@@ -31,7 +31,8 @@ class FunctionRow:
         return loaded(self.function)
 
 
-def _by_reference(module: str, names: Mapping[str, str]) -> dict[str, FunctionRow]:
+def by_reference(module: str, names: Mapping[str, str]) -> dict[str, FunctionRow]:
+    """Rows of functions of one module: name of the variant → name of the function."""
     return {name: FunctionRow(Reference(f"{module}:{function}")) for name, function in names.items()}
 
 
@@ -97,7 +98,9 @@ def register_reward(name: str) -> Callable[[Function], Function]:
     return registered
 
 
-def _registering(registry: Registry[FunctionRow], name: str) -> Callable[[Function], Function]:
+def registering(registry: Registry[FunctionRow], name: str) -> Callable[[Function], Function]:
+    """A decorator that registers a function or class under a name."""
+
     def registered(function: Function) -> Function:
         registry.register(name, FunctionRow(function), source=function.__module__, decorated=function)
         return function
@@ -419,7 +422,7 @@ def register_exporter(name: str, *, types: tuple[str, ...] = ("", *FLOATS)) -> C
 
 TRACKERS: Registry[FunctionRow] = Registry(
     "tracker",
-    _by_reference("loopos.storage.events", {"tensorboard": "TensorBoardTracker"}),
+    by_reference("loopos.storage.events", {"tensorboard": "TensorBoardTracker"}),
     decorator="register_tracker",
     adopt=FunctionRow,
 )
@@ -429,12 +432,12 @@ def register_tracker(name: str) -> Callable[[Function], Function]:
     """Registers the decorated class as the tracker `name`: `tracker(run_dir, resumed_step=None)` makes an object with
     `log(step, metrics)`, which gets the numbers of each event by the names `event/name`, and `close()`.
     """
-    return _registering(TRACKERS, name)
+    return registering(TRACKERS, name)
 
 
 TOOL_PARSERS: Registry[FunctionRow] = Registry(
     "parser of tool calls",
-    _by_reference(
+    by_reference(
         "loopos.data.tool_calls",
         {"hermes": "hermes", "mistral": "mistral", "llama3": "llama3", "json": "plain_json"},
     ),
@@ -447,12 +450,12 @@ def register_tool_parser(name: str) -> Callable[[Function], Function]:
     """Registers the decorated function as the parser of tool calls `name`: `scan(text, start, ended)` returns the next
     `data.tool_calls.Part` of a turn's text, or None while more text is needed to tell.
     """
-    return _registering(TOOL_PARSERS, name)
+    return registering(TOOL_PARSERS, name)
 
 
 ENVIRONMENTS: Registry[FunctionRow] = Registry(
     "environment",
-    _by_reference(
+    by_reference(
         "loopos.rl.packaged_environments",
         {"calculator_search": "CalculatorSearch", "treasure_grid": "TreasureGrid"},
     ),
@@ -465,4 +468,4 @@ def register_environment(name: str) -> Callable[[Function], Function]:
     """Registers the decorated class as the environment `name`. `reset(**row)` returns the messages of an episode;
     public methods with type hints and a docstring are tools; `reward(messages, row)`, which it may lack, is the score.
     """
-    return _registering(ENVIRONMENTS, name)
+    return registering(ENVIRONMENTS, name)

@@ -6,8 +6,8 @@ Each kind is detected as its method detects it; if several fit, the more specifi
     > prompts > texts
 
 But a question and an answer with a column "label" are a labeled pair of texts, a label is a thumb only where most of
-its values are thumbs, and a text next to a prompt is a generated response. Apart from `data check`, its only user,
-because it knows the formats and prints nothing.
+its values are thumbs, and a text next to a prompt is a generated response. `data check` and the items of
+studies are read so.
 """
 
 from __future__ import annotations

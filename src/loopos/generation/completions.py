@@ -77,6 +77,14 @@ class GrowingText:
             if self.ends:
                 self.ends[-1] = len(self.text)
 
+    def whole(self, *, keep_stop: bool) -> str:
+        """The text when no token follows, cut before the first stop string or, with `keep_stop`, after it."""
+        self.finish()
+        if self.stopped_at is None:
+            return self.text
+        start, end = self.stopped_at
+        return self.text[: end if keep_stop else start]
+
     def final_length(self) -> int:
         """Length of the text that no later token can change; excludes a suffix that may become a stop string."""
         if self.stopped_at is not None:
@@ -251,11 +259,7 @@ class Running:
     def _final_text(self) -> str:
         if self._text is None:
             return decoded(self._tokenizer, self.tokens[: -1 if self.finish_reason == "stop" else None])
-        self._text.finish()
-        if self._text.stopped_at is None:
-            return self._text.text
-        start, end = self._text.stopped_at
-        return self._text.text[: end if self._settings.keep_stop else start]
+        return self._text.whole(keep_stop=self._settings.keep_stop)
 
     def _append_forced(self, token: int) -> None:
         self._forced.append(len(self.tokens))

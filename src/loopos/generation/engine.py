@@ -49,7 +49,7 @@ class Engine:
         self._runner = runner_of(model)
         self.reason = self._runner.why_plain
         self.embeds = not isinstance(model, LanguageEnsemble)
-        self.end_tokens = _end_tokens(members_of(model), tokenizer)
+        self.end_tokens = end_tokens(members_of(model), tokenizer)
         self.max_positions = positions_of(model)
         self.vocab_size = int(members_of(model)[0].config.get_text_config().vocab_size)
         self._grammars = Grammars(tokenizer, self.vocab_size)
@@ -247,7 +247,7 @@ def _longest_first(runs: Sequence[Running]) -> list[Running]:
     return sorted(runs, key=lambda running: -running.limit)
 
 
-def _end_tokens(members: Sequence[PreTrainedModel], tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
+def end_tokens(members: Sequence[PreTrainedModel], tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
     """End-of-sequence tokens: of every member's generation config, and of the tokenizer."""
     tokens = [tokenizer.eos_token_id]
     for member in members:

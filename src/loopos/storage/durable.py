@@ -22,6 +22,7 @@ from loopos.config.diagnostics import SettingError, UserError
 
 JSON: TypeAlias = "bool | int | float | str | Sequence[JSON] | Mapping[str, JSON] | None"
 
+_CHUNK_BYTES = 65536
 RESUME = "earlier checkpoints are intact: {remedy}, then continue with --resume"
 _DISK_FULL_CODES = (errno.ENOSPC, errno.EDQUOT)
 _REMEDIES = {
@@ -101,6 +102,30 @@ def names_file(path: Path) -> Iterator[None]:
         if error.filename is None:
             error.filename = str(path)
         raise
+
+
+def append_whole(descriptor: int, content: bytes) -> None:
+    """Append to an open file: all of `content`, or nothing where writing fails. Raises `OSError`."""
+    start = os.fstat(descriptor).st_size
+    try:
+        written = 0
+        while written < len(content):
+            written += os.write(descriptor, content[written:])
+    except OSError:
+        os.ftruncate(descriptor, start)
+        raise
+
+
+def end_of_last_line(descriptor: int, size: int) -> int:
+    """Position behind the last newline in the first `size` bytes of an open file; 0 without one."""
+    end = size
+    while end > 0:
+        start = max(0, end - _CHUNK_BYTES)
+        position = os.pread(descriptor, end - start, start).rfind(b"\n")
+        if position >= 0:
+            return start + position + 1
+        end = start
+    return 0
 
 
 def write_new(path: Path, chunks: Iterable[bytes | memoryview]) -> int:

@@ -24,7 +24,7 @@ from loopos.config.aliases import current_key, current_settings
 from loopos.config.diagnostics import MissingRequirement, UserError
 from loopos.config.extras import install_command
 from loopos.config.own_function import OwnFunction
-from loopos.storage.durable import JSON, explain_disk_full
+from loopos.storage.durable import JSON, append_whole, end_of_last_line, explain_disk_full
 from loopos.storage.json_files import json_text
 
 FINGERPRINTED_EVENTS = ("step", "validation")
@@ -65,7 +65,7 @@ class EventLog:
             path.parent.mkdir(parents=True, exist_ok=True)
             self._descriptor = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o666)
             size = os.fstat(self._descriptor).st_size
-            self.torn_bytes = size - self._end_of_last_whole_line(size)
+            self.torn_bytes = size - end_of_last_line(self._descriptor, size)
             if self.torn_bytes:
                 os.ftruncate(self._descriptor, size - self.torn_bytes)
         self._hashed, self._digest = 0, hashlib.sha256()
@@ -74,15 +74,8 @@ class EventLog:
         """Append one event; nan and inf become the strings "nan", "inf" and "-inf". Raises `DiskFull`."""
         event = {"event": kind, "step": step, "metrics": finite(metrics), "timing": finite(timing)}
         line = json_text(event, allow_nan=False, separators=(",", ":")).encode() + b"\n"
-        start = os.fstat(self._descriptor).st_size
         with self._explain_disk_full(len(line)):
-            try:
-                written = 0
-                while written < len(line):
-                    written += os.write(self._descriptor, line[written:])
-            except OSError:
-                os.ftruncate(self._descriptor, start)
-                raise
+            append_whole(self._descriptor, line)
         if self._watch is not None:
             self._watch(json.loads(line))
 
@@ -134,16 +127,6 @@ class EventLog:
 
     def _explain_disk_full(self, needed_bytes: int) -> AbstractContextManager[None]:
         return explain_disk_full(self.path, needed_bytes, "an event" if needed_bytes else "the event log")
-
-    def _end_of_last_whole_line(self, size: int) -> int:
-        end = size
-        while end > 0:
-            start = max(0, end - _CHUNK_BYTES)
-            position = os.pread(self._descriptor, end - start, start).rfind(b"\n")
-            if position >= 0:
-                return start + position + 1
-            end = start
-        return 0
 
 
 class TensorBoardTracker:

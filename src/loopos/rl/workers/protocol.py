@@ -7,13 +7,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Protocol, TypeAlias
+from typing import TYPE_CHECKING, Protocol, TypeAlias
 
 from transformers import PreTrainedTokenizerBase
 
 from loopos.generation.completions import Completion
-from loopos.generation.engine import Engine
 from loopos.generation.settings import SamplingParams
+
+# A worker with vLLM does not import it.
+if TYPE_CHECKING:
+    from loopos.generation.engine import Engine
 
 
 @dataclass(frozen=True)

@@ -6,13 +6,16 @@ import logging
 import os
 import socket
 import time
+from pathlib import Path
 from typing import Any
 
+import loopos
 from loopos.config.diagnostics import MissingRequirement, UserError
 from loopos.config.rl import RolloutEngineSection
 from loopos.generation.completions import Completion
 from loopos.rl.workers.protocol import Answered, Event, Lost, Order, WorkerReady
-from loopos.rl.workers.worker import RolloutWorker, WorkerRecipe
+from loopos.rl.workers.recipes import WorkerRecipe
+from loopos.rl.workers.worker import RolloutWorker
 
 
 class RayWorker:
@@ -64,7 +67,11 @@ class RayTransport:
         import ray
 
         self._ray: Any = ray
-        quiet = {"log_to_driver": False, "logging_level": logging.ERROR}
+        quiet: dict[str, Any] = {
+            "log_to_driver": False,
+            "logging_level": logging.ERROR,
+            "runtime_env": _environment(section.python),
+        }
         if section.address is not None:
             try:
                 ray.init(address=section.address, **quiet)
@@ -78,7 +85,10 @@ class RayTransport:
             with _Started():
                 ray.init(**local, **quiet, _node_ip_address="127.0.0.1")
         self._actor = ray.remote(
-            num_cpus=section.cpus_per_worker, num_gpus=section.gpus, max_restarts=0, max_task_retries=0
+            num_cpus=section.cpus_per_worker,
+            num_gpus=recipe.gpus,
+            max_restarts=0,
+            max_task_retries=0,
         )(RayWorker)
         self._recipe = recipe
         self._started = 0
@@ -135,6 +145,15 @@ class RayTransport:
         for worker in list(self._workers):
             self.end(worker)
         self._ray.shutdown()
+
+
+def _environment(python: str | None) -> dict[str, Any]:
+    """Ray's runtime environment of a worker with an interpreter of its own, which gets LoopOS's source from here."""
+    if python is None:
+        return {}
+    # Workers start in another folder. A path of an environment stays as it is: what it links to is another one.
+    path = os.path.abspath(python) if os.path.exists(python) else python
+    return {"py_executable": path, "py_modules": [str(Path(loopos.__file__).parent)]}
 
 
 def _why(problem: Exception) -> str:
