@@ -146,7 +146,11 @@ def run_trl(case: str, options: argparse.Namespace) -> dict[str, Any]:
         arguments = (DPOConfig if is_dpo else RewardConfig)(
             folder,
             num_train_epochs=1,
-            **{"bf16": False, "per_device_train_batch_size": options.batch, **bench.trainer_settings(CASES[case], options)},
+            **{
+                "bf16": False,
+                "per_device_train_batch_size": options.batch,
+                **bench.trainer_settings(CASES[case], options),
+            },
         )
         adapter, data = (
             bench.adapter_of(CASES[case], "CAUSAL_LM" if is_dpo else "SEQ_CLS"),
