@@ -29,6 +29,7 @@ PAGES = [*sorted(ROOT.glob("*.md")), *(page for page in sorted((ROOT / "docs").g
 # A pattern of commands that are only parsed → why they do not run here.
 ONLY_PARSED = {
     r"^loopos serve ": "serves until it is stopped; tests/serving run it",
+    r"^loopos ui ": "serves until it is stopped; tests/web run it",
     r"^loopos rl check ": "needs a config of its own; tests/cli/test_rl_check.py runs it",
     r"^loopos demo": "trains a 135M model for minutes",
     r" --nproc ": "starts processes; tests/cli/test_nproc.py runs it",
