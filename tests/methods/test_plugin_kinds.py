@@ -97,7 +97,8 @@ def test_every_kind_lists_what_the_package_adds() -> None:
 
 
 def test_the_kinds_are_listed_and_an_unknown_one_is_refused() -> None:
-    assert set(json.loads(run("list", "--json").stdout)) == {"methods", *KINDS, "tool-parsers", "environments"}
+    others = ("methods", "tool-parsers", "environments", "study-strategies", "study-formats")
+    assert set(json.loads(run("list", "--json").stdout)) == {*KINDS, *others}
     refused = run("list", "tracker")
     assert refused.exit_code == 2
     assert 'loopos list: got "tracker"; expected "methods", "losses", ' in refused.stderr
