@@ -12,6 +12,10 @@ from typing import Any
 import pytest
 
 from loopos.cli import demo
+from loopos.cli import demo as demo_files
+from loopos.cli import demo as demo_fine_tuning
+from loopos.cli import demo as demo_preferences
+from loopos.cli import demo as demo_reasoning
 from loopos.config.diagnostics import MissingRequirement
 from loopos.evaluation.run_folder import read_run
 from loopos.models import resolve
@@ -26,7 +30,6 @@ def test_there_is_a_config() -> None:
         "chain_of_thought.json",
         "dpo.json",
         "fine_tuning.json",
-        "grpo.json",
         "ppo.json",
         "replies.json",
         "reward_model.json",
@@ -48,7 +51,7 @@ def test_a_packaged_config_names_the_packaged_data_from_anywhere(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     with ExitStack() as stack:
-        config = demo.packaged_config(stack, "fine_tuning.json", {"training.num_epochs": 7})
+        config = demo_files.packaged_config(stack, "fine_tuning.json", {"training.num_epochs": 7})
         assert Path(config.data.training_data).read_text(encoding="utf-8").count("\n") == 320
         assert Path(config.data.validation_data).read_text(encoding="utf-8").count("\n") == 80
     assert config.training.num_epochs == 7
@@ -56,15 +59,15 @@ def test_a_packaged_config_names_the_packaged_data_from_anywhere(
 
 def test_no_run_is_overwritten(tmp_path: Path) -> None:
     folder = tmp_path / "act"
-    with demo.fresh_folder(folder, run="part") as fresh:
+    with demo_files.fresh_folder(folder, run="part") as fresh:
         assert fresh == folder
     (folder / "part").mkdir(parents=True)
-    with demo.fresh_folder(folder, run="part") as fresh:
+    with demo_files.fresh_folder(folder, run="part") as fresh:
         assert fresh == folder
         (folder / "part" / "events.jsonl").touch()
-    with demo.fresh_folder(folder, run="part") as fresh:
+    with demo_files.fresh_folder(folder, run="part") as fresh:
         assert fresh == tmp_path / "act-2"
-    with demo.fresh_folder(folder) as fresh:
+    with demo_files.fresh_folder(folder) as fresh:
         assert fresh == folder
 
 
@@ -81,7 +84,7 @@ def test_without_the_embedded_model_nothing_begins(invoke: Invoke, monkeypatch: 
 @pytest.fixture
 def pico_configs(pico_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The packaged configs, with a model that trains in seconds; runs go to an empty folder."""
-    packaged = demo.packaged_config
+    packaged = demo_files.packaged_config
 
     def small(stack: ExitStack, name: str, changes: Mapping[str, object]) -> Any:
         pico = {"training.num_epochs": 1, "training.precision": "fp32", "data.pretrained_weights": pico_folder}
@@ -89,16 +92,11 @@ def pico_configs(pico_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPa
             pico |= {"training.max_iterations": 2, "generation.max_new_tokens": 6}
         if name == "dpo.json":
             pico |= {"training.max_steps": 2}
-        if name == "chain_of_thought.json":
-            pico |= {"training.max_steps": 2, "generation.max_new_tokens": 8, "data.max_dropped_share": 0.2}
-        if name == "grpo.json":
-            pico |= {"training.max_iterations": 2, "generation.max_new_tokens": 8}
         # What builds on an earlier run's weights does so here too.
         return packaged(stack, name, {**pico, **changes})
 
-    monkeypatch.setattr(demo, "packaged_config", small)
-    section = demo.reasoning_data().model_copy(update={"pretrained_weights": str(pico_folder)})
-    monkeypatch.setattr(demo, "reasoning_data", lambda: section)
+    for act in (demo_fine_tuning, demo_preferences):
+        monkeypatch.setattr(act, "packaged_config", small)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(resolve, "embedded_model", lambda: Path(__file__))
 
@@ -125,31 +123,9 @@ def test_the_first_act_with_the_pico_model(invoke: Invoke, monkeypatch: pytest.M
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("pico_configs")
-def test_the_second_act_with_the_pico_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Three runs; GRPO begins with the model that learned steps, on problems that are not tested."""
-    assert demo.chain_of_thought() == 0
-    lines = capsys.readouterr().out.splitlines()
-    head = next(number for number, line in enumerate(lines) if "exact match on unseen" in line)
-    assert lines[head].split()[-6:] == ["only", "answers", "with", "steps", "then", "GRPO"]
-    rows = lines[head + 1 : head + 5]
-    assert [(line.split()[0], line.count("/")) for line in rows[:3]] == [("last", 3), ("coin", 3), ("additions", 3)]
-    assert rows[3].count("/200 = ") == 3
-    folder = tmp_path / "outputs" / "demo" / "chain_of_thought"
-    begun = read_run(folder / "with_rewards").config["data"]["pretrained_weights"]
-    assert Path(begun).resolve() == folder / "with_chains" / "model"
-    tried, tested = (
-        {json.loads(line)["problem"] for line in (folder / name).read_text().splitlines()}
-        for name in ("prompts.jsonl", "test.jsonl")
-    )
-    assert len(tried) >= 40
-    assert not tried & tested
-
-
-@pytest.mark.slow
-@pytest.mark.usefixtures("pico_configs")
 def test_the_third_act_with_the_pico_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Replies, reward model, judge and policy on the packaged rows; what is shown is in the runs."""
-    assert demo.preferences() == 0
+    assert demo_preferences.preferences() == 0
     lines = capsys.readouterr().out.splitlines()
     for name in ("reward model", "judge"):
         assert any(line.startswith(f"{name}: pair accuracy ") and "on 60 comparisons" in line for line in lines), lines
@@ -175,8 +151,8 @@ def packaged_rows(name: str) -> list[dict[str, str]]:
 
 
 def test_both_trainings_of_the_second_act_have_as_many_tokens(pico_folder: Path, tmp_path: Path) -> None:
-    section = demo.reasoning_data().model_copy(update={"pretrained_weights": str(pico_folder)})
-    tokens = demo.write_data(tmp_path, section)
+    written = json.loads(files("loopos.demo").joinpath("chain_of_thought.json").read_text(encoding="utf-8"))["data"]
+    tokens = demo_reasoning.write_data(tmp_path, {**written, "pretrained_weights": str(pico_folder)})
     assert 0 <= tokens["chains"] - tokens["answers"] < 300
     found = {
         name: [json.loads(line) for line in (tmp_path / f"{name}.jsonl").read_text().splitlines()]

@@ -1,9 +1,8 @@
 """`loopos demo`: trains a real model on packaged data, one act per method; run folders are in outputs/demo/.
 
 1. A classifier of customer messages.
-2. Chain of thought: one model trained twice on equally many tokens, with worked steps and with only answers; GRPO then
-   continues the first on new problems, by whether its answers are right. The tasks are those of Wei et al. 2022, drawn
-   by `loopos.demo.symbolic`.
+2. Chain of thought: one model trained twice on equally many tokens, with worked steps and with only answers. The tasks
+   are those of Wei et al. 2022, drawn by `loopos.demo.symbolic`.
 3. Preferences: the model learns to reply, a reward model learns which replies are good, and PPO writes such replies;
    DPO learns from the same comparisons without a reward model, with about as many tokens. A second reward model,
    trained on other comparisons, judges both. The replies were written for the project.
@@ -34,7 +33,6 @@ from loopos.demo.symbolic import TASKS, SymbolicItem, Task, symbolic_items, writ
 from loopos.storage.folder_lock import FolderBusy, only_writer
 
 if TYPE_CHECKING:
-    from loopos.config.chain_of_thought import ReasoningDataSection
     from loopos.evaluation.run_folder import RunFolder
     from loopos.evaluation.winrate import Reply
 
@@ -125,22 +123,21 @@ def predict_live(folder: Path, messages: Sequence[str]) -> None:
     say(table(rows))
 
 
-REASONING_CONFIG, VERIFIED_CONFIG = "chain_of_thought.json", "grpo.json"
+REASONING_CONFIG = "chain_of_thought.json"
 # Additions need the most examples; a coin flip is guessed right half of the time.
 TRAINING_ITEMS: Mapping[Task, int] = {"last_letters": 60, "coin_flips": 40, "additions": 170}
 TEST_ITEMS: Mapping[Task, int] = {"last_letters": 80, "coin_flips": 30, "additions": 90}
-PROMPT_ITEMS: Mapping[Task, int] = {"last_letters": 16, "coin_flips": 4, "additions": 28}
 # Answers without steps are short: this many times more problems have as many tokens.
 _MORE_PROBLEMS = 6
 _CHAINS_SHOWN = 2
 
 
 def chain_of_thought() -> int:
-    """Trains all three, then shows exact match by task, and two chains."""
+    """Trains both, then shows exact match by task, and two chains."""
     began = time.monotonic()
     with ExitStack() as stack:
-        written = reasoning_data()
-        path = Path(str(written.reasoning_examples)).parent
+        written = json.loads(packaged_file(stack, REASONING_CONFIG).read_text(encoding="utf-8"))["data"]
+        path = Path(written["reasoning_examples"]).parent
         folder = stack.enter_context(fresh_folder(path, run="with_chains"))
         tokens = write_data(folder, written)
         say(f"two trainings of {tokens['chains']:,} and {tokens['answers']:,} tokens: worked steps, only answers")
@@ -152,24 +149,13 @@ def chain_of_thought() -> int:
             if result.interrupted:
                 return exit_code(result.stopped_by)
             note(f"trained on {name} in {as_time(result.seconds)}; now {sum(TEST_ITEMS.values())} unseen problems")
-            answered[name] = answers(config, folder / f"with_{name}", folder / "test.jsonl")
-        code = _train(packaged_config(stack, VERIFIED_CONFIG, verified_changes(folder)))
-        if code:
-            return code
-        answered["rewards"] = answers(config, folder / "with_rewards", folder / "test.jsonl")
+            answered[name] = answers(config, folder / "test.jsonl")
     show_answers(answered)
     say(f"wall time {as_time(time.monotonic() - began)}; data and runs are in {folder}")
     return 0
 
 
-def reasoning_data() -> ReasoningDataSection:
-    """The section `data` of the second act's config; its files do not exist yet."""
-    from loopos.config.chain_of_thought import ReasoningDataSection
-
-    return ReasoningDataSection.model_validate(json.loads("\n".join(packaged_lines(REASONING_CONFIG)))["data"])
-
-
-def write_data(folder: Path, data: ReasoningDataSection) -> dict[str, int]:
+def write_data(folder: Path, data: Mapping[str, Any]) -> dict[str, int]:
     """Writes training problems with steps, others with only answers and as many tokens, and separate test problems.
     data: the section of the config that sets how rows become tokens. Returns the tokens of both trainings.
     """
@@ -190,31 +176,22 @@ def write_data(folder: Path, data: ReasoningDataSection) -> dict[str, int]:
     return {"chains": most, "answers": tokens}
 
 
-def verified_changes(folder: Path) -> dict[str, object]:
-    """Writes new problems to try, and returns what the config of GRPO reads: them, and the model that learned steps."""
-    prompts = folder / "prompts.jsonl"
-    write_items(prompts, _mixed(PROMPT_ITEMS, "train", seed=4), with_steps=False)
-    return {
-        "data.pretrained_weights": folder / "with_chains" / "model",
-        "data.prompts": prompts,
-        "data.output_dir": folder / "with_rewards",
-    }
-
-
 def _mixed(numbers: Mapping[Task, int], split: Any, *, seed: int) -> list[SymbolicItem]:
     items = [item for task in TASKS for item in symbolic_items(numbers[task], task, split=split, seed=seed)]
     random.Random(seed).shuffle(items)
     return items
 
 
-def _lengths(file: Path, section: ReasoningDataSection) -> list[int]:
+def _lengths(file: Path, data: Mapping[str, Any]) -> list[int]:
     """Tokens of each row, as training encodes it."""
+    from loopos.config.chain_of_thought import ReasoningDataSection
     from loopos.data import rows
     from loopos.data.step_format import chosen_format
     from loopos.data.supervised_rows import read_supervised
     from loopos.data.supervised_tokens import SupervisedEncoder
     from loopos.models.tokenizers import open_tokenizer
 
+    section = ReasoningDataSection.model_validate(data)
     step_format = chosen_format(section.step_format)
     tokenizer = open_tokenizer(section.pretrained_weights)
     examples, _ = read_supervised(rows.read(str(file)), {}, step_format=step_format)
@@ -222,15 +199,15 @@ def _lengths(file: Path, section: ReasoningDataSection) -> list[int]:
     return [len(row.ids) for row in encoded]
 
 
-def answers(config: Any, run: Path, file: Path) -> list[dict[str, Any]]:
-    """Answers of a run's model to the test problems, each with its task, as `config` generates and checks them."""
+def answers(config: Any, file: Path) -> list[dict[str, Any]]:
+    """Answers of a trained model, opened from its folder, to the test problems, each with its task."""
     from loopos.data import rows
     from loopos.data.demonstrations import Demonstration
     from loopos.data.supervised_rows import read_supervised
     from loopos.evaluation.answer_check import AnswerCheck
     from loopos.evaluation.reasoning import Reasoner
 
-    reasoner = Reasoner.open(str(run))
+    reasoner = Reasoner.open(config.data.output_dir)
     examples, _ = read_supervised(rows.read(str(file)), {}, step_format=reasoner.step_format)
     problems = [example for example in examples if isinstance(example, Demonstration)]
     check = AnswerCheck(reasoner, config.generation, config.evaluation, seed=config.training.seed)
@@ -239,11 +216,11 @@ def answers(config: Any, run: Path, file: Path) -> list[dict[str, Any]]:
 
 
 def show_answers(answered: Mapping[str, Sequence[Mapping[str, Any]]]) -> None:
-    """Exact match of the models by task, and chains of right answers."""
-    rows: list[tuple[str, ...]] = [("exact match on unseen problems", "only answers", "with steps", "then GRPO")]
+    """Exact match of both models by task, and chains of right answers."""
+    rows: list[tuple[str, ...]] = [("exact match on unseen problems", "only answers", "with steps")]
     for task in (*TASKS, "all"):
         scores = []
-        for name in ("answers", "chains", "rewards"):
+        for name in ("answers", "chains"):
             right = [answer["is_right"] for answer in answered[name] if task in ("all", answer["task"])]
             scores.append(f"{sum(right)}/{len(right)} = {sum(right) / len(right):.0%}")
         rows.append((task.replace("_", " "), *scores))
