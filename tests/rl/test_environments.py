@@ -128,7 +128,9 @@ def test_calculator_and_search() -> None:
     ]
     assert environment.call(state, ToolCall("search", {"query": "zebra"})) == []
     row = {"question": "", "answer": "4043"}
-    for text, score in (("The answer is\n4043", 1.0), ("4044", 0.0), ("", 0.0)):
+    thought = "<think>\n4806 - 763 = 4043\n</think>\n"
+    cases = ("The answer is\n4043", 1.0), ("4044", 0.0), ("", 0.0), (thought + "4043", 1.0), (thought + "4044", 0.0)
+    for text, score in cases:
         assert environment.reward(state, [Message("assistant", text)], row, "row 1") == score
     # Every question is answered by its facts: the tools find both.
     for row in rows[:50]:

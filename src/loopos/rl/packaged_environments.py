@@ -17,7 +17,7 @@ from functools import cache
 from importlib.resources import files
 from typing import Any, Literal
 
-from loopos.evaluation.checkers import checker
+from loopos.rl.reward_functions import numeric_answer
 
 _LONGEST_EXPRESSION = 200
 _LARGEST_BITS = 256
@@ -133,7 +133,7 @@ class CalculatorSearch:
         last = messages[-1]
         if last["role"] != "assistant" or not last["content"]:
             return 0.0
-        return checker("numeric")(last["content"], str(row["answer"]), row)
+        return numeric_answer([], [last["content"]], [row])[0]
 
     @classmethod
     def rows(cls, number: int, seed: int = 0) -> list[dict[str, Any]]:
